@@ -1,0 +1,190 @@
+"""CLIP's image tower (Radford et al. 2021), without its text tower, and the way an image file becomes its input.
+
+    image file --open_image--> PIL RGB --preprocess--> (3, S, S) --CLIPVisionTower--> patches (P, Dv)
+
+Parameter names are those of HF `openai/clip-vit-*` under `vision_model.`, typo `pre_layrnorm` included, so that
+checkpoints load strictly. What leaves the tower is what LLaVA uses: the patches of the last block but one, without the
+class token and without `post_layernorm`. The last block is kept, so that a checkpoint can be written back, and not run.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+from torch.nn import functional as F
+
+from checkpoint import load_strictly, read_config, read_tensors
+from coords import resized
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's training images, RGB in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Shape of the tower, in the keys of HF config.json. The defaults are ViT-L/14 at 224 px."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+
+    def __post_init__(self):
+        if self.hidden_act != "quick_gelu":
+            raise ValueError(f"hidden_act {self.hidden_act!r}; expected 'quick_gelu', CLIP's own; this tower has no other")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size}; expected a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size}; expected a multiple of num_attention_heads {self.num_attention_heads}")
+
+    @property
+    def num_patches(self):
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_dict(cls, config):
+        """Take what we know from a HF config, of the tower alone or of a whole CLIP (`vision_config`)."""
+        config = config.get("vision_config", config)
+        defaults = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32)
+        # HF leaves out of config.json what equals its own defaults, and those are ViT-B/32's
+        return cls(**{**defaults, **{f.name: config[f.name] for f in fields(cls) if f.name in config}})
+
+
+# ----- images
+
+
+def open_image(path):
+    """Open an image file as RGB, in its stored orientation (COCO's boxes ignore the EXIF rotation, and so do we).
+
+    Greyscale, palette, CMYK and 16-bit greyscale become RGB; transparency is dropped, as CLIP's own reader does.
+    Raises FileNotFoundError, or ValueError naming a file that is not a whole image.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no image file {path}; expected a JPEG, PNG or other image; check the folder and the name")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion would clip it to white
+                return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+            if image.mode == "F":
+                raise ValueError(f"{path} holds floating-point pixels; expected 8 or 16 bit; convert it to PNG first")
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}); expected a whole image file; replace or leave it out") from None
+
+
+def preprocess(image, side, geometry="squash"):
+    """Bring a PIL RGB image to the model's square and normalise it: float32 (3, side, side).
+
+    The rectangle that the square shows is `coords.window`, so boxes follow. Resampling is bicubic; `pad` fills with
+    CLIP's mean colour, as LLaVA-1.5; `crop` resizes the shorter edge and cuts the middle, as CLIPImageProcessor.
+    """
+    if geometry == "pad":
+        longer = max(image.size)
+        square = Image.new("RGB", (longer, longer), tuple(int(255 * m) for m in MEAN))
+        square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
+        image = square
+    if geometry == "crop":
+        image = image.resize(resized(image.size, side), Image.Resampling.BICUBIC)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    else:
+        image = image.resize((side, side), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+# ----- the tower
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding(config.num_patches + 1, width)
+
+    def forward(self, pixel_values):
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, P, Dv), row by row
+        first = self.class_embedding.expand(len(patches), 1, -1)
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight  # (B, 1 + P, Dv)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size))
+
+    def forward(self, x):
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))  # QuickGELU
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPVisionTower(nn.Module):
+    """CLIP's ViT up to the features that LLaVA reads."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))})
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values):
+        """Normalised images (B, 3, S, S) -> patches (B, P, Dv): hidden_states[-2] without the class token."""
+        side = self.config.image_size
+        if pixel_values.shape[1:] != (3, side, side):
+            raise ValueError(f"images of shape {tuple(pixel_values.shape)}; expected (B, 3, {side}, {side}); use clip_vit.preprocess")
+        x = self.pre_layrnorm(self.embeddings(pixel_values))
+        for block in self.encoder["layers"][:-1]:
+            x = block(x)
+        return x[:, 1:]
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Load a HF folder that holds CLIP's vision tower, with or without the text tower beside it."""
+        tower = cls(CLIPVisionConfig.from_dict(read_config(folder)))
+        load_strictly(tower, vision_tensors(read_tensors(folder)), folder)
+        return tower
+
+
+def vision_tensors(tensors):
+    """Keep the vision tower of a CLIP checkpoint, under our names."""
+    other = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+    return {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()
+            if not name.startswith(other) and not name.endswith("position_ids")}

@@ -1,0 +1,221 @@
+"""Train the tiny LLaMA that stands in for Vicuna, on text alone: `python tiny/make_llama.py` writes tiny/llama (HF format).
+
+It learns the words of the shapes world, and to look things up in what it has read. A document is a scene told in
+words, then questions about it in the chat form of stage 2, packed behind the shared telling as images are:
+
+    told    "a small red circle at (12, 30, 50, 66). ..." up to three times, each in new order and wording; loss from the
+            second time on, where everything can be copied. This is what makes looking-up appear at all (LOG.md).
+    map     the scene as a grid of words, row by row, one word for each cell: "redcircle", "redcirclepart" where the shape
+            covers little of it, "." for nothing. As many words as a picture has patches.
+
+No picture is involved. The gate at the end asks held-out scenes.
+"""
+
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from checkpoint import write_json, write_tensors
+from coords import CoordFormat, iou
+from data import (LOC_ANSWER, NEG_ANSWER, REV_ANSWER, REV_PROMPTS, SIDE_ANSWERS, SIDE_PROMPTS, SYSTEM, Wording, collate, encode_question,
+                  encode_segment, loc_question, pack)
+from llama import Llama, LlamaConfig, Tokenizer
+from model import answer_loss
+from shapes import COLOURS, NAMES, article, caption, converse, describe, draw_scene, phrase, side_of
+
+HERE = Path(__file__).parent
+SIDE, PATCH = 112, 14
+GRID = SIDE // PATCH
+FORMAT = CoordFormat("ivb", SIDE)
+WORDING = Wording(FORMAT)
+VOCABULARY = 800
+CONFIG = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6, rms_norm_eps=1e-5, max_position_embeddings=1024)
+STEPS, BATCH, QUESTIONS, LR = 6000, 8, 6, 1.5e-3
+FORMS = ("told", "map", "told", "map", "caption", "map", "told", "map")  # of documents, step by step
+
+
+# ----- documents
+
+
+def tell(scene, rng):
+    """One telling of a scene with coordinates, in random order and wording."""
+    form = rng.choice(("{a} at {loc}", "there is {a} at {loc}", "at {loc} there is {a}", "{p}: {loc}"))
+    shapes = rng.sample(scene.shapes, len(scene.shapes))
+    return ". ".join(form.format(a=article(phrase(scene, s)), p=phrase(scene, s), loc=FORMAT.encode_box(s.box_px, scene.size)) for s in shapes) + "."
+
+
+def draw_map(scene):
+    """The scene as GRID x GRID words."""
+    words = [["."] * GRID for _ in range(GRID)]
+    most = [[0.15] * GRID for _ in range(GRID)]
+    for shape in scene.shapes:
+        x1, y1, x2, y2 = (v * GRID for v in FORMAT.unit_from_px(shape.box_px, scene.size))
+        for row in range(GRID):
+            for column in range(GRID):
+                cover = max(0, min(x2, column + 1) - max(x1, column)) * max(0, min(y2, row + 1) - max(y1, row))
+                if cover > most[row][column]:
+                    most[row][column] = cover
+                    words[row][column] = shape.colour + shape.name + ("part" if cover < 0.6 else "")
+    return " ".join(word for row in words for word in row)
+
+
+def side_questions(scene, rng):
+    """App. E's questions about pairs of shapes; sometimes behind an example pair, as in-context learning has it."""
+    unique = scene.unique()
+    if len(unique) < 2:
+        return []
+    pairs = []
+    for _ in range(3):
+        a, b = rng.sample(unique, 2)
+        for axis, side in zip(("across", "along"), side_of(b, a, scene), strict=True):
+            if side:
+                names = {"obj_1": f"the {a.name}", "obj_2": f"the {b.name}"}
+                answer = SIDE_ANSWERS[side].format(**names)
+                pairs.append((SIDE_PROMPTS[axis].format(**names), answer[0].upper() + answer[1:]))
+    if len(pairs) > 2 and rng.random() < 0.2:
+        question, answer = pairs[-1]
+        pairs = [(" ".join(f"Q: {q} A: {a}" for q, a in pairs[:2]) + f" Q: {question}", answer)]
+    return pairs
+
+
+def located_questions(scene, rng):
+    """The objectives of App. B about a scene, with names, phrases or descriptions."""
+    pairs = []
+    unique = scene.unique()
+    for shape in scene.shapes:
+        loc = FORMAT.encode_box(shape.box_px, scene.size)
+        calls = [phrase(scene, shape), describe(scene, shape, rng)] + [shape.name] * 2 * (shape in unique)
+        pairs.append((loc_question(rng.choice(calls), WORDING, rng), LOC_ANSWER.format(loc=loc)))
+        if shape in unique:
+            pairs.append((loc_question(shape.name, WORDING, rng), LOC_ANSWER.format(loc=loc)))
+        pairs.append((rng.choice(REV_PROMPTS).format(loc=loc), REV_ANSWER.format(category=rng.choice((shape.name, describe(scene, shape, rng))))))
+    for name in rng.sample([n for n in NAMES if n not in {s.name for s in scene.shapes}], 2):
+        called = rng.choice((name, f"{rng.choice(list(COLOURS))} {name}"))
+        pairs.append((loc_question(called, WORDING, rng), NEG_ANSWER))
+    return pairs
+
+
+def questions_about(scene, rng, count):
+    located, sides, talk = located_questions(scene, rng), side_questions(scene, rng), converse(scene, rng)
+    pairs = rng.sample(located, min(len(located), count // 2 + 1)) + rng.sample(sides, min(len(sides), 2)) + talk
+    return pairs[:count]
+
+
+def document(tokenizer, rng, form):
+    """One packed row: `form` is "told", "map" or "caption" (a map, and what stage 1 says of an image)."""
+    scene = draw_scene(rng)
+    bos = [tokenizer.bos_token_id]
+    if form == "caption":
+        return pack(bos + tokenizer.encode(draw_map(scene)), [encode_segment(tokenizer, "plain", [("", caption(scene, rng))])], 1024)
+    before = bos + tokenizer.encode(SYSTEM + " USER: ")
+    segments = [encode_segment(tokenizer, "v1", [pair]) for pair in questions_about(scene, rng, QUESTIONS)]
+    if form == "map":
+        return pack(before + tokenizer.encode(draw_map(scene)), segments, 1024)
+    tellings = [tokenizer.encode(tell(scene, rng)) for _ in range(rng.randint(1, 3))]
+    row = pack(before + [token for telling in tellings for token in telling], segments, 1024)
+    start = len(before) + len(tellings[0])
+    end = len(before) + sum(map(len, tellings))
+    row["labels"][start:end] = row["input_ids"][start:end]
+    return row
+
+
+# ----- tokenizer, training, gate
+
+
+def make_tokenizer():
+    """A sentencepiece BPE model with LLaMA's settings: digits apart, byte fallback, the same special ids."""
+    rng = random.Random("tokenizer")
+    def lines():
+        for _ in range(6000):
+            scene = draw_scene(rng)
+            yield SYSTEM + " USER:"
+            yield from (tell(scene, rng), draw_map(scene), caption(scene, rng))
+            for question, answer in questions_about(scene, rng, 12):
+                yield f"{question} ASSISTANT: {answer}"
+            yield "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 -+.,:;!?'()[]"
+    (HERE / "llama").mkdir(exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines(), model_prefix=str(HERE / "llama" / "tokenizer"), model_type="bpe", vocab_size=VOCABULARY, byte_fallback=True,
+        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0, max_sentence_length=20000,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+    (HERE / "llama" / "tokenizer.vocab").unlink()
+    tokenizer = Tokenizer(HERE / "llama")
+    scene = draw_scene(rng)
+    assert len(tokenizer.encode(draw_map(scene))) == GRID * GRID, "a word of the map is more than one piece: raise VOCABULARY"
+    return tokenizer
+
+
+def gate(llama, tokenizer, form, scenes=150):
+    """Ask held-out scenes: share of LocPred exact and acc@0.5, NegPred, RevLoc name, colour, yes/no, side."""
+    rng = random.Random("llama held out")
+    hits = {}
+    prompts, checks = [], []
+    for _ in range(scenes):
+        scene = draw_scene(rng)
+        told = tokenizer.encode(tell(scene, rng) if form == "told" else draw_map(scene))
+        before = [tokenizer.bos_token_id] + tokenizer.encode(SYSTEM + " USER: ") + told
+        shape = rng.choice(scene.unique())
+        loc = FORMAT.encode_box(shape.box_px, scene.size)
+        missing = rng.choice([n for n in NAMES if n not in {s.name for s in scene.shapes}])
+        asked = [("loc", loc_question(shape.name, WORDING, rng), LOC_ANSWER.format(loc=loc)), ("neg", loc_question(missing, WORDING, rng), NEG_ANSWER),
+                 ("rev", rng.choice(REV_PROMPTS).format(loc=loc), shape.name), ("colour", f"What colour is the {shape.name}?", shape.colour),
+                 ("yes", f"Is there {article(shape.name)} in the image?", "Yes"), ("no", f"Is there {article(missing)} in the image?", "No")]
+        asked += [("side", question, answer) for question, answer in side_questions(scene, rng)[:1]]
+        for kind, question, answer in asked:
+            prompts.append(before + encode_question(tokenizer, question))
+            checks.append((kind, answer, shape, scene))
+    said = []
+    for i in range(0, len(prompts), 50):
+        said += map(tokenizer.decode, llama.generate(prompts[i : i + 50], 40, tokenizer.eos_token_id))
+    for text, (kind, answer, shape, scene) in zip(said, checks, strict=True):
+        hits.setdefault(kind, []).append(answer in text)
+        if kind == "loc":
+            boxes = FORMAT.decode_boxes(text, scene.size)
+            hits.setdefault("loc acc@0.5", []).append(bool(boxes) and iou(boxes[0], shape.box_px) >= 0.5)
+    return {kind: round(sum(h) / len(h), 3) for kind, h in sorted(hits.items())}
+
+
+def main(steps=STEPS):
+    torch.manual_seed(0)
+    began = time.time()
+    tokenizer = Tokenizer(HERE / "llama") if (HERE / "llama" / "tokenizer.model").exists() else make_tokenizer()
+    config = LlamaConfig(vocab_size=len(tokenizer), **CONFIG)
+    llama = Llama(config)
+    for name, p in llama.named_parameters():
+        if p.ndim == 2:
+            std = 0.2 if "embed" in name else p.shape[1] ** -0.5 / (math.sqrt(2 * config.num_hidden_layers) if "o_proj" in name or "down_proj" in name else 1)
+            nn.init.normal_(p, std=std)
+    nn.init.normal_(llama.lm_head.weight, std=0.02)
+    print(f"{sum(p.numel() for p in llama.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True)
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.95))
+    running = {}
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 200, (steps - step) / (0.4 * steps))  # warm up, stay, cool down
+        form = FORMS[step % len(FORMS)]
+        batch = collate([document(tokenizer, random.Random(f"{step} {i}"), form) for i in range(BATCH)])
+        x = llama.embed_tokens(batch["input_ids"])
+        loss = answer_loss(llama, x, batch["labels"], batch["segments"], batch["positions"])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+        optimizer.step()
+        running[form] = 0.95 * running.get(form, loss.item()) + 0.05 * loss.item()
+        if step % 50 == 49:
+            print(f"step {step + 1} " + " ".join(f"{form} {value:.3f}" for form, value in running.items()) + f" {time.time() - began:.0f} s", flush=True)
+        if step % 500 == 499 or step == steps - 1:
+            write_tensors(HERE / "llama" / "model.safetensors", {(k if k.startswith("lm_head") else f"model.{k}"): v.half() for k, v in llama.state_dict().items()})
+            write_json(HERE / "llama" / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+                                                        "bos_token_id": 1, "eos_token_id": 2, **{k: getattr(config, k) for k in config.__dataclass_fields__}})
+            for form in ("told", "map"):
+                print(f"gate {form}: {gate(llama, tokenizer, form)}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
