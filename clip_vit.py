@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -74,9 +74,9 @@ def open_image(path):
             if image.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion would clip it to white
                 return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
             if image.mode == "F":
-                raise ValueError(f"{path} holds floating-point pixels; expected 8 or 16 bit; convert it to PNG first")
+                raise ValueError("its pixels are floating-point numbers, not 8 or 16 bit")
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises them all
         raise ValueError(f"{path} cannot be read as an image ({error}); expected a whole image file; replace or leave it out") from None
 
 

@@ -150,10 +150,10 @@ class CoordFormat:
         if x2 < 0 or y2 < 0 or x1 > 1 or y1 > 1:
             raise ValueError(f"box {tuple(box_px)} is outside the {self.geometry} of an image of size {size}; "
                              "expected some of it inside; drop it, or use geometry squash or pad")
-        box_unit = tuple(min(max(v, 0.0), 1.0) for v in (x1, y1, x2, y2))
+        box_unit = tuple(min(max(0.0, v), 1.0) for v in (x1, y1, x2, y2))  # max(0.0, v): -0.0 becomes 0.0
         if self.kind == "nfp":
             return _text(box_unit, ".4f")
-        x1, y1, x2, y2 = (round(v * self.n_bins) for v in box_unit)  # ties to even, as 52.5 -> 52 in App. A
+        x1, y1, x2, y2 = self._bins(box_unit)
         if self.kind == "ivb":
             return _text((x1, y1, x2, y2))
         p, q, ax, ay = self._anchor((box_unit[0] + box_unit[2]) / 2, (box_unit[1] + box_unit[3]) / 2)
@@ -167,10 +167,10 @@ class CoordFormat:
         if not all(-1e-9 <= v <= 1 + 1e-9 for v in point_unit):
             raise ValueError(f"point {tuple(point_px)} is outside the {self.geometry} of an image of size {size}; "
                              "expected it inside; drop it, or use geometry squash or pad")
-        point_unit = tuple(min(max(v, 0.0), 1.0) for v in point_unit)
+        point_unit = tuple(min(max(0.0, v), 1.0) for v in point_unit)
         if self.kind == "nfp":
             return _text(point_unit, ".4f")
-        cx, cy = (round(v * self.n_bins) for v in point_unit)
+        cx, cy = self._bins(point_unit)
         if self.kind == "ivb":
             return _text((cx, cy))
         p, q, ax, ay = self._anchor(*point_unit)
@@ -193,9 +193,13 @@ class CoordFormat:
                              "multiply by width and height")
         return self.unit_from_px(xy_px, size)
 
+    def _bins(self, xy_unit):
+        """Fractions to the nearest integers 0..n_bins, ties to even: App. A has 52.5 -> 52. A tie is one to 9 decimals."""
+        return tuple(round(round(v * self.n_bins, 9)) for v in xy_unit)
+
     def _anchor(self, x_unit, y_unit):
         """Give the cell (p, q) that a point falls in, and the cell's centre (ax, ay) in bins."""
-        p, q = (min(int(v * self.n_bins // self.patch), self.grid - 1) for v in (x_unit, y_unit))
+        p, q = (min(int(round(v * self.n_bins, 9) // self.patch), self.grid - 1) for v in (x_unit, y_unit))
         return p, q, p * self.patch + self.patch // 2, q * self.patch + self.patch // 2
 
     # ----- from text

@@ -2,9 +2,9 @@
 
     torchrun train.py                                         the shapes world and the tiny model, both stages, then evaluation
     torchrun train.py --variant b --stages 1 --preset llava --vision clip-vit-large-patch14 --llm vicuna-7b-v1.3 \\
-        --llava chat.json --images CC3M/images --run runs/b1
+        --llava chat.json --images CC3M/images --out runs/b1
     torchrun --nproc-per-node 8 train.py --variant b --stages 2 --preset paper --init-from runs/b1 \\
-        --coco instances_train2017.json --images train2017 --llava llava_instruct_80k.json --run runs/b2
+        --coco instances_train2017.json --images train2017 --llava llava_instruct_80k.json --out runs/b2
 
 A run is a folder: train.json (these options), log.jsonl (an object per step), state.pt (to --resume from), and the model
 itself (`LocVLM.from_pretrained(run)`). What is drawn at a step depends on the seed and the step alone, so a resumed run
@@ -69,7 +69,7 @@ def opt(default, help):
 class TrainConfig:
     """Options of a run. Where a value may differ by stage, give one, or one for each stage: --steps 300,600"""
 
-    run: str = opt("runs/default", "folder of the run")
+    out: str = opt("runs/default", "folder of the run")
     stages: typing.Literal["1", "2", "1,2"] = opt("1,2", "1: adapter only, on captions; 2: adapter and LLaMA, on questions")
     resume: bool = opt(False, "continue the run where its last checkpoint left it")
     dry_run: bool = opt(False, "print parts, shapes, an example and memory; train and write nothing")
@@ -254,17 +254,17 @@ def load_state(run, model, stage):
 
 def claim_run(config):
     """Make the run's folder, or refuse: another run's is never written over; a resumed one must have the same options."""
-    run = Path(config.run)
-    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "dry_run", "evaluate", "run")}
+    run = Path(config.out)
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "dry_run", "evaluate", "out")}
     if config.resume:
         if not (run / "train.json").is_file():
             raise FileNotFoundError(f"no run to resume in {run}; expected its train.json; leave out --resume to start one")
         before = read_json(run / "train.json")
         changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in options.items() if before.get(k) != v]
         if changed:
-            raise ValueError(f"{run} was started with other options: {'; '.join(changed)}; resume it with the same, or start another --run")
+            raise ValueError(f"{run} was started with other options: {'; '.join(changed)}; resume it with the same, or start another --out")
     elif (run / "train.json").exists():
-        raise ValueError(f"{run} holds a run already; expected a new folder; choose another --run, or continue this one with --resume")
+        raise ValueError(f"{run} holds a run already; expected a new folder; choose another --out, or continue this one with --resume")
     else:
         write_json(run / "train.json", options)
     return run
@@ -414,7 +414,7 @@ def main(config):
             dry_run(config, model, examples_of(stage) if records and model.tokenizer else None, stage)
         return
     examples = {stage: examples_of(stage) for stage in config.stage_list}  # both, so that a stage without data is told now
-    run = claim_run(config) if rank == 0 else Path(config.run)
+    run = claim_run(config) if rank == 0 else Path(config.out)
     model.to(device)
 
     # 3 stages

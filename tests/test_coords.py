@@ -44,7 +44,8 @@ def test_a_half_rounds_to_even():
 
 
 def test_both_ends_of_the_bins_are_used():
-    """Integers 0 to n_bins, both included; NFP may say 1.0000; the last anchor is grid - 1."""
+    """Integers 0 to n_bins, both included; NFP may say 1.0000, never -0.0000; the last anchor is grid - 1."""
+    assert CoordFormat("nfp").encode_point((-0.0, 480), (640, 480)) == "(0.0000, 1.0000)"
     assert CoordFormat("ivb").encode_box((0, 0, 640, 480), (640, 480)) == "(0, 0, 224, 224)"
     assert CoordFormat("nfp").encode_box((0, 0, 640, 480), (640, 480)) == "(0.0000, 0.0000, 1.0000, 1.0000)"
     assert CoordFormat("diga").encode_point((640, 480), (640, 480)) == "(15, 15, 7, 7)"
@@ -150,7 +151,7 @@ def test_pixels_and_the_square_are_each_others_inverse(geometry):
 def test_the_square_shows_the_whole_image_or_the_middle_of_it():
     """squash and pad show everything, pad with bars around; crop loses the ends of the longer axis."""
     whole, left_end = (0, 0, 640, 480), (0, 0, 80, 480)
-    squash, pad, crop = (CoordFormat("ivb", 240, geometry) for geometry in GEOMETRIES)
+    squash, pad, crop = (CoordFormat("ivb", 240, geometry, patch=16) for geometry in GEOMETRIES)
     assert squash.unit_from_px(whole, (640, 480)) == (0, 0, 1, 1)
     assert pad.unit_from_px(whole, (640, 480)) == (0, 0.125, 1, 0.875)
     assert crop.unit_from_px(whole, (640, 480)) == pytest.approx((-1 / 6, 0, 7 / 6, 1))

@@ -37,7 +37,7 @@ FORMAT = CoordFormat("ivb", SIDE)
 WORDING = Wording(FORMAT)
 VOCABULARY = 800
 CONFIG = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6, rms_norm_eps=1e-5, max_position_embeddings=1024)
-STEPS, BATCH, QUESTIONS, LR = 6000, 8, 6, 1.5e-3
+STEPS, BATCH, QUESTIONS, LR = 5000, 8, 6, 1.5e-3
 FORMS = ("told", "map", "told", "map", "caption", "map", "told", "map")  # of documents, step by step
 
 
@@ -158,7 +158,7 @@ def gate(llama, tokenizer, form, scenes=150):
     hits = {}
     prompts, checks = [], []
     for _ in range(scenes):
-        scene = draw_scene(rng)
+        scene = next(s for s in iter(lambda: draw_scene(rng), None) if s.unique())
         told = tokenizer.encode(tell(scene, rng) if form == "told" else draw_map(scene))
         before = [tokenizer.bos_token_id] + tokenizer.encode(SYSTEM + " USER: ") + told
         shape = rng.choice(scene.unique())

@@ -4,7 +4,8 @@
     python tests/golden/make.py --large    write nothing: compare our tower with theirs at ViT-L/14-224 and -336
 
 Each folder holds config.json and model.safetensors as transformers saved them, and reference.safetensors: inputs, and
-what transformers' own modules made of them. Weights are drawn large enough that no layer is close to the identity.
+what transformers' own modules made of them, attention written out ("eager") where ours is fused. Weights are drawn
+large enough that no layer is close to the identity.
 """
 
 import argparse
@@ -21,6 +22,7 @@ HERE = Path(__file__).parent
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14)
 TEXT = dict(vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=64, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
+EAGER = dict(attn_implementation="eager")
 IMAGE = 63  # transformers wants its image placeholder inside the vocabulary
 
 
@@ -45,14 +47,14 @@ def write(name, model, reference):
 
 
 def make_clip(generator):
-    tower = scramble(CLIPVisionModel(CLIPVisionConfig(**VISION)), 1)
+    tower = scramble(CLIPVisionModel(CLIPVisionConfig(**VISION, **EAGER)), 1)
     pixel_values = torch.randn(2, 3, 28, 28, generator=generator)
     hidden = tower(pixel_values, output_hidden_states=True).hidden_states
     write("clip", tower, {"pixel_values": pixel_values, "patches": hidden[-2][:, 1:]})
 
 
 def make_llama(generator):
-    llama = scramble(LlamaForCausalLM(LlamaConfig(**TEXT)), 2)
+    llama = scramble(LlamaForCausalLM(LlamaConfig(**TEXT, **EAGER)), 2)
     input_ids = torch.randint(3, 60, (2, 12), generator=generator)
     write("llama", llama, {"input_ids": input_ids, "logits": llama(input_ids).logits})
 
@@ -60,7 +62,7 @@ def make_llama(generator):
 def make_llava(generator):
     """Two rows of unlike length, an image in each, the answers supervised; what pads the shorter row is masked."""
     config = LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, projector_hidden_act="gelu",
-                         vision_feature_layer=-2, vision_feature_select_strategy="default")
+                         vision_feature_layer=-2, vision_feature_select_strategy="default", **EAGER)
     llava = scramble(LlavaForConditionalGeneration(config), 3)
     pixel_values = torch.randn(2, 3, 28, 28, generator=generator)
     words = torch.randint(3, 60, (2, 11), generator=generator)
@@ -86,7 +88,7 @@ def compare_large():
 
     worst = 0.0
     for side in (224, 336):
-        config = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=side, patch_size=14)
+        config = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=side, patch_size=14, **EAGER)
         theirs = scramble(CLIPVisionModel(config), 4)
         ours = CLIPVisionTower(OurConfig.from_dict(json.loads(config.to_json_string())))
         load_strictly(ours, vision_tensors(theirs.state_dict()), f"ViT-L/14-{side}")

@@ -1,0 +1,64 @@
+"""The shapes world is what it says it is."""
+
+import random
+
+import numpy as np
+
+from data import read_coco
+from shapes import NAMES, caption, converse, describe, draw_scene, phrase, render, write_world
+
+
+def scenes(count):
+    for i in range(count):
+        rng = random.Random(i)
+        yield draw_scene(rng), rng
+
+
+def test_boxes_are_tight_around_what_is_painted():
+    """All that differs from the background lies in a box, and touches the box's four sides, within two pixels."""
+    for scene, rng in scenes(60):
+        pixels = np.asarray(render(scene, rng)).astype(int)
+        painted = abs(pixels - np.array(scene.background)).max(-1) > 40
+        for shape in scene.shapes:
+            x1, y1, x2, y2 = shape.box_px
+            inside = np.zeros_like(painted)
+            inside[max(0, int(y1) - 2) : int(y2) + 3, max(0, int(x1) - 2) : int(x2) + 3] = True
+            rows, columns = np.nonzero(painted & inside)
+            if len(rows) > 50:  # else its colour is close to the background's
+                found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+                assert np.abs(np.subtract(found, shape.box_px)).max() < 5, (shape, found)
+        everything = np.zeros_like(painted)
+        for x1, y1, x2, y2 in (shape.box_px for shape in scene.shapes):
+            everything[max(0, int(y1) - 1) : int(y2) + 2, max(0, int(x1) - 1) : int(x2) + 2] = True
+        assert not (painted & ~everything).any()
+
+
+def test_captions_and_conversations_say_nothing_of_sides():
+    """What a model knows of left and right must come from coordinates or descriptions."""
+    for scene, rng in scenes(300):
+        told = caption(scene, rng) + " ".join(q + a for q, a in converse(scene, rng))
+        assert not {"left", "right", "above", "below", "top", "bottom", "side"} & set(told.replace(".", " ").replace("?", " ").split())
+        listed = [phrase(scene, shape) for shape in scene.shapes]
+        order = [told.index(words) for words in listed]
+        assert [scene.bigness(s) for s in scene.shapes] == sorted((scene.bigness(s) for s in scene.shapes), reverse=True) and len(order) == len(listed)
+
+
+def test_descriptions_are_true_of_one_shape():
+    for scene, rng in scenes(200):
+        for shape in scene.shapes:
+            words = describe(scene, shape, rng)
+            assert words.startswith(f"{shape.name} that is ") and shape.colour in words
+            if " left of the " in words:
+                other = next(s for s in scene.shapes if words.endswith(f"left of the {s.colour} {s.name}"))
+                assert shape.box_px[0] < other.box_px[0]
+
+
+def test_the_world_on_disk_is_a_coco_folder(tmp_path):
+    """The same seed writes the same world; every category is named; an image's conversations come along."""
+    for name in ("a", "b"):
+        write_world(tmp_path / name, {"train": 12, "val": 3}, seed=5)
+    assert (tmp_path / "a/instances_train.json").read_bytes() == (tmp_path / "b/instances_train.json").read_bytes()
+    world = tmp_path / "a"
+    records, left_out = read_coco(world / "instances_train.json", world / "images", world / "captions_train.json", world / "conversations_train.json")
+    assert len(records) == 12 and not left_out
+    assert all(record.captions and record.conversations and set(record.present) | set(record.absent) == set(NAMES) for record in records)

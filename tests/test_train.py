@@ -1,0 +1,163 @@
+"""Training is a function of its options: same losses again, after a kill, and on two processes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TEXT, VISION
+from safetensors.torch import load_file
+
+import train
+from checkpoint import write_json, write_tensors
+from clip_vit import CLIPVisionTower
+from llama import Llama
+from shapes import write_world
+from train import TrainConfig, lr_at, parse_config
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory, tokenizer):
+    """Flags for a run on 24 shapes images with a random model of width 32."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    for name, module, config in (("clip", CLIPVisionTower(VISION), VISION), ("llama", Llama(TEXT), TEXT)):
+        write_tensors(folder / name / "model.safetensors", {k if k.startswith("lm_head") else f"{'vision_' * (name == 'clip')}model.{k}": v
+                                                            for k, v in module.state_dict().items()})
+        write_json(folder / name / "config.json", vars(config))
+    (folder / "llama/tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    write_world(folder / "world", {"train": 24})
+    world = folder / "world"
+    return {"vision": str(folder / "clip"), "llm": str(folder / "llama"), "coco": str(world / "instances_train.json"), "images": str(world / "images"),
+            "captions": str(world / "captions_train.json"), "llava": str(world / "conversations_train.json"), "max_length": 400,
+            "steps": "4,6", "batch": "4", "questions": "3", "lr": "1e-2"}
+
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+def flags(options):
+    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_warm_up_is_linear_and_the_rest_half_a_cosine():
+    rates = [lr_at(step, 100, 1.0, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5) and rates[99] < 1e-3 and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+
+
+def test_flags_come_from_the_dataclass():
+    config = parse_config(TrainConfig, ["--steps", "3,5", "--lr", "1e-3", "--objectives", "loc,neg"])
+    assert (config.recipe(1).steps, config.recipe(2).steps, config.recipe(1).lr, config.recipe(2).lr) == (3, 5, 1e-3, 1e-3)
+    paper = TrainConfig(preset="paper").recipe(2)
+    assert (paper.batch, paper.lr, paper.warmup_ratio, paper.epochs) == (64, 2e-5, 0.3, 10), "Sec. 4.1"
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"steps": "1,2,3"}, "one for each of the stages"), ({"lr": "fast"}, "expected float"), ({"batch": "0"}, "positive"), ({"lr": "nan"}, "positive"),
+    ({"variant": "b"}, "--vision and --llm"), ({"coco": "x.json"}, "--images")])
+def test_options_that_cannot_be_meant_are_refused_first(options, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**options)
+
+
+def test_stage_one_moves_only_the_adapter_and_stage_two_llama_too(parts, tmp_path):
+    train.main(TrainConfig(**{**parts, "stages": "1", "steps": "3"}, out=str(tmp_path / "one")))
+    train.main(TrainConfig(**{**parts, "stages": "2", "steps": "3", "vision": "", "llm": ""}, init_from=str(tmp_path / "one"), out=str(tmp_path / "two")))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    tower, llama = load_file(Path(parts["vision"]) / "model.safetensors"), load_file(Path(parts["llm"]) / "model.safetensors")
+    for name in one:
+        part = name.split(".")[0]
+        moved = not torch.equal(one[name], two[name])
+        if part == "vision_tower":
+            assert torch.equal(one[name], tower[name.removeprefix("vision_tower.")]) and not moved
+        elif part == "language_model":
+            assert torch.equal(one[name], llama[name.removeprefix("language_model.")]) and moved, name
+        else:
+            assert moved
+
+
+def test_same_seed_same_losses_and_another_seed_others(parts, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train.main(TrainConfig(**parts, out=str(tmp_path / name), seed=seed))
+    a, b, c = (losses(tmp_path / name) for name in "abc")
+    assert a == b and a != c and len(a) == 10
+
+
+def test_accumulation_changes_nothing(parts, tmp_path):
+    """The mean is over the answer tokens of the whole batch, however it is cut."""
+    for name, micro in (("whole", 0), ("cut", 1)):
+        train.main(TrainConfig(**parts, out=str(tmp_path / name), micro_batch=micro))
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "cut"), rel=1e-5)
+
+
+def test_two_processes_equal_one(parts, tmp_path):
+    """torchrun with two gloo processes: the losses of one process with the same global batch, to 1e-5."""
+    train.main(TrainConfig(**parts, out=str(tmp_path / "one")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541", str(ROOT / "train.py")]
+    subprocess.run(command + flags({**parts, "out": tmp_path / "two"}), check=True, capture_output=True, timeout=240)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.parametrize("kill_after", [3, 6])
+def test_a_killed_run_resumes_to_the_same_bits(parts, tmp_path, kill_after):
+    """kill -9 in stage 1 and in stage 2; then --resume: weights, losses and steps equal those of a run left alone."""
+    train.main(TrainConfig(**parts, out=str(tmp_path / "whole"), save_every=2))
+    options = {**parts, "out": tmp_path / "killed", "save_every": 2}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in the same order
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags(options)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "killed" / "log.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None and not (log.exists() and log.read_text().count("\n") >= kill_after):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train.main(TrainConfig(**parts, out=str(tmp_path / "killed"), save_every=2, resume=True))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_a_run_is_never_written_over(parts, tmp_path):
+    config = TrainConfig(**{**parts, "steps": "1"}, out=str(tmp_path / "run"))
+    train.main(config)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train.main(config)
+    with pytest.raises(ValueError, match="lr was '1e-2', is '5e-3'"):
+        train.main(TrainConfig(**{**parts, "steps": "1", "lr": "5e-3"}, out=str(tmp_path / "run"), resume=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path):
+    """It says where and on what, and leaves the last good checkpoint."""
+    with pytest.raises(FloatingPointError, match=r"stage 2, step \d+, lr .*images \['"):
+        train.main(TrainConfig(**{**parts, "lr": "1e-3,1e38", "steps": "2,9"}, grad_clip=1e38, out=str(tmp_path / "run"), save_every=1))
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    assert all(math.isfinite(row) for row in losses(tmp_path / "run")) and state["step"] >= 1
+
+
+def test_a_missing_image_is_told_before_training(parts, tmp_path):
+    with pytest.raises(FileNotFoundError, match="24 of 24 images"):
+        train.main(TrainConfig(**{**parts, "images": str(tmp_path)}, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_writes_nothing(parts, tmp_path, capsys):
+    train.main(TrainConfig(**parts, out=str(tmp_path / "run"), dry_run=True))
+    out = capsys.readouterr().out
+    assert "frozen" in out and "«" in out and "patches (4, 4, 32)" in out and not (tmp_path / "run").exists()
+    train.main(TrainConfig(variant="l", dry_run=True, out=str(tmp_path / "run")))
+    assert "20,979,712" in capsys.readouterr().out, "the parameters of LocVLM-L's adapter"
+
+
+def test_a_small_model_overfits_a_few_examples(parts, tmp_path):
+    """Loss starts near log V and goes to almost nothing on four images asked the same way."""
+    train.main(TrainConfig(**{**parts, "stages": "2", "steps": "150", "lr": "5e-3"}, limit=4, objectives="rev", instruct_share=0.0, out=str(tmp_path / "run")))
+    found = losses(tmp_path / "run")
+    assert abs(found[0] - math.log(TEXT.vocab_size)) < 1 and found[-1] < 0.1
