@@ -52,15 +52,17 @@ def test_future_tokens_cannot_change_the_past(llama):
 
 
 def test_rotary_scores_depend_only_on_distance():
-    """A query at 7 and a key at 3 score as at 107 and 103, and not as at 7 and 4."""
+    """Scores of a query at any of 12 positions with a key at any are the same 100 positions on, and equal along diagonals only."""
     torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, 16)
+    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 12, 16)  # the same query and the same key at each position
 
-    def score(m, n):
-        return (rotate(q, *rotary(torch.tensor([[m]]), 16, 10000.0, q.dtype)) * rotate(k, *rotary(torch.tensor([[n]]), 16, 10000.0, k.dtype))).sum().item()
+    def scores(start):
+        cos, sin = rotary(torch.arange(start, start + 12)[None], 16, 10000.0, q.dtype)
+        return (rotate(q, cos, sin) @ rotate(k, cos, sin).mT)[0, 0]  # (12 queries, 12 keys)
 
-    assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
-    assert abs(score(7, 3) - score(7, 4)) > 1e-2
+    assert (scores(0) - scores(100)).abs().max() < 1e-4
+    assert all(scores(0).diagonal(distance).std() < 1e-5 for distance in range(-10, 11))
+    assert scores(0)[0].std() > 0.1
 
 
 # ----- generation

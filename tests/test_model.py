@@ -191,9 +191,13 @@ def test_prompt_image_and_padding_carry_no_loss(tokenizer):
             assert labels == [token for _, answer in turns for token in [*tokenizer.encode(answer), tokenizer.eos_token_id]]
 
 
-def test_the_loss_is_each_answer_token_predicted_from_what_precedes_it(make_model, tokenizer):
-    """By hand: log-probabilities of the answer tokens in one written-out row, shifted by one, averaged."""
-    model, row = make_model(), separate_rows(tokenizer, "v1")[0][0]
+@pytest.mark.parametrize("template", ["v1", "plain"])
+def test_the_loss_is_each_answer_token_predicted_from_what_precedes_it(make_model, tokenizer, template):
+    """By hand: log-probabilities of the answer tokens in one written-out row, shifted by one, averaged.
+
+    A caption's first token is predicted from the image's last patch.
+    """
+    model, row = make_model(), separate_rows(tokenizer, template)[0][0]
     ids, labels = torch.tensor([row["input_ids"]]), row["labels"]
     x = place_image(model.language_model.embed_tokens(ids.clamp(min=0)), model.adapter(model.vision_tower(pixel_values(1))), ids)
     predicted = F.log_softmax(model.language_model.lm_head(model.language_model.hidden(x))[0], dim=-1)
