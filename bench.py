@@ -22,8 +22,6 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
-from functools import partial
 from multiprocessing import get_context
 
 import torch
@@ -37,7 +35,6 @@ from train import keep_freed_memory
 
 VISION = CLIPVisionConfig(256, 1024, 6, 4, image_size=224)  # 256 patches, as ViT-L/14 at 224 px
 NAMES = ("dog", "cup", "traffic light", "orange", "dining table", "person", "bicycle", "laptop")
-SIZE = (640, 480)  # of the images that the boxes are in, pixels
 
 
 class StandInTokenizer:
@@ -49,7 +46,9 @@ class StandInTokenizer:
         self.ids = {}
 
     def encode(self, text):
-        pieces = re.findall(r"[A-Za-z]+| (?=\d)|\S|\n", text)  # LLaMA too gives a digit, and the space before it, a piece each
+        pieces = re.findall(
+            r"[A-Za-z]+| (?=\d)|\S|\n", text
+        )  # LLaMA too gives a digit, and the space before it, a piece each
         return [self.ids.setdefault(piece, 3 + len(self.ids)) for piece in pieces]
 
 
@@ -57,32 +56,40 @@ def model_config(args):
     """The stand-in; `transformers` has only the adapter of two layers."""
     width = args.hidden_size
     intermediate = -(-width * 8 // 3 // 32) * 32  # LLaMA's 8/3, to a multiple of 32
-    return LocVLMConfig(VISION, LlamaConfig(args.vocab_size, width, intermediate, args.layers, width // 64), "mlp2x_gelu")
+    return LocVLMConfig(
+        VISION, LlamaConfig(args.vocab_size, width, intermediate, args.layers, width // 64), "mlp2x_gelu"
+    )
 
 
-def questions_and_answers(args):
-    """(ids, labels) of k segments for each image, and the prefix before them all."""
+def make_batch(args, packed):
+    """The questions as our model takes them (data.collate): k to a row, or each in a row of its own with its image again."""
     rng, tokenizer, wording = random.Random(0), StandInTokenizer(), Wording(CoordFormat("ivb", VISION.image_size))
 
     def segment():
-        (x1, x2), (y1, y2) = (sorted(rng.sample(range(side), 2)) for side in SIZE)
-        answer = LOC_ANSWER.format(loc=wording.place((x1, y1, x2, y2), SIZE))
+        box_px = (
+            rng.randrange(140),
+            rng.randrange(105),
+            rng.randrange(140, 280),
+            rng.randrange(105, 210),
+        )  # bins of two digits
+        answer = LOC_ANSWER.format(loc=wording.place(box_px, (640, 480)))
         return encode_segment(tokenizer, "v1", [(loc_question(rng.choice(NAMES), wording, rng), answer)])
 
-    return encode_prefix(tokenizer, "v1", VISION.num_patches), [[segment() for _ in range(args.questions)] for _ in range(args.images)]
-
-
-def pixel_values(args):
-    return torch.randn(args.images, 3, VISION.image_size, VISION.image_size, generator=torch.Generator().manual_seed(1))
+    prefix = encode_prefix(tokenizer, "v1", VISION.num_patches)
+    segments = [[segment() for _ in range(args.questions)] for _ in range(args.images)]
+    images = torch.randn(
+        args.images, 3, VISION.image_size, VISION.image_size, generator=torch.Generator().manual_seed(1)
+    )
+    if not packed:
+        segments = [[one] for of_image in segments for one in of_image]
+        images = images.repeat_interleave(args.questions, dim=0)
+    return collate([pack(prefix, of_row, LlamaConfig.max_position_embeddings) for of_row in segments], list(images))
 
 
 def build_ours(args):
     """Our model's parameters by name, the call that gives the loss, and (rows, tokens) of its batch."""
-    config = model_config(args)
-    prefix, asked = questions_and_answers(args)
-    batch = collate([pack(prefix, segments, config.text_config.max_position_embeddings) for segments in asked])
-    model = LocVLM(config)
-    return dict(model.named_parameters()), partial(model, pixel_values(args), **batch), tuple(batch["input_ids"].shape)
+    model, batch = LocVLM(model_config(args)), make_batch(args, packed=True)
+    return dict(model.named_parameters()), lambda: model(**batch), tuple(batch["input_ids"].shape)
 
 
 def build_theirs(args):
@@ -90,24 +97,34 @@ def build_theirs(args):
     try:
         from transformers import LlavaConfig, LlavaForConditionalGeneration
     except ImportError as error:
-        raise ImportError(f"transformers is not here ({error}); bench.py compares with it; run `pip install transformers`") from None
-    config = model_config(args)
-    prefix, asked = questions_and_answers(args)
-    batch = collate([pack(prefix, [segment], config.text_config.max_position_embeddings) for segments in asked for segment in segments])
+        raise ImportError(
+            f"transformers is not here ({error}); bench.py compares with it; run `pip install transformers`"
+        ) from None
+    config, batch = model_config(args), make_batch(args, packed=False)
     placeholder = args.vocab_size - 1  # transformers wants it inside the vocabulary; no word has it
-    input_ids = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_ID, placeholder)
-    inputs = {"input_ids": input_ids, "labels": batch["labels"], "attention_mask": (batch["segments"] >= 0).long(),
-              "pixel_values": pixel_values(args).repeat_interleave(args.questions, dim=0)}
-    vision, text = {"model_type": "clip_vision_model", **asdict(config.vision_config)}, {"model_type": "llama", **asdict(config.text_config)}
-    model = LlavaForConditionalGeneration(LlavaConfig(vision, text, image_token_index=placeholder, vision_feature_layer=-2,
-                                                      vision_feature_select_strategy="default", projector_hidden_act="gelu"))
+    inputs = {
+        "input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_ID, placeholder),
+        "labels": batch["labels"],
+        "attention_mask": (batch["segments"] >= 0).long(),
+        "pixel_values": batch["pixel_values"],
+    }
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config={"model_type": "clip_vision_model", **vars(config.vision_config)},
+            text_config={"model_type": "llama", **vars(config.text_config)},
+            image_token_index=placeholder,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            projector_hidden_act="gelu",
+        )
+    )
     named = {our_name(name): p for name, p in model.named_parameters()}
-    return named, lambda: model(**inputs, use_cache=False).loss, tuple(input_ids.shape)
+    return named, lambda: model(**inputs, use_cache=False).loss, tuple(inputs["input_ids"].shape)
 
 
 def our_name(name):
     """A parameter of `transformers`' Llava -> what it is called in LocVLM."""
-    name = name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")  # the latter before transformers 5
+    name = name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")  # older versions
     return name.replace("multi_modal_projector.", "adapter.").replace("lm_head.", "language_model.lm_head.")
 
 
@@ -148,37 +165,56 @@ def measure(side, tuned, args):
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - began)
         losses.append(loss.item())
-    peak = memory("VmHWM")
-    return {"shape": shape, "parameters": sum(p.numel() for p in named.values()), "losses": losses,
-            "seconds": statistics.median(seconds[1:]), "peak": peak, "growth": peak - before}
-
-
-def in_fresh_process(*arguments):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure, *arguments).result()
+    return {
+        "shape": shape,
+        "parameters": sum(p.numel() for p in named.values()),
+        "losses": losses,
+        "seconds": statistics.median(seconds[1:]),
+        "peak": memory("VmHWM"),
+        "growth": memory("VmHWM") - before,
+    }
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for flag, default, what in (("images", 4, "images in a batch"), ("questions", 6, "questions on each image"), ("layers", 8, "layers of LLaMA"),
-                                ("hidden-size", 512, "its width, a multiple of 64"), ("vocab-size", 32000, "its vocabulary"),
-                                ("steps", 5, "steps to time, after a first one"), ("threads", 2, "threads of each process")):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    for flag, default, what in (
+        ("images", 4, "images in a batch"),
+        ("questions", 6, "questions on each image"),
+        ("layers", 8, "layers of LLaMA"),
+        ("hidden-size", 512, "its width, a multiple of 64"),
+        ("vocab-size", 32000, "its vocabulary"),
+        ("steps", 5, "steps to time, after a first one"),
+        ("threads", 2, "threads of each process"),
+    ):
         parser.add_argument("--" + flag, type=int, default=default, help=what)
     args = parser.parse_args(argv)
-
-    print(f"{args.questions} questions on each of {args.images} images, fp32, {args.threads} threads; forward, backward and AdamW, "
-          f"median of {args.steps} steps")
+    print(
+        f"{args.questions} questions on each of {args.images} images, fp32, {args.threads} threads; forward, backward and AdamW, "
+        f"median of {args.steps} steps"
+    )
     print("allocator  side    parameters  rows x tokens  s / step  peak GiB  over start GiB  loss at first, last step")
     for tuned in (True, False):
         name = "tuned" if tuned else "as it is"
-        results = {side: in_fresh_process(side, tuned, args) for side in ("theirs", "ours")}
-        for side, r in results.items():
-            print(f"{name:9}  {side:6}  {r['parameters'] / 1e6:8.1f} M  {'{} x {}'.format(*r['shape']):>13}  {r['seconds']:8.2f}  {r['peak']:8.2f}  "
-                  f"{r['growth']:14.2f}  {r['losses'][0]:.4f}, {r['losses'][-1]:.4f}")
+        results = {}
+        for side in ("theirs", "ours"):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+                r = results[side] = fresh.submit(measure, side, tuned, args).result()
+            print(
+                f"{name:9}  {side:6}  {r['parameters'] / 1e6:8.1f} M  {'{} x {}'.format(*r['shape']):>13}  {r['seconds']:8.2f}  {r['peak']:8.2f}  "
+                f"{r['growth']:14.2f}  {r['losses'][0]:.4f}, {r['losses'][-1]:.4f}",
+                flush=True,
+            )
         theirs, ours = results["theirs"], results["ours"]
-        assert abs(theirs["losses"][0] - ours["losses"][0]) < 5e-5, "the first losses differ: the sides do not compute the same"
-        print(f"{name:9}  {theirs['seconds'] / ours['seconds']:.2f} x as fast (goal: at least 4.5), {ours['peak'] / theirs['peak']:.3f} of the peak "
-              f"(goal: at most 0.28), {ours['growth'] / theirs['growth']:.3f} of what the steps add", flush=True)
+        assert abs(theirs["losses"][0] - ours["losses"][0]) < 5e-5, (
+            "the first losses differ: the sides do not compute the same"
+        )
+        print(
+            f"{name:9}  {theirs['seconds'] / ours['seconds']:.2f} x as fast (goal: at least 4.5), {ours['peak'] / theirs['peak']:.3f} of the peak "
+            f"(goal: at most 0.28), {ours['growth'] / theirs['growth']:.3f} of what the steps add",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

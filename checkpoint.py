@@ -18,7 +18,9 @@ def read_config(folder):
     """Read a folder's config.json as a dict."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}; expected a checkpoint folder with config.json and safetensors; check the path")
+        raise FileNotFoundError(
+            f"no {path}; expected a checkpoint folder with config.json and safetensors; check the path"
+        )
     return read_json(path)
 
 
@@ -27,7 +29,9 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); expected a complete file; was its download or copy cut short?") from None
+        raise ValueError(
+            f"{path} is not JSON ({error}); expected a complete file; was its download or copy cut short?"
+        ) from None
 
 
 def read_tensors(folder):
@@ -38,12 +42,14 @@ def read_tensors(folder):
     tensors = {}
     for name in names:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"no {folder / name}; expected {'every shard that ' + index.name + ' lists' if index.is_file() else 'a safetensors file'}; "
-                                    "download or copy it again")
+            expected = f"every shard that {index.name} lists" if index.is_file() else "a safetensors file"
+            raise FileNotFoundError(f"no {folder / name}; expected {expected}; download or copy it again")
         try:
             tensors.update(load_file(folder / name))
         except SafetensorError as error:
-            raise ValueError(f"{folder / name} is not a whole safetensors file ({error}); download or copy it again") from None
+            raise ValueError(
+                f"{folder / name} is not a whole safetensors file ({error}); download or copy it again"
+            ) from None
     return tensors
 
 
@@ -53,14 +59,19 @@ def load_strictly(module, tensors, source):
     complaints = {
         "missing": sorted(wanted.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - wanted.keys()),
-        "of another shape": [f"{name} {tuple(tensors[name].shape)}, expected {tuple(wanted[name].shape)}"
-                             for name in sorted(wanted.keys() & tensors.keys()) if tensors[name].shape != wanted[name].shape],
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)}, expected {tuple(wanted[name].shape)}"
+            for name in sorted(wanted.keys() & tensors.keys())
+            if tensors[name].shape != wanted[name].shape
+        ],
     }
     for what, names in complaints.items():
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"{source}: {len(names)} tensors {what}: {', '.join(names[:5])}{more}; "
-                             "expected what config.json describes; is this another model's file or config?")
+            raise ValueError(
+                f"{source}: {len(names)} tensors {what}: {', '.join(names[:5])}{more}; "
+                "expected what config.json describes; is this another model's file or config?"
+            )
     module.load_state_dict(tensors, strict=True)
 
 
@@ -71,6 +82,9 @@ def write_whole(path, write):
     temporary = path.with_name(path.name + f".tmp{os.getpid()}")
     try:
         write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # as any new file; safetensors makes its own private
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -38,11 +38,15 @@ class CLIPVisionConfig:
 
     def __post_init__(self):
         if self.hidden_act != "quick_gelu":
-            raise ValueError(f"hidden_act {self.hidden_act!r}; expected 'quick_gelu', CLIP's own; this tower has no other")
+            raise ValueError(
+                f"hidden_act {self.hidden_act!r}; expected 'quick_gelu', CLIP's own; this tower has no other"
+            )
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size}; expected a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size}; expected a multiple of num_attention_heads {self.num_attention_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size}; expected a multiple of num_attention_heads {self.num_attention_heads}"
+            )
 
     @property
     def num_patches(self):
@@ -52,7 +56,14 @@ class CLIPVisionConfig:
     def from_dict(cls, config):
         """Take what we know from a HF config, of the tower alone or of a whole CLIP (`vision_config`)."""
         config = config.get("vision_config", config)
-        defaults = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32)
+        defaults = dict(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            image_size=224,
+            patch_size=32,
+        )
         # HF leaves out of config.json what equals its own defaults, and those are ViT-B/32's
         return cls(**{**defaults, **{f.name: config[f.name] for f in fields(cls) if f.name in config}})
 
@@ -67,25 +78,32 @@ def open_image(path):
     Raises FileNotFoundError, or ValueError naming a file that is not a whole image.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no image file {path}; expected a JPEG, PNG or other image; check the folder and the name")
+        raise FileNotFoundError(
+            f"no image file {path}; expected a JPEG, PNG or other image; check the folder and the name"
+        )
     try:
         with Image.open(path) as image:
             image.load()
             if image.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion would clip it to white
-                return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+                return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert(
+                    "RGB"
+                )
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, not 8 or 16 bit")
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises them all
-        raise ValueError(f"{path} cannot be read as an image ({error}); expected a whole image file; replace or leave it out") from None
+        raise ValueError(
+            f"{path} cannot be read as an image ({error}); expected a whole image file; replace or leave it out"
+        ) from None
 
 
 def preprocess(image, side, geometry="squash"):
-    """Bring a PIL RGB image to the model's square and normalise it: float32 (3, side, side).
+    """Bring a PIL image to the model's square and normalise it: float32 (3, side, side).
 
     The rectangle that the square shows is `coords.window`, so boxes follow. Resampling is bicubic; `pad` fills with
     CLIP's mean colour, as LLaVA-1.5; `crop` resizes the shorter edge and cuts the middle, as CLIPImageProcessor.
     """
+    image = image.convert("RGB")
     if geometry == "pad":
         longer = max(image.size)
         square = Image.new("RGB", (longer, longer), tuple(int(255 * m) for m in MEAN))
@@ -126,7 +144,9 @@ class Attention(nn.Module):
             self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size))
 
     def forward(self, x):
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -169,7 +189,9 @@ class CLIPVisionTower(nn.Module):
         """Normalised images (B, 3, S, S) -> patches (B, P, Dv): hidden_states[-2] without the class token."""
         side = self.config.image_size
         if pixel_values.shape[1:] != (3, side, side):
-            raise ValueError(f"images of shape {tuple(pixel_values.shape)}; expected (B, 3, {side}, {side}); use clip_vit.preprocess")
+            raise ValueError(
+                f"images of shape {tuple(pixel_values.shape)}; expected (B, 3, {side}, {side}); use clip_vit.preprocess"
+            )
         x = self.pre_layrnorm(self.embeddings(pixel_values))
         for block in self.encoder["layers"][:-1]:
             x = block(x)
@@ -186,5 +208,8 @@ class CLIPVisionTower(nn.Module):
 def vision_tensors(tensors):
     """Keep the vision tower of a CLIP checkpoint, under our names."""
     other = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-    return {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()
-            if not name.startswith(other) and not name.endswith("position_ids")}
+    return {
+        name.removeprefix("vision_model."): tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(other) and not name.endswith("position_ids")
+    }

@@ -75,6 +75,7 @@ def iou(box_a, box_b):
     >>> iou((0, 0, 2, 2), (1, 1, 3, 3)) == 1 / 7
     True
     """
+
     def area(x1, y1, x2, y2):
         return max(0.0, x2 - x1) * max(0.0, y2 - y1)
 
@@ -108,11 +109,15 @@ class CoordFormat:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise ValueError(f"coordinate kind {self.kind!r}; expected one of {KINDS}; nfp, ivb and diga are the paper's")
+            raise ValueError(
+                f"coordinate kind {self.kind!r}; expected one of {KINDS}; nfp, ivb and diga are the paper's"
+            )
         if self.geometry not in GEOMETRIES:
             raise ValueError(f"geometry {self.geometry!r}; expected one of {GEOMETRIES}; squash is the default")
-        if self.patch < 1 or self.side < self.patch or self.side % self.patch:
-            raise ValueError(f"side {self.side}; expected a multiple of the patch size {self.patch}; use 224 or 336 for the paper's models")
+        if not isinstance(self.side, int) or self.patch < 1 or self.side < self.patch or self.side % self.patch:
+            raise ValueError(
+                f"side {self.side}; expected a multiple of the patch size {self.patch}; use 224 or 336 for the paper's models"
+            )
 
     @property
     def n_bins(self):
@@ -127,7 +132,7 @@ class CoordFormat:
 
     def unit_from_px(self, xy_px, size):
         """Map a box or point from original pixels to fractions of the model's square (may leave [0, 1] under crop)."""
-        left, top, width, height = window(size, self.geometry, self.side)
+        left, top, width, height = window(size, self.geometry, self.side)  # below: x at even places, y at odd ones
         return tuple((v - (top if i % 2 else left)) / (height if i % 2 else width) for i, v in enumerate(xy_px))
 
     def px_from_unit(self, xy_unit, size):
@@ -148,8 +153,10 @@ class CoordFormat:
         """Write a box. Under crop, the part that is seen. Raises ValueError for a box that is not one in this image."""
         x1, y1, x2, y2 = self._checked(box_px, size, 4)
         if x2 < 0 or y2 < 0 or x1 > 1 or y1 > 1:
-            raise ValueError(f"box {tuple(box_px)} is outside the {self.geometry} of an image of size {size}; "
-                             "expected some of it inside; drop it, or use geometry squash or pad")
+            raise ValueError(
+                f"box {tuple(box_px)} is outside the {self.geometry} of an image of size {size}; "
+                "expected some of it inside; drop it, or use geometry squash or pad"
+            )
         box_unit = tuple(min(max(0.0, v), 1.0) for v in (x1, y1, x2, y2))  # max(0.0, v): -0.0 becomes 0.0
         if self.kind == "nfp":
             return _text(box_unit, ".4f")
@@ -164,9 +171,11 @@ class CoordFormat:
     def encode_point(self, point_px, size):
         """Write a point, usually a box's centre. Raises ValueError for a point outside the image or its crop."""
         point_unit = self._checked(point_px, size, 2)
-        if not all(-1e-9 <= v <= 1 + 1e-9 for v in point_unit):
-            raise ValueError(f"point {tuple(point_px)} is outside the {self.geometry} of an image of size {size}; "
-                             "expected it inside; drop it, or use geometry squash or pad")
+        if not all(-1e-6 <= v <= 1 + 1e-6 for v in point_unit):
+            raise ValueError(
+                f"point {tuple(point_px)} is outside the {self.geometry} of an image of size {size}; "
+                "expected it inside; drop it, or use geometry squash or pad"
+            )
         point_unit = tuple(min(max(0.0, v), 1.0) for v in point_unit)
         if self.kind == "nfp":
             return _text(point_unit, ".4f")
@@ -184,13 +193,19 @@ class CoordFormat:
             raise ValueError(f"image size {size}; expected (width, height) in pixels; read it from the image file")
         xy_px = tuple(float(v) for v in xy_px)
         if len(xy_px) != length:
-            raise ValueError(f"{len(xy_px)} numbers {xy_px}; expected a {what}; COCO's (x, y, w, h) must be converted first")
+            raise ValueError(
+                f"{len(xy_px)} numbers {xy_px}; expected a {what}; COCO's (x, y, w, h) must be converted first"
+            )
         wrong = fault(xy_px, size)
         if wrong:
-            raise ValueError(f"{xy_px} is {wrong}; expected a {what} in pixels of an image of size {size}; fix or drop it")
+            raise ValueError(
+                f"{xy_px} is {wrong}; expected a {what} in pixels of an image of size {size}; fix or drop it"
+            )
         if max(xy_px) <= 1 < min(size) and any(v % 1 for v in xy_px):
-            raise ValueError(f"{xy_px} looks like fractions; expected a {what} in pixels of an image of size {size}; "
-                             "multiply by width and height")
+            raise ValueError(
+                f"{xy_px} looks like fractions; expected a {what} in pixels of an image of size {size}; "
+                "multiply by width and height"
+            )
         return self.unit_from_px(xy_px, size)
 
     def _bins(self, xy_unit):
@@ -224,7 +239,9 @@ class CoordFormat:
         points_px = []
         for numbers in _read(text, 4 if self.kind == "diga" else 2):
             if self.kind == "diga":
-                numbers = tuple(n * self.patch + self.patch // 2 + d for n, d in zip(numbers[:2], numbers[2:], strict=True))
+                numbers = tuple(
+                    n * self.patch + self.patch // 2 + d for n, d in zip(numbers[:2], numbers[2:], strict=True)
+                )
             points_px.append(self._px_from_numbers(numbers, size))
         return points_px
 
@@ -238,7 +255,7 @@ def _text(numbers, spec="d"):
 
 
 def _read(text, count):
-    """Find every bracket that holds exactly `count` finite numbers, separated by commas or spaces."""
+    """Find every bracket that holds exactly `count` numbers below a billion, separated by commas or spaces."""
     between = r"(?:\s*,\s*|\s+)"
     pattern = r"[(\[]\s*" + between.join([_NUMBER] * count) + r"\s*[)\]]"
     found = (tuple(float(n) for n in match.groups()) for match in re.finditer(pattern, text))

@@ -27,8 +27,9 @@ import numpy as np
 import torch
 
 from checkpoint import read_json
-from clip_vit import open_image, preprocess
+from clip_vit import CLIPVisionConfig, open_image, preprocess
 from coords import CoordFormat, fault
+from llama import Tokenizer
 
 IMAGE_ID = -200  # stands in input_ids for each patch of an image (LLaVA's choice: no vocabulary has it)
 IGNORE = -100  # label of a token without loss
@@ -52,12 +53,24 @@ NEG_ANSWER = "There is no such object in the image"
 REV_ANSWER = "There is a {category}."
 OBJECTIVES = ("loc", "neg", "rev")
 # App. E; it gives no wording for above and below, so that one is ours
-SIDE_PROMPTS = {"across": "Which side of {obj_1} is {obj_2} located?", "along": "Is {obj_2} located above or below {obj_1}?"}
-SIDE_ANSWERS = {side: "{obj_2} is located " + words + " {obj_1}." for side, words in
-                {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}.items()}
+SIDE_PROMPTS = {
+    "across": "Which side of {obj_1} is {obj_2} located?",
+    "along": "Is {obj_2} located above or below {obj_1}?",
+}
+SIDE_ANSWERS = {
+    side: "{obj_2} is located " + words + " {obj_1}."
+    for side, words in {
+        "left": "to the left of",
+        "right": "to the right of",
+        "above": "above",
+        "below": "below",
+    }.items()
+}
 
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")  # Vicuna v1
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)  # Vicuna v1
 
 
 def article(words):
@@ -99,7 +112,11 @@ def box_from_xywh(bbox):
 
 def box_problem(bbox, size):
     """Say what is wrong with a COCO bbox (x, y, w, h), or None; a hundredth of a pixel over the edge is rounding."""
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in bbox):
+    if (
+        not isinstance(bbox, list)
+        or len(bbox) != 4
+        or not all(isinstance(v, int | float) and math.isfinite(v) for v in bbox)
+    ):
         return "is not four finite numbers"
     if bbox[2] <= 0 or bbox[3] <= 0:
         return "has no area"
@@ -112,9 +129,15 @@ def read_instances(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no annotation file {path}; expected COCO's instances_*.json; check the path")
     coco = read_json(path)
-    lacking = [key for key in ("images", "annotations", "categories") if not isinstance(coco, dict) or not isinstance(coco.get(key), list)]
+    lacking = [
+        key
+        for key in ("images", "annotations", "categories")
+        if not isinstance(coco, dict) or not isinstance(coco.get(key), list)
+    ]
     if lacking:
-        raise ValueError(f"{path} lacks the lists {lacking}; expected COCO's instances_*.json; captions and LLaVA files have flags of their own")
+        raise ValueError(
+            f"{path} lacks the lists {lacking}; expected COCO's instances_*.json; captions and LLaVA files have flags of their own"
+        )
     return coco
 
 
@@ -154,11 +177,22 @@ def read_coco(instances, images, captions=None, conversations=None):
                 left_out[f"boxes where the box {problem.split(' of size')[0]}"] += 1
             elif count[a["category_id"]] == 1:
                 x1, y1, x2, y2 = box_from_xywh(a["bbox"])
-                objects.append(Object(names[a["category_id"]], (x1, y1, min(x2, size[0]), min(y2, size[1])), a.get("description")))
+                objects.append(
+                    Object(names[a["category_id"]], (x1, y1, min(x2, size[0]), min(y2, size[1])), a.get("description"))
+                )
         present = sorted({names[c] for c in count})
-        records.append(Record(str(image["id"]), Path(images) / image["file_name"], size, tuple(objects), tuple(present),
-                              tuple(name for name in names.values() if name not in present),
-                              tuple(told.get(image["id"], ())), tuple(talks.pop(image["file_name"], ()))))
+        records.append(
+            Record(
+                str(image["id"]),
+                Path(images) / image["file_name"],
+                size,
+                tuple(objects),
+                tuple(present),
+                tuple(name for name in names.values() if name not in present),
+                tuple(told.get(image["id"], ())),
+                tuple(talks.pop(image["file_name"], ())),
+            )
+        )
     if talks:
         left_out["conversations about images that the instances file lacks"] += len(talks)
     return records, left_out
@@ -171,9 +205,13 @@ def read_llava(path):
         try:
             said = [(turn["from"], turn["value"]) for turn in row["conversations"]]
         except (KeyError, TypeError):
-            raise ValueError(f"{path}: a row is {str(row)[:80]}; expected LLaVA's id, image, conversations [{{from, value}}]; convert it") from None
+            raise ValueError(
+                f"{path}: a row is {str(row)[:80]}; expected LLaVA's id, image, conversations [{{from, value}}]; convert it"
+            ) from None
         if [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2) or not said:
-            raise ValueError(f"{path}: row {row.get('id')!r} has turns {[who for who, _ in said]}; expected human and gpt in turn; fix the row")
+            raise ValueError(
+                f"{path}: row {row.get('id')!r} has turns {[who for who, _ in said]}; expected human and gpt in turn; fix the row"
+            )
         texts = [text.replace("<image>", "").strip() for _, text in said]
         yield row.get("image"), tuple(zip(texts[0::2], texts[1::2], strict=True))
 
@@ -186,7 +224,9 @@ def read_records(images, coco=None, llava=None, captions=None):
         raise ValueError("no data; expected --coco instances.json or --llava chat.json, with --images; give one")
     records = []
     for index, (file_name, turns) in enumerate(read_llava(llava)):
-        records.append(Record(str(index), Path(images) / file_name, (0, 0), captions=(turns[0][1],), conversations=(turns,)))
+        records.append(
+            Record(str(index), Path(images) / file_name, (0, 0), captions=(turns[0][1],), conversations=(turns,))
+        )
     return records, Counter()
 
 
@@ -227,6 +267,7 @@ def draw_questions(record, wording, rng, descriptions=None):
     LocPred and RevLoc for each unique object, NegPred for absent categories (Sec. 3.3, App. B).
     descriptions: category -> descriptions of it in other images, which NegPred may borrow.
     """
+
     def called(name, description):
         if wording.words == "name" or description is None or (wording.words == "mixed" and rng.random() < 0.5):
             return name
@@ -237,9 +278,17 @@ def draw_questions(record, wording, rng, descriptions=None):
     for o in objects:
         where = wording.place(o.box_px, record.size)
         if "loc" in wording.objectives:
-            pairs.append(("loc", loc_question(called(o.name, o.description), wording, rng), LOC_ANSWER.format(loc=where)))
+            pairs.append(
+                ("loc", loc_question(called(o.name, o.description), wording, rng), LOC_ANSWER.format(loc=where))
+            )
         if "rev" in wording.objectives:
-            pairs.append(("rev", rng.choice(REV_PROMPTS).format(loc=where), REV_ANSWER.format(category=called(o.name, o.description))))
+            pairs.append(
+                (
+                    "rev",
+                    rng.choice(REV_PROMPTS).format(loc=where),
+                    REV_ANSWER.format(category=called(o.name, o.description)),
+                )
+            )
     if "neg" in wording.objectives and record.absent:
         wanted = wording.neg_ratio * max(1, len(objects))
         count = min(int(wanted) + (rng.random() < wanted % 1), len(record.absent))
@@ -278,7 +327,10 @@ def encode_segment(tokenizer, template, turns):
         if template == "plain":
             asked, said = [], tokenizer.encode(answer + "\n")
         else:
-            asked, said = encode_question(tokenizer, question, index == 0), tokenizer.encode(answer) + [tokenizer.eos_token_id]
+            asked, said = (
+                encode_question(tokenizer, question, index == 0),
+                tokenizer.encode(answer) + [tokenizer.eos_token_id],
+            )
         ids += asked + said
         labels += [IGNORE] * len(asked) + said
     return ids, labels
@@ -290,11 +342,18 @@ def pack(prefix, segments, max_length):
     input_ids, labels; `segments` 0 for the prefix, 1..k; `positions` continue from the prefix in each segment. A
     segment is cut where its position reaches max_length; one with no supervised token left is an error.
     """
-    row = {"input_ids": list(prefix), "labels": [IGNORE] * len(prefix), "segments": [0] * len(prefix), "positions": list(range(len(prefix)))}
+    row = {
+        "input_ids": list(prefix),
+        "labels": [IGNORE] * len(prefix),
+        "segments": [0] * len(prefix),
+        "positions": list(range(len(prefix))),
+    }
     for number, (ids, labels) in enumerate(segments, start=1):
         ids, labels = ids[: max_length - len(prefix)], labels[: max_length - len(prefix)]
         if all(label == IGNORE for label in labels):
-            raise ValueError(f"a question leaves no room for its answer in {max_length} tokens, {len(prefix)} of them before it; raise max_length")
+            raise ValueError(
+                f"a question leaves no room for its answer in {max_length} tokens, {len(prefix)} of them before it; raise max_length"
+            )
         row["input_ids"] += ids
         row["labels"] += labels
         row["segments"] += [number] * len(ids)
@@ -306,7 +365,10 @@ def collate(rows, images=None):
     """Right-pad rows to one length: dict of long (B, T); padding has segment -1. `images`: list of (3, S, S) or None."""
     longest = max(len(row["input_ids"]) for row in rows)
     filler = {"input_ids": 0, "labels": IGNORE, "segments": -1, "positions": 0}
-    batch = {key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows]) for key, fill in filler.items()}
+    batch = {
+        key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
+        for key, fill in filler.items()
+    }
     if images is not None:
         batch["pixel_values"] = torch.stack(images)
     return batch
@@ -320,7 +382,18 @@ def permutation(seed, epoch, length):
 class Examples:
     """Records as training rows: `row(index, epoch)` draws one; what it draws is a function of (seed, epoch, index) alone."""
 
-    def __init__(self, records, tokenizer, vision, wording, template="v1", questions=4, instruct_share=0.5, max_length=2048, seed=0):
+    def __init__(
+        self,
+        records,
+        tokenizer,
+        vision,
+        wording,
+        template="v1",
+        questions=4,
+        instruct_share=0.5,
+        max_length=2048,
+        seed=0,
+    ):
         self.tokenizer, self.wording, self.template = tokenizer, wording, template
         self.questions, self.instruct_share, self.max_length, self.seed = questions, instruct_share, max_length, seed
         self.prefix = encode_prefix(tokenizer, template, vision.num_patches)
@@ -331,14 +404,21 @@ class Examples:
                     self.descriptions.setdefault(o.name, []).append(o.description)
         self.records = [record for record in records if self.turns(record, random.Random(0))]
         if not self.records:
-            raise ValueError(f"none of {len(records)} images has anything to say for template {template!r} and objectives {wording.objectives}; "
-                             "expected captions, conversations or unique objects; check the data flags")
+            raise ValueError(
+                f"none of {len(records)} images has anything to say for template {template!r} and objectives {wording.objectives}; "
+                "expected captions, conversations or unique objects; check the data flags"
+            )
 
     def turns(self, record, rng):
         """Draw the k segments of one row, each a conversation: captions in stage 1, else objectives and instructions."""
         if self.template == "plain":
-            return rng.sample([(("", caption),) for caption in record.captions], min(self.questions, len(record.captions)))
-        located = [((question, answer),) for _, question, answer in draw_questions(record, self.wording, rng, self.descriptions)]
+            return rng.sample(
+                [(("", caption),) for caption in record.captions], min(self.questions, len(record.captions))
+            )
+        located = [
+            ((question, answer),)
+            for _, question, answer in draw_questions(record, self.wording, rng, self.descriptions)
+        ]
         talks = rng.sample(record.conversations, len(record.conversations))
         share = self.instruct_share if located else 1.0
         wanted = int(share * self.questions + rng.random())
@@ -423,10 +503,37 @@ def check(coco, images):
     return problems
 
 
+def show(args):
+    """Print examples as the model will read them."""
+    records, left_out = read_records(args.images, args.coco, args.llava, args.captions)
+    wording = Wording(CoordFormat(args.kind, args.side), location=args.location, words=args.words)
+    examples = Examples(
+        records,
+        Tokenizer(args.tokenizer),
+        CLIPVisionConfig(image_size=args.side),
+        wording,
+        args.template,
+        seed=args.seed,
+    )
+    for index in range(min(args.number, len(examples.records))):
+        row, image, record = examples.row(*examples.order(index))
+        print(
+            f"--- image {record.id}  {record.image}  {record.size[0]} x {record.size[1]} px -> {tuple(image.shape)}, {len(row['input_ids'])} tokens"
+        )
+        print(marked(examples.tokenizer, row))
+    for what, count in left_out.items():
+        print(f"left out: {count} {what}")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Look at training data, or check it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Look at training data, or check it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("show", "print examples, what carries loss between « and »"), ("check", "list missing or unreadable images and bad boxes")):
+    for name, text in (
+        ("show", "print examples, what carries loss between « and »"),
+        ("check", "list missing or unreadable images and bad boxes"),
+    ):
         sub = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.add_argument("--coco", required=True, help="instances_*.json")
         sub.add_argument("--images", required=True, help="folder of the images")
@@ -434,10 +541,16 @@ def main(argv=None):
             sub.add_argument("--llava", help="LLaVA-format conversations about the same images")
             sub.add_argument("--captions", help="captions_*.json")
             sub.add_argument("--tokenizer", default="tiny/llama", help="folder with tokenizer.model")
-            sub.add_argument("--template", choices=("v1", "plain"), default="v1", help="v1: stage 2; plain: captions of stage 1")
-            sub.add_argument("--kind", choices=("nfp", "ivb", "diga"), default="ivb", help="how coordinates are written")
+            sub.add_argument(
+                "--template", choices=("v1", "plain"), default="v1", help="v1: stage 2; plain: captions of stage 1"
+            )
+            sub.add_argument(
+                "--kind", choices=("nfp", "ivb", "diga"), default="ivb", help="how coordinates are written"
+            )
             sub.add_argument("--location", choices=("box", "point"), default="box", help="what a location is")
-            sub.add_argument("--words", choices=("name", "description", "mixed"), default="name", help="what names an object")
+            sub.add_argument(
+                "--words", choices=("name", "description", "mixed"), default="name", help="what names an object"
+            )
             sub.add_argument("--side", type=int, default=224, help="of the model's square image")
             sub.add_argument("--number", type=int, default=3, help="how many images")
             sub.add_argument("--seed", type=int, default=0, help="of the draw")
@@ -446,19 +559,11 @@ def main(argv=None):
         problems = check(args.coco, args.images)
         coco = read_instances(args.coco)
         print("\n".join(problems[:1000]))
-        print(f"{len(coco['images'])} images, {len(coco['annotations'])} annotations, {len(coco['categories'])} categories: {len(problems) or 'no'} problems")
+        print(
+            f"{len(coco['images'])} images, {len(coco['annotations'])} annotations, {len(coco['categories'])} categories: {len(problems) or 'no'} problems"
+        )
         sys.exit(1 if problems else 0)
-    from clip_vit import CLIPVisionConfig
-    from llama import Tokenizer
-    records, left_out = read_records(args.images, args.coco, args.llava, args.captions)
-    wording = Wording(CoordFormat(args.kind, args.side), location=args.location, words=args.words)
-    examples = Examples(records, Tokenizer(args.tokenizer), CLIPVisionConfig(image_size=args.side), wording, args.template, seed=args.seed)
-    for index in range(min(args.number, len(examples.records))):
-        row, image, record = examples.row(*examples.order(index))
-        print(f"--- image {record.id}  {record.image}  {record.size[0]} x {record.size[1]} px -> {tuple(image.shape)}, {len(row['input_ids'])} tokens")
-        print(marked(examples.tokenizer, row))
-    for what, count in left_out.items():
-        print(f"left out: {count} {what}")
+    show(args)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,20 @@ import shapes
 from checkpoint import write_json, write_whole
 from clip_vit import MEAN, open_image
 from coords import fault, iou
-from data import (LOC_PROMPTS, NEG_ANSWER, REV_PROMPTS, SIDE_PROMPTS, Record, Wording, article, loc_question, read_coco)
+from data import LOC_PROMPTS, NEG_ANSWER, REV_PROMPTS, SIDE_PROMPTS, Record, Wording, article, loc_question, read_coco
 from model import LocVLM, sha256
 
 PAPER = {  # LocVLM-B, percent
-    "spatial": {"across": 69.5, "across left": 79.7, "across right": 59.2, "along": 65.4, "along above": 64.2, "along below": 65.9,
-                "icl across": 76.5, "icl along": 74.1},
+    "spatial": {
+        "across": 69.5,
+        "across left": 79.7,
+        "across right": 59.2,
+        "along": 65.4,
+        "along above": 64.2,
+        "along below": 65.9,
+        "icl across": 76.5,
+        "icl along": 74.1,
+    },
     "hal": {"accuracy": 88.3},
 }
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
@@ -62,8 +70,12 @@ class Item:
 
 def locpred_items(records, wording, rng):
     """LocPred for every object that is alone of its category."""
-    return [Item(f"{r.id}:{o.name}", r, loc_question(o.name, wording, rng), {"name": o.name, "box_px": o.box_px})
-            for r in records for o in r.objects if wording.can_place(o.box_px, r.size)]
+    return [
+        Item(f"{r.id}:{o.name}", r, loc_question(o.name, wording, rng), {"name": o.name, "box_px": o.box_px})
+        for r in records
+        for o in r.objects
+        if wording.can_place(o.box_px, r.size)
+    ]
 
 
 def judge_locpred(item, wording):
@@ -72,7 +84,9 @@ def judge_locpred(item, wording):
     if wording.location == "point":
         points_px = wording.fmt.decode_points(item.answer, item.record.size)
         item.boxes_px = tuple((x - 2, y - 2, x + 2, y + 2) for x, y in points_px[:1])
-        item.correct = bool(points_px) and box_px[0] <= points_px[0][0] <= box_px[2] and box_px[1] <= points_px[0][1] <= box_px[3]
+        item.correct = (
+            bool(points_px) and box_px[0] <= points_px[0][0] <= box_px[2] and box_px[1] <= points_px[0][1] <= box_px[3]
+        )
     else:
         item.boxes_px = tuple(wording.fmt.decode_boxes(item.answer, item.record.size)[:1])
         item.truth["iou"] = iou(item.boxes_px[0], box_px) if item.boxes_px else 0.0
@@ -81,15 +95,21 @@ def judge_locpred(item, wording):
 
 def locpred_metrics(items):
     found = [item for item in items if item.boxes_px]
-    return {"acc@0.5": mean(item.correct for item in items), "mean IoU": mean(item.truth.get("iou", 0.0) for item in items),
-            "no box": mean(not item.boxes_px for item in items),
-            "box outside image": mean(bool(fault(item.boxes_px[0], item.record.size)) for item in found)}
+    return {
+        "acc@0.5": mean(item.correct for item in items),
+        "mean IoU": mean(item.truth.get("iou", 0.0) for item in items),
+        "no box": mean(not item.boxes_px for item in items),
+        "box outside image": mean(bool(fault(item.boxes_px[0], item.record.size)) for item in found),
+    }
 
 
 def negpred_items(records, wording, rng):
     """NegPred: as many absent categories as there are unique objects, at least one an image."""
-    return [Item(f"{r.id}:{name}", r, loc_question(name, wording, rng), {"name": name})
-            for r in records for name in rng.sample(r.absent, min(len(r.absent), max(1, len(r.objects))))]
+    return [
+        Item(f"{r.id}:{name}", r, loc_question(name, wording, rng), {"name": name})
+        for r in records
+        for name in rng.sample(r.absent, min(len(r.absent), max(1, len(r.objects))))
+    ]
 
 
 def judge_negpred(item, wording):
@@ -103,9 +123,17 @@ def negpred_metrics(items):
 
 def revloc_items(records, wording, rng):
     """RevLoc for every object that is alone of its category. What may be named: every category of the data."""
-    return [Item(f"{r.id}:{o.name}", r, rng.choice(REV_PROMPTS).format(loc=wording.place(o.box_px, r.size)),
-                 {"name": o.name, "box_px": o.box_px, "names": sorted(r.present + r.absent)})
-            for r in records for o in r.objects if wording.can_place(o.box_px, r.size)]
+    return [
+        Item(
+            f"{r.id}:{o.name}",
+            r,
+            rng.choice(REV_PROMPTS).format(loc=wording.place(o.box_px, r.size)),
+            {"name": o.name, "box_px": o.box_px, "names": sorted(r.present + r.absent)},
+        )
+        for r in records
+        for o in r.objects
+        if wording.can_place(o.box_px, r.size)
+    ]
 
 
 def first_named(text, names):
@@ -114,7 +142,11 @@ def first_named(text, names):
     >>> first_named("There is a wine glass on the table", ["glass", "table", "wine glass"])
     'wine glass'
     """
-    found = [(match.start(), -len(name), name) for name in names if (match := re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE))]
+    found = [
+        (match.start(), -len(name), name)
+        for name in names
+        if (match := re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE))
+    ]
     return min(found)[2] if found else None
 
 
@@ -124,7 +156,10 @@ def judge_revloc(item, wording):
 
 
 def revloc_metrics(items):
-    return {"name accuracy": mean(item.correct for item in items), "named nothing": mean(item.truth["named"] is None for item in items)}
+    return {
+        "name accuracy": mean(item.correct for item in items),
+        "named nothing": mean(item.truth["named"] is None for item in items),
+    }
 
 
 def spatial_triplets(records, rng, axis):
@@ -157,16 +192,41 @@ def spatial_items(records, wording, rng):
                 return ask.format(obj_1=f"the {first.name}", obj_2=f"the {second.name}")
 
             # where obj_2 lies, seen from obj_1
-            items.append(Item(f"{record.id}:{name}:direct", record, question(a, b), {"setting": name, "word": other, "objects": [a.name, b.name]}))
-            examples = [f"Q: {question(a, b)} A: {says.format(b.name, other, a.name)}", f"Q: {question(b, a)} A: {says.format(a.name, side, b.name)}"]
+            items.append(
+                Item(
+                    f"{record.id}:{name}:direct",
+                    record,
+                    question(a, b),
+                    {"setting": name, "word": other, "objects": [a.name, b.name]},
+                )
+            )
+            examples = [
+                f"Q: {question(a, b)} A: {says.format(b.name, other, a.name)}",
+                f"Q: {question(b, a)} A: {says.format(a.name, side, b.name)}",
+            ]
             rng.shuffle(examples)
             final = f"Q: {question(c, a)}"
-            items.append(Item(f"{record.id}:{name}:icl", record, " ".join([*examples, final]),
-                              {"setting": f"icl {name}", "word": side, "objects": [c.name, a.name]}))
+            items.append(
+                Item(
+                    f"{record.id}:{name}:icl",
+                    record,
+                    " ".join([*examples, final]),
+                    {"setting": f"icl {name}", "word": side, "objects": [c.name, a.name]},
+                )
+            )
             if name == "across":
-                examples = [f"Q: {question(a, b)} A: {says.format(a.name, side, b.name)}", f"Q: {question(b, a)} A: {says.format(b.name, other, a.name)}"]
-                items.append(Item(f"{record.id}:{name}:icl verbatim", record, " ".join([*examples, final]),
-                                  {"setting": "icl verbatim", "word": side, "objects": [c.name, a.name]}))
+                examples = [
+                    f"Q: {question(a, b)} A: {says.format(a.name, side, b.name)}",
+                    f"Q: {question(b, a)} A: {says.format(b.name, other, a.name)}",
+                ]
+                items.append(
+                    Item(
+                        f"{record.id}:{name}:icl verbatim",
+                        record,
+                        " ".join([*examples, final]),
+                        {"setting": "icl verbatim", "word": side, "objects": [c.name, a.name]},
+                    )
+                )
     return items
 
 
@@ -199,7 +259,10 @@ def hal_items(records, wording, rng):
     for r in records:
         count = min(2, len(r.present), len(r.absent))
         for label, names in (("yes", rng.sample(r.present, count)), ("no", rng.sample(r.absent, count))):
-            items += [Item(f"{r.id}:{name}", r, f"Is there {article(name)} in the image?", {"label": label, "name": name}) for name in names]
+            items += [
+                Item(f"{r.id}:{name}", r, f"Is there {article(name)} in the image?", {"label": label, "name": name})
+                for name in names
+            ]
     return items
 
 
@@ -220,8 +283,13 @@ def hal_metrics(items):
     """Accuracy, precision, recall, F1 and yes ratio, all from one confusion matrix."""
     count = Counter((item.truth["label"], not says_no(item.answer)) for item in items)
     tp, fp, fn = count["yes", True], count["no", True], count["yes", False]
-    return {"accuracy": mean(item.correct for item in items), "precision": tp / (tp + fp) if tp + fp else 0.0, "recall": tp / (tp + fn) if tp + fn else 0.0,
-            "F1": 2 * tp / (2 * tp + fp + fn) if tp else 0.0, "says yes": (tp + fp) / len(items) if items else 0.0}
+    return {
+        "accuracy": mean(item.correct for item in items),
+        "precision": tp / (tp + fp) if tp + fp else 0.0,
+        "recall": tp / (tp + fn) if tp + fn else 0.0,
+        "F1": 2 * tp / (2 * tp + fp + fn) if tp else 0.0,
+        "says yes": (tp + fp) / len(items) if items else 0.0,
+    }
 
 
 TASKS = {
@@ -255,7 +323,9 @@ def answer_all(model, items, batch, max_new_tokens, temperature, seed, blind):
     for start in range(0, len(groups), batch):
         part = groups[start : start + batch]
         images = [blank(group[0].record.size) if blind else open_image(group[0].record.image) for group in part]
-        answers = model.generate(images, [[item.question for item in group] for group in part], max_new_tokens, temperature, seed)
+        answers = model.generate(
+            images, [[item.question for item in group] for group in part], max_new_tokens, temperature, seed
+        )
         for group, said in zip(part, answers, strict=True):
             for item, answer in zip(group, said, strict=True):
                 item.answer = answer
@@ -299,9 +369,19 @@ def overlay(items, path, wording):
     shown = [item for item in items if item.correct][:4] + [item for item in items if not item.correct][:4]
     cards = []
     for item in shown:
-        truth = [item.truth["box_px"]] if "box_px" in item.truth else [o.box_px for o in item.record.objects if o.name in item.truth.get("objects", ())]
+        truth = (
+            [item.truth["box_px"]]
+            if "box_px" in item.truth
+            else [o.box_px for o in item.record.objects if o.name in item.truth.get("objects", ())]
+        )
         boxes = [(box_px, "lime") for box_px in truth] + [(box_px, "blue") for box_px in item.boxes_px]
-        cards.append(draw(open_image(item.record.image), boxes, [("right: " if item.correct else "wrong: ") + item.question, "-> " + item.answer[:160]]))
+        cards.append(
+            draw(
+                open_image(item.record.image),
+                boxes,
+                [("right: " if item.correct else "wrong: ") + item.question, "-> " + item.answer[:160]],
+            )
+        )
     if cards:
         contact_sheet(cards, path)
 
@@ -312,7 +392,9 @@ def ask(model, image_path, question, out, max_new_tokens, temperature, seed):
     fmt = model.config.coord_format()
     [[answer]] = model.generate([image], [[question]], max_new_tokens, temperature, seed)
     print(answer)
-    boxes = [(box_px, "lime") for box_px in fmt.decode_boxes(question, image.size)] + [(box_px, "blue") for box_px in fmt.decode_boxes(answer, image.size)]
+    boxes = [(box_px, "lime") for box_px in fmt.decode_boxes(question, image.size)] + [
+        (box_px, "blue") for box_px in fmt.decode_boxes(answer, image.size)
+    ]
     for text, colour in ((question, "lime"), (answer, "blue")):
         boxes += [((x - 3, y - 3, x + 3, y + 3), colour) for x, y in fmt.decode_points(text, image.size)]
     picture = draw(image, boxes, [question, "-> " + answer], width=max(448, image.width))
@@ -326,7 +408,13 @@ def ask(model, image_path, question, out, max_new_tokens, temperature, seed):
 def git_commit():
     """The commit of this code, or None outside a checkout."""
     try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
         return done.stdout.strip() or None
     except OSError:
         return None
@@ -352,10 +440,32 @@ def run_task(task, model, records, wording, args, provenance):
         judge(item, wording)
     metrics = summarise(items)
     folder = Path(args.run) / ("eval_blind" if args.blind else "eval")
-    rows = [{"id": i.id, "image": str(i.record.image), "question": i.question, "answer": i.answer, "correct": i.correct,
-             **{k: v for k, v in i.truth.items() if k != "names"}} for i in items]
-    write_whole(folder / f"{task}.jsonl", lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"))
-    write_json(folder / f"{task}.json", {"task": task, "metrics": metrics, "questions": len(items), "paper": PAPER.get(task), "prompts": prompts, **provenance})
+    rows = [
+        {
+            "id": i.id,
+            "image": str(i.record.image),
+            "question": i.question,
+            "answer": i.answer,
+            "correct": i.correct,
+            **{k: v for k, v in i.truth.items() if k != "names"},
+        }
+        for i in items
+    ]
+    write_whole(
+        folder / f"{task}.jsonl",
+        lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"),
+    )
+    write_json(
+        folder / f"{task}.json",
+        {
+            "task": task,
+            "metrics": metrics,
+            "questions": len(items),
+            "paper": PAPER.get(task),
+            "prompts": prompts,
+            **provenance,
+        },
+    )
     overlay(items, folder / f"{task}.png", wording)
     table(task, metrics, len(items))
 
@@ -364,12 +474,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder, or any checkpoint that LocVLM.from_pretrained takes")
     parser.add_argument("--task", choices=(*TASKS, "all"), default="all", help="what to measure (default: all)")
-    parser.add_argument("--coco", help="instances_*.json (default: the held-out shapes, written to data/shapes where they are not there)")
+    parser.add_argument(
+        "--coco",
+        help="instances_*.json (default: the held-out shapes, written to data/shapes where they are not there)",
+    )
     parser.add_argument("--images", help="folder of its images")
     parser.add_argument("--limit", type=int, help="use the first so many images only")
     parser.add_argument("--location", choices=("box", "point"), default="box", help="what a location is (default: box)")
     parser.add_argument("--blind", action="store_true", help="blank the images: what language alone achieves")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the paper samples at 0.2 (default: 0)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 is greedy, the paper samples at 0.2 (default: 0)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of questions and of sampling (default: 0)")
     parser.add_argument("--batch", type=int, default=32, help="images at a time (default: 32)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
@@ -381,7 +496,15 @@ def main(argv=None):
     if args.ask:
         if not args.image:
             parser.error("--ask without --image; expected an image file")
-        return ask(model, args.image, args.ask, args.out or Path(args.run) / "eval" / "ask.png", args.max_new_tokens, args.temperature, args.seed)
+        return ask(
+            model,
+            args.image,
+            args.ask,
+            args.out or Path(args.run) / "eval" / "ask.png",
+            args.max_new_tokens,
+            args.temperature,
+            args.seed,
+        )
     if args.coco and not args.images:
         parser.error("--coco without --images; expected the folder of its images")
     if not args.coco:
@@ -391,10 +514,20 @@ def main(argv=None):
     records = records[: args.limit]
     wording = Wording(model.config.coord_format(), location=args.location)
     provenance = {
-        "run": str(args.run), "weights_sha256": sha256(Path(args.run) / "model.safetensors"), "git_commit": git_commit(),
-        "data": str(args.coco), "data_sha256": sha256(args.coco), "images": len(records), "left_out": dict(left_out), "blind": args.blind,
-        "template": model.config.template, "geometry": model.config.geometry, "kind": model.config.kind, "location": args.location,
-        "decoding": {"temperature": args.temperature, "seed": args.seed, "max_new_tokens": args.max_new_tokens}, "no_object_answer": NEG_ANSWER,
+        "run": str(args.run),
+        "weights_sha256": sha256(Path(args.run) / "model.safetensors"),
+        "git_commit": git_commit(),
+        "data": str(args.coco),
+        "data_sha256": sha256(args.coco),
+        "images": len(records),
+        "left_out": dict(left_out),
+        "blind": args.blind,
+        "template": "v1",
+        "geometry": model.config.geometry,
+        "kind": model.config.kind,
+        "location": args.location,
+        "decoding": {"temperature": args.temperature, "seed": args.seed, "max_new_tokens": args.max_new_tokens},
+        "no_object_answer": NEG_ANSWER,
     }
     print(f"{args.run} on {args.coco}: {len(records)} images" + (", blanked" if args.blind else ""))
     for task in TASKS if args.task == "all" else [args.task]:

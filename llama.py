@@ -43,7 +43,9 @@ class LlamaConfig:
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} heads over {self.num_key_value_heads} key/value heads; expected a multiple")
+            raise ValueError(
+                f"{self.num_attention_heads} heads over {self.num_key_value_heads} key/value heads; expected a multiple"
+            )
 
     @classmethod
     def from_dict(cls, config):
@@ -55,11 +57,14 @@ class LlamaConfig:
             "hidden_act": config.get("hidden_act", "silu") != "silu",
             "attention_bias": config.get("attention_bias", False),
             "mlp_bias": config.get("mlp_bias", False),
-            "rope_scaling": config.get("rope_scaling") or rope.get("rope_type", "default") != "default",
+            "rope_scaling": config.get("rope_scaling"),
+            "rope_parameters": rope.get("rope_type", "default") != "default",
         }
         for key, is_foreign in foreign.items():
             if is_foreign:
-                raise ValueError(f"{key} = {config.get(key, rope)!r}; expected a plain LLaMA, which has no such thing; use another checkpoint")
+                raise ValueError(
+                    f"{key} = {config.get(key)!r}; expected a plain LLaMA, which has no such thing; use another checkpoint"
+                )
         known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
         known.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
         return cls(**known)
@@ -120,15 +125,22 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
-        width, heads, kv_heads, size = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        width, heads, kv_heads, size = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.q_proj = nn.Linear(width, heads * size, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * size, bias=False)
         self.v_proj = nn.Linear(width, kv_heads * size, bias=False)
         self.o_proj = nn.Linear(heads * size, width, bias=False)
 
     def forward(self, x, cos, sin, mask, cache):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, H or G, T, K)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, H or G, T, K)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -205,25 +217,30 @@ class Llama(nn.Module):
         A row's answer does not depend on its company: padding goes between prefix and prompt and is never looked at,
         and each row draws from a generator of its own, seeded by (seed, prompt).
         """
-        if not all(prompts):
-            raise ValueError("an empty prompt; expected at least one token id in each; start with the tokenizer's bos id")
+        if not prompts or not all(prompts):
+            raise ValueError(
+                "an empty prompt; expected at least one prompt, and a token id in each; start with the tokenizer's bos id"
+            )
         device = self.embed_tokens.weight.device
         longest, past = max(map(len, prompts)), 0 if prefix is None else prefix.length
         needed = past + longest + max_new_tokens
         if needed > self.config.max_position_embeddings:
-            raise ValueError(f"{past + longest} tokens and {max_new_tokens} to come; expected at most max_position_embeddings = "
-                             f"{self.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens")
+            raise ValueError(
+                f"{past + longest} tokens and {max_new_tokens} to come; expected at most max_position_embeddings = "
+                f"{self.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
+            )
         cache = prefix or KVCache(self.config, len(prompts), needed, device, self.embed_tokens.weight.dtype)
         pads = torch.tensor([longest - len(ids) for ids in prompts], device=device)
         ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
         generators = [torch.Generator().manual_seed(seed ^ zlib.crc32(str(ids).encode())) for ids in prompts]
 
-        slots = torch.arange(needed, device=device)  # where keys lie in the cache: prefix, padding, prompt, answer
-        seen = (slots < past) | (slots >= past + pads[:, None])  # (B, L)
-        queries = slots[past : past + longest]
-        mask = seen[:, None, None, : past + longest] & (slots[: past + longest] <= queries[:, None])
-        mask = mask | (slots[: past + longest] == queries[:, None])  # padding looks at itself, for a row without a True is NaN
-        positions = (queries - pads[:, None]).clamp(min=0)
+        # A row of the cache, with 3 of prefix, 2 of padding and a prompt of 2:   p p p . . q q a a a
+        # Each query sees what is not padding and not later; padding also sees itself, for a row without a True is NaN.
+        slots = torch.arange(needed, device=device)
+        seen = (slots < past) | (slots >= past + pads[:, None])  # (B, L): not padding
+        queries, keys = slots[past : past + longest, None], slots[: past + longest]
+        mask = seen[:, None, None, : past + longest] & (keys <= queries) | (keys == queries)  # (B, 1, T, past + T)
+        positions = (queries[:, 0] - pads[:, None]).clamp(min=0)
 
         answers, running = [[] for _ in prompts], [True] * len(prompts)
         for step in range(max_new_tokens):
@@ -231,7 +248,9 @@ class Llama(nn.Module):
             logits = self.lm_head(x[:, -1]).float()  # (B, V)
             if temperature > 0:
                 probabilities = (logits / temperature).softmax(-1).cpu()
-                chosen = [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, generators, strict=True)]
+                chosen = [
+                    int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, generators, strict=True)
+                ]
             else:
                 chosen = logits.argmax(-1).tolist()
             for row, token in enumerate(chosen):
@@ -255,7 +274,11 @@ class Llama(nn.Module):
 
 def llama_tensors(tensors, config):
     """Bring HF names to ours: no leading `model.`, no stored rotary tables, a tied head under both names."""
-    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    tensors = {
+        name.removeprefix("model."): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
     if config.tie_word_embeddings and "embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
     return tensors
@@ -267,7 +290,9 @@ class Tokenizer:
     def __init__(self, folder):
         self.path = Path(folder) / "tokenizer.model"
         if not self.path.is_file():
-            raise FileNotFoundError(f"no {self.path}; expected the tokenizer that belongs to the weights; copy it into the folder")
+            raise FileNotFoundError(
+                f"no {self.path}; expected the tokenizer that belongs to the weights; copy it into the folder"
+            )
         try:
             self.pieces = SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:

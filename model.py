@@ -31,21 +31,44 @@ class LocVLMConfig:
     adapter: str = "linear"  # "linear" (LocVLM-B, LLaVA v1) or "mlp2x_gelu" (LocVLM-L, LLaVA v1.5)
     geometry: str = "squash"  # see coords.window
     kind: str = "ivb"  # see coords.CoordFormat
-    template: str = "v1"  # see data.encode_segment
 
     def __post_init__(self):
         if self.adapter not in ("linear", "mlp2x_gelu"):
-            raise ValueError(f"adapter {self.adapter!r}; expected 'linear' or 'mlp2x_gelu'; LLaVA calls it mm_projector_type")
+            raise ValueError(
+                f"adapter {self.adapter!r}; expected 'linear' or 'mlp2x_gelu'; LLaVA calls it mm_projector_type"
+            )
         self.coord_format()  # refuses a kind or geometry that is none
 
     def coord_format(self):
         return CoordFormat(self.kind, self.vision_config.image_size, self.geometry, self.vision_config.patch_size)
 
 
+PARTS = {
+    "vision_tower.": "vision_tower.vision_model.",
+    "adapter.": "multi_modal_projector.",
+    "language_model.lm_head.": "language_model.lm_head.",
+    "language_model.": "language_model.model.",
+}  # our names -> llava-hf's, the first that fits
+
 VARIANTS = {  # the paper's two models, and the one that trains on a laptop (shapes of tiny/)
-    "tiny": LocVLMConfig(CLIPVisionConfig(128, 512, 6, 4, 112), LlamaConfig(800, 192, 512, 5, 6, rms_norm_eps=1e-5, max_position_embeddings=1024)),
+    "tiny": LocVLMConfig(
+        CLIPVisionConfig(
+            hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, image_size=112
+        ),
+        LlamaConfig(
+            vocab_size=800,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=5,
+            num_attention_heads=6,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=1024,
+        ),
+    ),
     "b": LocVLMConfig(CLIPVisionConfig(image_size=224), LlamaConfig(), "linear"),
-    "l": LocVLMConfig(CLIPVisionConfig(image_size=336), LlamaConfig(rms_norm_eps=1e-5, max_position_embeddings=4096), "mlp2x_gelu"),
+    "l": LocVLMConfig(
+        CLIPVisionConfig(image_size=336), LlamaConfig(rms_norm_eps=1e-5, max_position_embeddings=4096), "mlp2x_gelu"
+    ),
 }
 
 
@@ -66,8 +89,10 @@ def place_image(x, visual, input_ids):
     """Put visual tokens (images, P, D) where input_ids (B, T) hold IMAGE_ID, in order; x (B, T, D) elsewhere."""
     holes = input_ids == IMAGE_ID
     if holes.sum() != visual.shape[0] * visual.shape[1]:
-        raise ValueError(f"{int(holes.sum())} image placeholders for {visual.shape[0]} images of {visual.shape[1]} patches; expected as many; "
-                         "use data.encode_prefix")
+        raise ValueError(
+            f"{int(holes.sum())} image placeholders for {visual.shape[0]} images of {visual.shape[1]} patches; expected as many; "
+            "use data.encode_prefix"
+        )
     return x.masked_scatter(holes.unsqueeze(-1), visual.to(x.dtype))
 
 
@@ -131,14 +156,20 @@ class LocVLM(nn.Module):
         temperature 0; the paper samples at 0.2.
         """
         if len(images) != len(questions):
-            raise ValueError(f"{len(images)} images and {len(questions)} lists of questions; expected one list of questions per image")
+            raise ValueError(
+                f"{len(images)} images and {len(questions)} lists of questions; expected one list of questions per image"
+            )
         llama, tokenizer, fmt = self.language_model, self.tokenizer, self.config.coord_format()
         rows = [image for image, asked in enumerate(questions) for _ in asked]
         if not rows:
             return [[] for _ in questions]
         device = llama.embed_tokens.weight.device
-        images = [image if torch.is_tensor(image) else preprocess(image if hasattr(image, "resize") else open_image(image), fmt.side, fmt.geometry)
-                  for image in images]
+        images = [
+            image
+            if torch.is_tensor(image)
+            else preprocess(image if hasattr(image, "resize") else open_image(image), fmt.side, fmt.geometry)
+            for image in images
+        ]
         visual = self.adapter(self.vision_tower(torch.stack(images).to(device, self.adapter.linear_1.weight.dtype)))
 
         prefix = encode_prefix(tokenizer, "v1", visual.shape[1])
@@ -171,33 +202,43 @@ class LocVLM(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, tensor in self.state_dict().items():
-            part, _, rest = name.partition(".")
-            if name == "language_model.lm_head.weight":
-                if self.config.text_config.tie_word_embeddings:
-                    continue
-                tensors[name] = tensor
-            else:
-                tensors[{"vision_tower": "vision_tower.vision_model.", "adapter": "multi_modal_projector.",
-                         "language_model": "language_model.model."}[part] + rest] = tensor
+            if name == "language_model.lm_head.weight" and self.config.text_config.tie_word_embeddings:
+                continue
+            ours = next(part for part in PARTS if name.startswith(part))
+            tensors[PARTS[ours] + name.removeprefix(ours)] = tensor
         write_tensors(folder / "model.safetensors", tensors)
         shutil.copyfile(self.tokenizer.path, folder / "tokenizer.model.tmp")
         (folder / "tokenizer.model.tmp").replace(folder / "tokenizer.model")
         c = self.config
-        write_json(folder / "config.json", {
-            "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": IMAGE_ID,
-            "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "projector_hidden_act": "gelu",
-            "vision_config": {"model_type": "clip_vision_model", **asdict(c.vision_config)},
-            "text_config": {"model_type": "llama", **asdict(c.text_config)},
-            "locvlm": {"adapter": c.adapter, "geometry": c.geometry, "kind": c.kind, "template": c.template, "tokenizer_sha256": sha256(self.tokenizer.path)},
-        })
+        write_json(
+            folder / "config.json",
+            {
+                "model_type": "llava",
+                "architectures": ["LlavaForConditionalGeneration"],
+                "image_token_index": IMAGE_ID,
+                "vision_feature_layer": -2,
+                "vision_feature_select_strategy": "default",
+                "projector_hidden_act": "gelu",
+                "vision_config": {"model_type": "clip_vision_model", **asdict(c.vision_config)},
+                "text_config": {"model_type": "llama", **asdict(c.text_config)},
+                "locvlm": {
+                    "adapter": c.adapter,
+                    "geometry": c.geometry,
+                    "kind": c.kind,
+                    "tokenizer_sha256": sha256(self.tokenizer.path),
+                },
+            },
+        )
 
     @classmethod
     def from_pretrained(cls, folder):
         """Load what save_pretrained wrote. Refuses a tokenizer that is not the one the weights were trained with."""
         config, tensors = read_config(folder), read_tensors(folder)
         if "locvlm" not in config:
-            raise ValueError(f"{folder}/config.json has no 'locvlm' part; expected a checkpoint that this project saved; to build one from a "
-                             "CLIP and a LLaMA folder use train.py --vision and --llm")
+            raise ValueError(
+                f"{folder}/config.json has no 'locvlm' part; expected a checkpoint that this project saved; to build one from a "
+                "CLIP and a LLaMA folder use train.py --vision and --llm"
+            )
         ours = dict(config["locvlm"])
         tokenizer_sha256 = ours.pop("tokenizer_sha256")
         model = cls(LocVLMConfig(CLIPVisionConfig.from_dict(config), LlamaConfig.from_dict(config), **ours))
@@ -205,15 +246,21 @@ class LocVLM(nn.Module):
         for name, tensor in tensors.items():
             part = next((p for p in parts if name.startswith(p)), None)
             if part is None:
-                raise ValueError(f"{folder}: tensor {name} belongs to no part; expected {', '.join(parts)}; is this another model's file?")
+                raise ValueError(
+                    f"{folder}: tensor {name} belongs to no part; expected {', '.join(parts)}; is this another model's file?"
+                )
             parts[part][name.removeprefix(part)] = tensor
         load_strictly(model.vision_tower, vision_tensors(parts["vision_tower."]), f"{folder} (vision tower)")
         load_strictly(model.adapter, parts["multi_modal_projector."], f"{folder} (adapter)")
-        load_strictly(model.language_model, llama_tensors(parts["language_model."], model.config.text_config), f"{folder} (LLaMA)")
+        load_strictly(
+            model.language_model, llama_tensors(parts["language_model."], model.config.text_config), f"{folder} (LLaMA)"
+        )
         model.tokenizer = Tokenizer(folder)
         if sha256(model.tokenizer.path) != tokenizer_sha256:
-            raise ValueError(f"{model.tokenizer.path} is not the tokenizer of these weights (sha256 {sha256(model.tokenizer.path)[:12]}, expected "
-                             f"{tokenizer_sha256[:12]}); its ids mean other words; put the right file there")
+            raise ValueError(
+                f"{model.tokenizer.path} is not the tokenizer of these weights (sha256 {sha256(model.tokenizer.path)[:12]}, expected "
+                f"{tokenizer_sha256[:12]}); its ids mean other words; put the right file there"
+            )
         return model
 
 
@@ -223,5 +270,7 @@ def sha256(path):
 
 def describe_parts(model):
     """Say what each part holds: list of (name, parameters, how many are trainable)."""
-    return [(name, sum(p.numel() for p in part.parameters()), sum(p.numel() for p in part.parameters() if p.requires_grad))
-            for name, part in model.named_children()]
+    return [
+        (name, sum(p.numel() for p in part.parameters()), sum(p.numel() for p in part.parameters() if p.requires_grad))
+        for name, part in model.named_children()
+    ]

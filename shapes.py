@@ -19,8 +19,14 @@ from PIL import Image, ImageDraw
 from checkpoint import write_json
 
 NAMES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
-COLOURS = {"red": (210, 45, 45), "green": (45, 150, 65), "blue": (50, 85, 205), "yellow": (228, 198, 50),
-           "purple": (140, 60, 165), "orange": (238, 130, 40)}
+COLOURS = {
+    "red": (210, 45, 45),
+    "green": (45, 150, 65),
+    "blue": (50, 85, 205),
+    "yellow": (228, 198, 50),
+    "purple": (140, 60, 165),
+    "orange": (238, 130, 40),
+}
 CATEGORY_IDS = dict(zip(NAMES, (1, 2, 3, 5, 8, 13, 21, 34), strict=True))  # with gaps, as COCO's
 SIZES = ((112, 112), (144, 112), (112, 144), (160, 120), (120, 160), (128, 96))  # width, height in pixels
 SPLITS = {"train": 4000, "val": 300}  # images
@@ -56,12 +62,18 @@ class Scene:
 
 def outline(name):
     """Corners of a shape in a square from -1 to 1; round ones have none."""
+
     def polar(radii, start):
-        return [(r * math.sin(start + 2 * math.pi * i / len(radii)), -r * math.cos(start + 2 * math.pi * i / len(radii)))
-                for i, r in enumerate(radii)]
+        return [
+            (r * math.sin(start + 2 * math.pi * i / len(radii)), -r * math.cos(start + 2 * math.pi * i / len(radii)))
+            for i, r in enumerate(radii)
+        ]
 
     def heart(t):
-        return (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17)
+        return (
+            math.sin(t) ** 3,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17,
+        )
 
     arm = 0.36
     return {
@@ -69,8 +81,20 @@ def outline(name):
         "triangle": polar([1.0] * 3, 0.0),
         "diamond": [(0, -1), (0.72, 0), (0, 1), (-0.72, 0)],
         "star": polar([1.0, 0.42] * 5, 0.0),
-        "cross": [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm), (arm, 1), (-arm, 1), (-arm, arm),
-                  (-1, arm), (-1, -arm), (-arm, -arm)],
+        "cross": [
+            (-arm, -1),
+            (arm, -1),
+            (arm, -arm),
+            (1, -arm),
+            (1, arm),
+            (arm, arm),
+            (arm, 1),
+            (-arm, 1),
+            (-arm, arm),
+            (-1, arm),
+            (-1, -arm),
+            (-arm, -arm),
+        ],
         "heart": [heart(2 * math.pi * i / 40) for i in range(40)],
     }.get(name)
 
@@ -91,8 +115,13 @@ def draw_scene(rng):
             corners = outline(name) or [(-1, -1), (1, 1)]
             xs, ys = [cx + r * x for x, _ in corners], [cy + r * y for _, y in corners]
             box_px = tuple(round(v, 2) for v in (min(xs), min(ys), max(xs), max(ys)))
-            if all(box_px[0] > s.box_px[2] + 2 or box_px[2] < s.box_px[0] - 2 or box_px[1] > s.box_px[3] + 2 or box_px[3] < s.box_px[1] - 2
-                   for s in shapes):
+            if all(
+                box_px[0] > s.box_px[2] + 2
+                or box_px[2] < s.box_px[0] - 2
+                or box_px[1] > s.box_px[3] + 2
+                or box_px[3] < s.box_px[1] - 2
+                for s in shapes
+            ):
                 shapes.append(Shape(name, colour, box_px))
                 break
     grey = rng.randint(120, 235)
@@ -152,7 +181,9 @@ def side_of(shape, other, scene):
     """Which side of `other` a shape lies on: (left | right | None, above | below | None), None where they are close."""
     (x1, y1, x2, y2), (u1, v1, u2, v2) = shape.box_px, other.box_px
     dx, dy = (x1 + x2 - u1 - u2) / 2 / scene.size[0], (y1 + y2 - v1 - v2) / 2 / scene.size[1]
-    return ("left" if dx < -0.15 else "right" if dx > 0.15 else None), ("above" if dy < -0.15 else "below" if dy > 0.15 else None)
+    return ("left" if dx < -0.15 else "right" if dx > 0.15 else None), (
+        "above" if dy < -0.15 else "below" if dy > 0.15 else None
+    )
 
 
 def describe(scene, shape, rng):
@@ -171,12 +202,19 @@ def describe(scene, shape, rng):
 def converse(scene, rng):
     """Draw question-and-answer pairs about a scene, as LLaVA-Instruct has them: no coordinates, no sides."""
     unique = scene.unique()
-    pairs = [("What is in the image?", f"There is {listed([article(phrase(scene, s)) for s in scene.shapes])}."),
-             ("How many shapes are there?", f"There are {('no', 'one', 'two', 'three', 'four')[len(scene.shapes)]} shapes.")]
+    pairs = [
+        ("What is in the image?", f"There is {listed([article(phrase(scene, s)) for s in scene.shapes])}."),
+        ("How many shapes are there?", f"There are {('no', 'one', 'two', 'three', 'four')[len(scene.shapes)]} shapes."),
+    ]
     for shape in unique:
         pairs.append((f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}."))
         guess = rng.choice([shape.colour, rng.choice(list(COLOURS))])
-        pairs.append((f"Is the {shape.name} {guess}?", "Yes." if guess == shape.colour else f"No, the {shape.name} is {shape.colour}."))
+        pairs.append(
+            (
+                f"Is the {shape.name} {guess}?",
+                "Yes." if guess == shape.colour else f"No, the {shape.name} is {shape.colour}.",
+            )
+        )
     pairs += presence(scene, rng)
     if len(unique) > 1:
         a, b = rng.sample(unique, 2)
@@ -190,8 +228,10 @@ def converse(scene, rng):
 def presence(scene, rng):
     """Ask for a shape that is there and for one that is not."""
     here = sorted({shape.name for shape in scene.shapes})
-    return [(f"Is there {article(name)} in the image?", answer) for name, answer in
-            ((rng.choice(here), "Yes."), (rng.choice([n for n in NAMES if n not in here]), "No."))]
+    return [
+        (f"Is there {article(name)} in the image?", answer)
+        for name, answer in ((rng.choice(here), "Yes."), (rng.choice([n for n in NAMES if n not in here]), "No."))
+    ]
 
 
 # ----- to disk
@@ -203,7 +243,12 @@ def write_world(folder, images, seed=0):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     categories = [{"id": i, "name": name, "supercategory": "shape"} for name, i in CATEGORY_IDS.items()]
     for split, count in images.items():
-        instances = {"info": {"description": "shapes world", "seed": seed}, "images": [], "annotations": [], "categories": categories}
+        instances = {
+            "info": {"description": "shapes world", "seed": seed},
+            "images": [],
+            "annotations": [],
+            "categories": categories,
+        }
         captions = {"images": instances["images"], "annotations": []}
         conversations = []
         for index in range(count):
@@ -212,13 +257,23 @@ def write_world(folder, images, seed=0):
             image_id = index + 1 + (1_000_000 if split == "val" else 0)
             file_name = f"{image_id:012d}.png"
             render(scene, rng).save(folder / "images" / file_name)
-            instances["images"].append({"id": image_id, "file_name": file_name, "width": scene.size[0], "height": scene.size[1]})
+            instances["images"].append(
+                {"id": image_id, "file_name": file_name, "width": scene.size[0], "height": scene.size[1]}
+            )
             for shape in scene.shapes:
                 x1, y1, x2, y2 = shape.box_px
                 box_xywh = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
-                instances["annotations"].append({
-                    "id": len(instances["annotations"]) + 1, "image_id": image_id, "category_id": CATEGORY_IDS[shape.name], "iscrowd": 0,
-                    "bbox": box_xywh, "area": round(box_xywh[2] * box_xywh[3], 2), "description": describe(scene, shape, rng)})
+                instances["annotations"].append(
+                    {
+                        "id": len(instances["annotations"]) + 1,
+                        "image_id": image_id,
+                        "category_id": CATEGORY_IDS[shape.name],
+                        "iscrowd": 0,
+                        "bbox": box_xywh,
+                        "area": round(box_xywh[2] * box_xywh[3], 2),
+                        "description": describe(scene, shape, rng),
+                    }
+                )
             captions["annotations"].append({"id": index + 1, "image_id": image_id, "caption": caption(scene, rng)})
             for number, (question, answer) in enumerate(converse(scene, rng)):
                 turns = [{"from": "human", "value": "<image>\n" + question}, {"from": "gpt", "value": answer}]

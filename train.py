@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import sys
 import time
 import typing
@@ -34,7 +33,7 @@ from tqdm import tqdm
 import evaluate
 import shapes
 from checkpoint import read_json, write_json, write_state
-from coords import KINDS, CoordFormat
+from coords import KINDS
 from data import IGNORE, OBJECTIVES, Examples, Wording, marked, read_records
 from model import VARIANTS, LocVLM, describe_parts
 
@@ -53,10 +52,19 @@ class Recipe:
 
 PRESETS = {
     # found on the shapes world, see LOG.md
-    "tiny": {1: Recipe(batch=32, lr=2e-3, warmup_ratio=0.1, steps=300), 2: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=300, questions=6)},
+    "tiny": {
+        1: Recipe(batch=32, lr=2e-3, warmup_ratio=0.1, steps=300),
+        2: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=300, questions=6),
+    },
     # stage 1 as LLaVA v1; stage 2 of Sec. 4.1, warm-up ratio 0.3 as printed there
-    "paper": {1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1), 2: Recipe(batch=64, lr=2e-5, warmup_ratio=0.3, epochs=10)},
-    "llava": {1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1), 2: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3)},
+    "paper": {
+        1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
+        2: Recipe(batch=64, lr=2e-5, warmup_ratio=0.3, epochs=10),
+    },
+    "llava": {
+        1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
+        2: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3),
+    },
 }
 
 
@@ -70,12 +78,18 @@ class TrainConfig:
     """Options of a run. Where a value may differ by stage, give one, or one for each stage: --steps 300,600"""
 
     out: str = opt("runs/default", "folder of the run")
-    stages: typing.Literal["1", "2", "1,2"] = opt("1,2", "1: adapter only, on captions; 2: adapter and LLaMA, on questions")
+    stages: typing.Literal["1", "2", "1,2"] = opt(
+        "1,2", "1: adapter only, on captions; 2: adapter and LLaMA, on questions"
+    )
     resume: bool = opt(False, "continue the run where its last checkpoint left it")
     dry_run: bool = opt(False, "print parts, shapes, an example and memory; train and write nothing")
-    evaluate: bool = opt(True, "evaluate after the last stage, if the data has a val split beside it (instances_val.json)")
+    evaluate: bool = opt(
+        True, "evaluate after the last stage, if the data has a val split beside it (instances_val.json)"
+    )
     # model
-    variant: typing.Literal["tiny", "b", "l"] = opt("tiny", "tiny: the weights in tiny/; b, l: the paper's, weights from --vision and --llm")
+    variant: typing.Literal["tiny", "b", "l"] = opt(
+        "tiny", "tiny: the weights in tiny/; b, l: the paper's, weights from --vision and --llm"
+    )
     vision: str = opt("", "HF folder of the CLIP vision tower [tiny/clip]")
     llm: str = opt("", "HF folder of the LLaMA [tiny/llama]")
     init_from: str = opt("", "run folder to start from, instead of --vision and --llm")
@@ -84,15 +98,20 @@ class TrainConfig:
     coco: str = opt("", "instances_*.json [the shapes world, written to data/shapes where it is not there]")
     images: str = opt("", "folder of the images")
     captions: str = opt("", "captions_*.json: what stage 1 learns from a COCO folder")
-    llava: str = opt("", "LLaVA-format JSON: conversations about the same images; without --coco, all the data there is")
+    llava: str = opt(
+        "", "LLaVA-format JSON: conversations about the same images; without --coco, all the data there is"
+    )
     limit: int = opt(0, "use the first so many images only [all]")
     # what is asked
     objectives: typing.Literal["none", "loc", "loc,neg", "loc,neg,rev", "neg", "rev", "loc,rev", "neg,rev"] = opt(
-        "loc,neg,rev", "the paper's: LocPred, NegPred, RevLoc")
+        "loc,neg,rev", "the paper's: LocPred, NegPred, RevLoc"
+    )
     kind: typing.Literal[KINDS] = opt("ivb", "how coordinates are written")
     geometry: typing.Literal["squash", "pad", "crop"] = opt("squash", "how an image becomes the model's square")
     location: typing.Literal["box", "point"] = opt("box", "what a location is")
-    words: typing.Literal["name", "description", "mixed"] = opt("name", "what names an object: its category, or its pseudo-caption")
+    words: typing.Literal["name", "description", "mixed"] = opt(
+        "name", "what names an object: its category, or its pseudo-caption"
+    )
     neg_ratio: float = opt(1.0, "absent objects asked for, per object that is there")
     instruct_share: float = opt(0.34, "share of a row's questions that come from the conversations")
     # optimisation
@@ -107,7 +126,9 @@ class TrainConfig:
     weight_decay: float = opt(0.0, "of matrices; biases and norms never decay")
     grad_clip: float = opt(1.0, "largest gradient norm")
     max_length: int = opt(2048, "tokens up to which a question and its answer are read, the image included")
-    precision: typing.Literal["auto", "fp32", "bf16"] = opt("auto", "of the forward pass; weights stay fp32. auto: bf16 on GPUs that have it")
+    precision: typing.Literal["auto", "fp32", "bf16"] = opt(
+        "auto", "of the forward pass; weights stay fp32. auto: bf16 on GPUs that have it"
+    )
     seed: int = opt(0, "of data order, wording and the adapter's first weights")
     save_every: int = opt(200, "steps between checkpoints")
 
@@ -115,7 +136,9 @@ class TrainConfig:
         for stage in self.stage_list:
             self.recipe(stage)
         if self.variant != "tiny" and not (self.init_from or self.dry_run or (self.vision and self.llm)):
-            raise ValueError(f"variant {self.variant} without weights; expected --vision and --llm, or --init-from; tiny needs none")
+            raise ValueError(
+                f"variant {self.variant} without weights; expected --vision and --llm, or --init-from; tiny needs none"
+            )
         if (self.coco or self.llava) and not self.images:
             raise ValueError("--coco or --llava without --images; expected the folder of the images; add it")
 
@@ -126,17 +149,28 @@ class TrainConfig:
     def recipe(self, stage):
         """The preset's recipe for a stage, with this run's flags."""
         changes = {}
-        for name, kind in (("batch", int), ("questions", int), ("lr", float), ("warmup_ratio", float), ("epochs", float), ("steps", int)):
+        for name, kind in (
+            ("batch", int),
+            ("questions", int),
+            ("lr", float),
+            ("warmup_ratio", float),
+            ("epochs", float),
+            ("steps", int),
+        ):
             given = getattr(self, name)
             if given == "":
                 continue
             values = given.split(",")
             if len(values) not in (1, len(self.stage_list)):
-                raise ValueError(f"--{name.replace('_', '-')} {given}; expected one value, or one for each of the stages {self.stages}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {given}; expected one value, or one for each of the stages {self.stages}"
+                )
             try:
                 changes[name] = kind(values[self.stage_list.index(stage)] if len(values) > 1 else values[0])
             except ValueError:
-                raise ValueError(f"--{name.replace('_', '-')} {given}; expected {kind.__name__} values; separate stages by a comma") from None
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {given}; expected {kind.__name__} values; separate stages by a comma"
+                ) from None
             if not changes[name] >= 0 or (name != "warmup_ratio" and changes[name] == 0):
                 raise ValueError(f"--{name.replace('_', '-')} {given}; expected a positive number")
         if "epochs" in changes:
@@ -149,7 +183,11 @@ def parse_config(cls, argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(cls):
         flag = "--" + f.name.replace("_", "-")
-        how = {"default": f.default, "dest": f.name, "help": f.metadata["help"] + ("" if f.default == "" else f" (default: {f.default})")}
+        how = {
+            "default": f.default,
+            "dest": f.name,
+            "help": f.metadata["help"] + ("" if f.default == "" else f" (default: {f.default})"),
+        }
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
         elif typing.get_origin(f.type) is typing.Literal:
@@ -191,8 +229,10 @@ def make_optimizer(learned, config):
 def keep_freed_memory():
     """Tell glibc to keep what is freed: handing pages back and faulting them in again takes most of a CPU step."""
     if sys.platform == "linux":
-        for parameter, value in ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**31 - 1)):  # trim threshold, top pad, mmap threshold
-            ctypes.CDLL(None).mallopt(parameter, value)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+        libc.mallopt(-2, 2**28)  # M_TOP_PAD: grow it by much
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
 
 
 def build_model(config):
@@ -206,7 +246,9 @@ def build_model(config):
     adapter = config.adapter or VARIANTS[config.variant].adapter
     if config.variant == "tiny" or config.vision:
         here = Path(__file__).parent / "tiny"
-        return LocVLM.from_parts(config.vision or here / "clip", config.llm or here / "llama", adapter, **kind_and_geometry)
+        return LocVLM.from_parts(
+            config.vision or here / "clip", config.llm or here / "llama", adapter, **kind_and_geometry
+        )
     with torch.device("meta"):  # a dry run without weights: shapes only
         return LocVLM(dataclasses.replace(VARIANTS[config.variant], adapter=adapter, **kind_and_geometry))
 
@@ -220,24 +262,40 @@ def build_records(config, rank):
         if dist.is_initialized():
             dist.barrier()
         world = shapes.ensure_world()
-        paths = {"coco": world / "instances_train.json", "llava": world / "conversations_train.json",
-                 "captions": world / "captions_train.json", "images": world / "images"}
+        paths = {
+            "coco": world / "instances_train.json",
+            "llava": world / "conversations_train.json",
+            "captions": world / "captions_train.json",
+            "images": world / "images",
+        }
     records, left_out = read_records(**paths)
     records = records[: config.limit or None]
     missing = [str(record.image) for record in records if not record.image.is_file()]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(records)} images are not in {paths['images']}, the first: {missing[0]}; "
-                                "run `python data.py check` and complete the folder")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(records)} images are not in {paths['images']}, the first: {missing[0]}; "
+            "run `python data.py check` and complete the folder"
+        )
     if rank == 0:
-        print(f"{len(records)} images, {sum(len(r.objects) for r in records)} objects that are alone of their category"
-              + "".join(f"; left out: {count} {what}" for what, count in left_out.items()))
+        print(
+            f"{len(records)} images, {sum(len(r.objects) for r in records)} objects that are alone of their category"
+            + "".join(f"; left out: {count} {what}" for what, count in left_out.items())
+        )
     return records, paths
 
 
 def save(run, stage, step, learned, optimizer, steps):
     """Write state.pt: everything that --resume needs, in one file that is either old or new."""
-    write_state(run / "state.pt", {"stage": stage, "step": step, "steps": steps, "optimizer": optimizer.state_dict(),
-                                   "learned": {name: p.detach() for name, p in learned.items()}})
+    write_state(
+        run / "state.pt",
+        {
+            "stage": stage,
+            "step": step,
+            "steps": steps,
+            "optimizer": optimizer.state_dict(),
+            "learned": {name: p.detach() for name, p in learned.items()},
+        },
+    )
 
 
 def load_state(run, model, stage):
@@ -258,13 +316,19 @@ def claim_run(config):
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "dry_run", "evaluate", "out")}
     if config.resume:
         if not (run / "train.json").is_file():
-            raise FileNotFoundError(f"no run to resume in {run}; expected its train.json; leave out --resume to start one")
+            raise FileNotFoundError(
+                f"no run to resume in {run}; expected its train.json; leave out --resume to start one"
+            )
         before = read_json(run / "train.json")
         changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in options.items() if before.get(k) != v]
         if changed:
-            raise ValueError(f"{run} was started with other options: {'; '.join(changed)}; resume it with the same, or start another --out")
+            raise ValueError(
+                f"{run} was started with other options: {'; '.join(changed)}; resume it with the same, or start another --out"
+            )
     elif (run / "train.json").exists():
-        raise ValueError(f"{run} holds a run already; expected a new folder; choose another --out, or continue this one with --resume")
+        raise ValueError(
+            f"{run} holds a run already; expected a new folder; choose another --out, or continue this one with --resume"
+        )
     else:
         write_json(run / "train.json", options)
     return run
@@ -298,7 +362,9 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
     if state:
         optimizer.load_state_dict(state["optimizer"])
         first_step = state["step"]
-    parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
+    parallel = (
+        DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
+    )
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     micro = config.micro_batch or math.ceil(recipe.batch / world)
 
@@ -314,7 +380,11 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
         for group in optimizer.param_groups:
             group["lr"] = lr
         # answer tokens over micro-batches and processes: the loss is their mean, however they fell
-        totals = torch.tensor([float((batch["labels"] != IGNORE).sum()) for batch, _ in micro_batches], dtype=torch.float64).sum().to(device)
+        totals = (
+            torch.tensor([float((batch["labels"] != IGNORE).sum()) for batch, _ in micro_batches], dtype=torch.float64)
+            .sum()
+            .to(device)
+        )
         if world > 1:
             dist.all_reduce(totals)
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -331,15 +401,29 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
         mean_loss = (loss_sum / totals).item()
         if not math.isfinite(mean_loss):
             ids = [i for _, ids in micro_batches for i in ids]
-            raise FloatingPointError(f"loss {mean_loss} at stage {stage}, step {step}, lr {lr:.3g}, process {rank}, images {ids}; the last checkpoint "
-                                     f"in {run} is good; lower --lr, or look at these images with data.py show")
+            raise FloatingPointError(
+                f"loss {mean_loss} at stage {stage}, step {step}, lr {lr:.3g}, process {rank}, images {ids}; the last checkpoint "
+                f"in {run} is good; lower --lr, or look at these images with data.py show"
+            )
         grad_norm = torch.nn.utils.clip_grad_norm_(learned.values(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         if rank == 0:
-            log.write(json.dumps({"stage": stage, "step": step, "loss": mean_loss, "lr": lr, "grad_norm": float(grad_norm), "answer_tokens": int(totals),
-                                  "seconds": round(time.time() - began, 2)}) + "\n")
+            log.write(
+                json.dumps(
+                    {
+                        "stage": stage,
+                        "step": step,
+                        "loss": mean_loss,
+                        "lr": lr,
+                        "grad_norm": float(grad_norm),
+                        "answer_tokens": int(totals),
+                        "seconds": round(time.time() - began, 2),
+                    }
+                )
+                + "\n"
+            )
             log.flush()
             bar.set_postfix_str(f"loss {mean_loss:.3f}", refresh=False)
             bar.update()
@@ -375,45 +459,75 @@ def dry_run(config, model, examples, stage):
         print(f"  {name:15} {count:>14,} parameters  {'trained' if learning else 'frozen'}")
     weights = sum(p.numel() for p in model.parameters()) * 4
     training = sum(p.numel() for p in learned.values()) * 12  # gradient and AdamW's two moments, fp32
-    print(f"  memory: {weights / 2**30:.2f} GiB weights, {training / 2**30:.2f} GiB gradients and optimizer in fp32, and activations")
+    print(
+        f"  memory: {weights / 2**30:.2f} GiB weights, {training / 2**30:.2f} GiB gradients and optimizer in fp32, and activations"
+    )
     if examples is None:
         return
     batch, ids = examples.batch(range(min(recipe.batch, 4)))
     row, image, record = examples.row(*examples.order(0))
-    print(f"  image {record.image} {record.size} px -> {tuple(image.shape)}; a batch: "
-          + ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items()))
+    print(
+        f"  image {record.image} {record.size} px -> {tuple(image.shape)}; a batch: "
+        + ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
+    )
     print("  " + marked(examples.tokenizer, row))
     if next(model.parameters()).device.type != "meta":
         patches = model.vision_tower(batch["pixel_values"])
-        print(f"  patches {tuple(patches.shape)} -> adapter -> {tuple(model.adapter(patches).shape)} -> LLaMA -> loss {model(**batch).item():.3f}")
+        print(
+            f"  patches {tuple(patches.shape)} -> adapter -> {tuple(model.adapter(patches).shape)} -> LLaMA -> loss {model(**batch).item():.3f}"
+        )
 
 
 def main(config):
     # 1 devices and seed
     keep_freed_memory()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    bf16 = config.precision == "bf16" or (
+        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
     dtype = torch.bfloat16 if bf16 else torch.float32
 
     # 2 data and model
-    records, paths = build_records(config, rank) if not (config.dry_run and config.variant != "tiny" and not config.coco) else (None, {})
+    records, paths = (
+        build_records(config, rank)
+        if not (config.dry_run and config.variant != "tiny" and not config.coco)
+        else (None, {})
+    )
     model = build_model(config)
-    wording = Wording(model.config.coord_format(), () if config.objectives == "none" else tuple(config.objectives.split(",")),
-                      config.location, config.words, config.neg_ratio)
+    wording = Wording(
+        model.config.coord_format(),
+        () if config.objectives == "none" else tuple(config.objectives.split(",")),
+        config.location,
+        config.words,
+        config.neg_ratio,
+    )
     assert set(wording.objectives) <= set(OBJECTIVES)
 
     def examples_of(stage):
-        return Examples(records, model.tokenizer, model.config.vision_config, wording, "plain" if stage == 1 else "v1",
-                        config.recipe(stage).questions, config.instruct_share, config.max_length, config.seed)
+        return Examples(
+            records,
+            model.tokenizer,
+            model.config.vision_config,
+            wording,
+            "plain" if stage == 1 else "v1",
+            config.recipe(stage).questions,
+            config.instruct_share,
+            config.max_length,
+            config.seed,
+        )
 
     if config.dry_run:
         for stage in config.stage_list:
             dry_run(config, model, examples_of(stage) if records and model.tokenizer else None, stage)
         return
-    examples = {stage: examples_of(stage) for stage in config.stage_list}  # both, so that a stage without data is told now
+    examples = {
+        stage: examples_of(stage) for stage in config.stage_list
+    }  # both, so that a stage without data is told now
     run = claim_run(config) if rank == 0 else Path(config.out)
     model.to(device)
 
@@ -426,7 +540,9 @@ def main(config):
     # 4 evaluation
     held_out = Path(str(paths["coco"]).replace("_train", "_val")) if paths["coco"] else None
     if rank == 0 and config.evaluate and held_out and held_out != Path(paths["coco"]) and held_out.is_file():
-        evaluate.main([str(run), "--task", "all", "--coco", str(held_out), "--images", str(paths["images"]), "--limit", "200"])
+        evaluate.main(
+            [str(run), "--task", "all", "--coco", str(held_out), "--images", str(paths["images"]), "--limit", "200"]
+        )
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -16,28 +16,54 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 REAL = Path(os.environ.get("LOCVLM_REAL", ROOT / "../shared/real"))
 
-VISION = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28)  # 2 x 2 patches
-TEXT = LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                   max_position_embeddings=512)
+VISION = CLIPVisionConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28
+)  # 2 x 2 patches
+TEXT = LlamaConfig(
+    vocab_size=400,
+    hidden_size=32,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+)
 
 
 @pytest.fixture
 def real():
     """Give real("llama/stories260K"): a path of the real material, or skip the test where it is absent."""
+
     def find(name):
         if not (REAL / name).exists():
             pytest.skip(f"no {REAL / name}: set LOCVLM_REAL to the folder of real material")
         return REAL / name
+
     return find
 
 
 def train_tokenizer(folder, extra=""):
     """Train a sentencepiece model of 400 pieces in LLaMA's manner: digits alone, bytes for what it does not know."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [SYSTEM, *LOC_PROMPTS, *REV_PROMPTS, "It is located at (0, 1, 2, 3)", "There is a red circle. 4 5 6 7 8 9", extra] * 4
+    lines = [
+        SYSTEM,
+        *LOC_PROMPTS,
+        *REV_PROMPTS,
+        "It is located at (0, 1, 2, 3)",
+        "There is a red circle. 4 5 6 7 8 9",
+        extra,
+    ] * 4
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=400, byte_fallback=True,
-        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
     return Tokenizer(folder)
 
 
@@ -49,9 +75,11 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def make_model(tokenizer):
     """Give make_model(adapter="linear", ...): a LocVLM of random weights, the same ones every time."""
+
     def make(**options):
         torch.manual_seed(0)
         model = LocVLM(LocVLMConfig(VISION, options.pop("text_config", TEXT), **options)).eval()
         model.tokenizer = tokenizer
         return model
+
     return make

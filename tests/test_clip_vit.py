@@ -33,18 +33,31 @@ def test_the_tower_matches_the_reference():
 def test_a_whole_clip_checkpoint_gives_the_same_tower(tmp_path):
     """The hub's files name the tower vision_model.*, hold a text tower beside it, and a vision_config in config.json."""
     tensors = {f"vision_model.{name}": tensor for name, tensor in load_file(GOLDEN / "clip/model.safetensors").items()}
-    other = {"text_model.final_layer_norm.weight": torch.ones(3), "logit_scale": torch.ones(1), "visual_projection.weight": torch.ones(2, 2),
-             "vision_model.embeddings.position_ids": torch.arange(5)}
+    other = {
+        "text_model.final_layer_norm.weight": torch.ones(3),
+        "logit_scale": torch.ones(1),
+        "visual_projection.weight": torch.ones(2, 2),
+        "vision_model.embeddings.position_ids": torch.arange(5),
+    }
     save_file({**tensors, **other}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"model_type": "clip", "vision_config": ' + (GOLDEN / "clip/config.json").read_text() + "}")
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "clip", "vision_config": ' + (GOLDEN / "clip/config.json").read_text() + "}"
+    )
     whole, alone = CLIPVisionTower.from_pretrained(tmp_path), CLIPVisionTower.from_pretrained(GOLDEN / "clip")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), alone.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("harm, hint", [
-    (lambda tensors: tensors.pop("pre_layrnorm.weight"), "missing: pre_layrnorm.weight"),
-    (lambda tensors: tensors.update({"pre_layernorm.weight": torch.ones(32)}), "unexpected: pre_layernorm.weight"),
-    (lambda tensors: tensors.update({"embeddings.class_embedding": torch.ones(31)}), r"another shape: embeddings.class_embedding \(31,\), expected \(32,\)")])
+@pytest.mark.parametrize(
+    "harm, hint",
+    [
+        (lambda tensors: tensors.pop("pre_layrnorm.weight"), "missing: pre_layrnorm.weight"),
+        (lambda tensors: tensors.update({"pre_layernorm.weight": torch.ones(32)}), "unexpected: pre_layernorm.weight"),
+        (
+            lambda tensors: tensors.update({"embeddings.class_embedding": torch.ones(31)}),
+            r"another shape: embeddings.class_embedding \(31,\), expected \(32,\)",
+        ),
+    ],
+)
 def test_a_wrong_weight_file_is_refused_by_the_name_of_the_tensor(tmp_path, harm, hint):
     """Missing, unexpected and misshapen tensors: nothing is loaded in silence."""
     tensors = load_file(GOLDEN / "clip/model.safetensors")
@@ -72,7 +85,11 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
 
 def test_shapes_that_the_tower_lacks_are_refused():
     """Another activation (OpenCLIP's gelu), sides and widths that do not divide, an image of another side."""
-    for options, hint in (({"hidden_act": "gelu"}, "hidden_act 'gelu'"), ({"image_size": 225}, "image_size 225"), ({"num_attention_heads": 7}, "hidden_size 1024")):
+    for options, hint in (
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"image_size": 225}, "image_size 225"),
+        ({"num_attention_heads": 7}, "hidden_size 1024"),
+    ):
         with pytest.raises(ValueError, match=hint):
             CLIPVisionConfig(**options)
     with pytest.raises(ValueError, match=r"expected \(B, 3, 28, 28\)"):
@@ -90,7 +107,15 @@ def test_what_a_config_leaves_out_is_vit_b_32():
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("size, box", [((300, 200), (110, 40, 190, 150)), ((201, 333), (30, 120, 150, 200)), ((97, 61), (30, 11, 60, 50)), ((500, 499), (7, 100, 333, 444))])
+@pytest.mark.parametrize(
+    "size, box",
+    [
+        ((300, 200), (110, 40, 190, 150)),
+        ((201, 333), (30, 120, 150, 200)),
+        ((97, 61), (30, 11, 60, 50)),
+        ((500, 499), (7, 100, 333, 444)),
+    ],
+)
 def test_a_painted_box_is_found_where_coords_says(geometry, size, box):
     """White on black, brought to the square, lies within a pixel of unit_from_px: pixels and boxes share one geometry."""
     image = Image.new("RGB", size)
@@ -151,8 +176,16 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
         "grey alpha": reopened(tmp_path, Image.new("LA", (16, 16), (9, 0))),
         "one pixel": reopened(tmp_path, Image.new("RGB", (1, 1), (5, 6, 7))),
     }
-    expected = {"cmyk": (200, 30, 40), "grey": (77,) * 3, "bilevel": (255,) * 3, "16 bit": (128,) * 3, "palette": (10, 20, 30), "alpha": (1, 2, 3),
-                "grey alpha": (9,) * 3, "one pixel": (5, 6, 7)}
+    expected = {
+        "cmyk": (200, 30, 40),
+        "grey": (77,) * 3,
+        "bilevel": (255,) * 3,
+        "16 bit": (128,) * 3,
+        "palette": (10, 20, 30),
+        "alpha": (1, 2, 3),
+        "grey alpha": (9,) * 3,
+        "one pixel": (5, 6, 7),
+    }
     for kind, image in found.items():
         assert image.mode == "RGB"
         assert image.getpixel((0, 0)) == pytest.approx(expected[kind], abs=3), kind
@@ -214,4 +247,8 @@ def test_the_committed_tiny_tower_loads():
         pytest.skip(f"no {folder}: python tiny/make_vision.py makes it")
     tower = CLIPVisionTower.from_pretrained(folder)
     side = tower.config.image_size
-    assert tower(preprocess(noise((50, 40)), side)[None]).shape == (1, tower.config.num_patches, tower.config.hidden_size)
+    assert tower(preprocess(noise((50, 40)), side)[None]).shape == (
+        1,
+        tower.config.num_patches,
+        tower.config.hidden_size,
+    )

@@ -12,20 +12,25 @@ from coords import GEOMETRIES, KINDS, CoordFormat, fault, iou, window
 CAT, SIZE = (10, 120, 30, 145), (512, 512)  # App. A: its box and its image
 CENTRE = (20, 132.5)
 SIZES = [(512, 512), (640, 480), (333, 500), (501, 37), (17, 400), (2, 3), (1, 1), (1, 300), (4001, 2999)]
-FORMATS = [CoordFormat(kind, side, geometry) for kind, side, geometry in itertools.product(KINDS, (224, 336, 112), GEOMETRIES)]
+FORMATS = [
+    CoordFormat(kind, side, geometry) for kind, side, geometry in itertools.product(KINDS, (224, 336, 112), GEOMETRIES)
+]
 
 
 # ----- the paper's numbers
 
 
-@pytest.mark.parametrize("kind, side, box, point", [
-    ("nfp", 224, "(0.0195, 0.2344, 0.0586, 0.2832)", "(0.0391, 0.2588)"),
-    ("nfp", 336, "(0.0195, 0.2344, 0.0586, 0.2832)", "(0.0391, 0.2588)"),
-    ("ivb", 224, "(4, 52, 13, 63)", "(9, 58)"),
-    ("ivb", 336, "(7, 79, 20, 95)", "(13, 87)"),
-    ("diga", 224, "(0, 4, 3, 11, 6, 0)", "(0, 4, 2, -5)"),
-    ("diga", 336, "(0, 6, 0, 12, 13, 4)", "(0, 6, 6, -4)"),
-])
+@pytest.mark.parametrize(
+    "kind, side, box, point",
+    [
+        ("nfp", 224, "(0.0195, 0.2344, 0.0586, 0.2832)", "(0.0391, 0.2588)"),
+        ("nfp", 336, "(0.0195, 0.2344, 0.0586, 0.2832)", "(0.0391, 0.2588)"),
+        ("ivb", 224, "(4, 52, 13, 63)", "(9, 58)"),
+        ("ivb", 336, "(7, 79, 20, 95)", "(13, 87)"),
+        ("diga", 224, "(0, 4, 3, 11, 6, 0)", "(0, 4, 2, -5)"),
+        ("diga", 336, "(0, 6, 0, 12, 13, 4)", "(0, 6, 6, -4)"),
+    ],
+)
 def test_the_cat_of_appendix_a_is_written_as_in_the_paper(kind, side, box, point):
     """224 is the paper's own example; 336 follows by its arithmetic. A point bins the centre, not the binned box's centre."""
     fmt = CoordFormat(kind, side)
@@ -35,7 +40,11 @@ def test_the_cat_of_appendix_a_is_written_as_in_the_paper(kind, side, box, point
 
 def test_bins_and_anchors_follow_the_image_side():
     """224 px is 224 bins and 16 x 16 anchors, 336 px is 336 and 24 x 24, and any multiple of the patch will do."""
-    assert [(CoordFormat("ivb", side).n_bins, CoordFormat("ivb", side).grid) for side in (112, 224, 336)] == [(112, 8), (224, 16), (336, 24)]
+    assert [(CoordFormat("ivb", side).n_bins, CoordFormat("ivb", side).grid) for side in (112, 224, 336)] == [
+        (112, 8),
+        (224, 16),
+        (336, 24),
+    ]
 
 
 def test_a_half_rounds_to_even():
@@ -79,6 +88,7 @@ def test_diga_decodes_to_exactly_the_box_of_ivb():
 
 def draw_box(rng, size):
     """A box in `size`: whole or fractional pixels, sometimes without area, sometimes to the very edge."""
+
     def span(length):
         if rng.random() < 0.1:
             return 0, length
@@ -131,7 +141,9 @@ def test_no_box_that_hypothesis_can_think_of_is_moved_by_text():
     share = st.floats(0, 1)
 
     @hypothesis.settings(max_examples=400, deadline=None, database=None)
-    @hypothesis.given(st.sampled_from(FORMATS), st.integers(2, 5000), st.integers(2, 5000), share, share, share, share, st.booleans())
+    @hypothesis.given(
+        st.sampled_from(FORMATS), st.integers(2, 5000), st.integers(2, 5000), share, share, share, share, st.booleans()
+    )
     def check(fmt, width, height, x1, x2, y1, y2, point):
         (x1, x2), (y1, y2) = sorted((x1 * width, x2 * width)), sorted((y1 * height, y2 * height))
         hypothesis.assume(max(x1, y1) > 1)
@@ -167,9 +179,21 @@ def test_the_square_shows_the_whole_image_or_the_middle_of_it():
 # ----- what models write
 
 
-@pytest.mark.parametrize("text", [
-    "(4, 52, 13, 63)", "[4, 52, 13, 63]", "(4,52,13,63)", "( 4 52  13\n63 )", "[4 ,52, 13 ,63]", "(4.0, 52., +13, 63.00)",
-    "It is located at (4, 52, 13, 63) bbox.", "Sure (really)! [4, 52, 13, 63], I (1) think (2, 3).", "((4, 52, 13, 63))", "((4, 52, 13, 63", ])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(4, 52, 13, 63)",
+        "[4, 52, 13, 63]",
+        "(4,52,13,63)",
+        "( 4 52  13\n63 )",
+        "[4 ,52, 13 ,63]",
+        "(4.0, 52., +13, 63.00)",
+        "It is located at (4, 52, 13, 63) bbox.",
+        "Sure (really)! [4, 52, 13, 63], I (1) think (2, 3).",
+        "((4, 52, 13, 63))",
+        "((4, 52, 13, 63",
+    ],
+)
 def test_what_models_really_write_is_read(text):
     """Round or square brackets, any spacing, signs, decimals, prose around; a bracket never closed holds no box."""
     expected = [] if text.endswith("63") else [(4, 52, 13, 63)]
@@ -185,16 +209,35 @@ def test_several_boxes_are_all_read_in_order():
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_box_is_an_empty_list(kind):
     """Prose, wrong counts, words for numbers, digits of other scripts, exponents, NaN: no box, and no error."""
-    for text in ("", "There is no such object in the image", "(1, 2, 3)", "(1, 2, 3, 4, 5, 6, 7)", "(a, b, c, d)", "(x1,y1,x2,y2) bbox", "()",
-                 "(٤, ٥٢, ١٣, ٦٣)", "(①, ②, ③, ④)", "(1e3, 2, 3, 4)", "(nan, inf, 3, 4)", "(1, 2, 3, 4", "1, 2, 3, 4", "(1,, 2, 3, 4)", "(--1, 2, 3, 4)",
-                 "(1.2.3, 4, 5, 6)", "\x00\ud800(", "(12, 34, 56, 78"):
+    for text in (
+        "",
+        "There is no such object in the image",
+        "(1, 2, 3)",
+        "(1, 2, 3, 4, 5, 6, 7)",
+        "(a, b, c, d)",
+        "(x1,y1,x2,y2) bbox",
+        "()",
+        "(٤, ٥٢, ١٣, ٦٣)",
+        "(①, ②, ③, ④)",
+        "(1e3, 2, 3, 4)",
+        "(nan, inf, 3, 4)",
+        "(1, 2, 3, 4",
+        "1, 2, 3, 4",
+        "(1,, 2, 3, 4)",
+        "(--1, 2, 3, 4)",
+        "(1.2.3, 4, 5, 6)",
+        "\x00\ud800(",
+        "(12, 34, 56, 78",
+    ):
         assert CoordFormat(kind).decode_boxes(text, (640, 480)) == []
 
 
 def test_nothing_is_clamped_and_what_is_wrong_has_a_name():
     """A box outside the image, or swapped, comes back as written; `fault` says what it is."""
     fmt, size = CoordFormat("ivb"), (224, 224)
-    outside, swapped, fine = (fmt.decode_boxes(text, size)[0] for text in ("(-5, 0, 9999, 10)", "(20, 20, 10, 10)", "(0, 0, 224, 224)"))
+    outside, swapped, fine = (
+        fmt.decode_boxes(text, size)[0] for text in ("(-5, 0, 9999, 10)", "(20, 20, 10, 10)", "(0, 0, 224, 224)")
+    )
     assert (outside, fault(outside, size)) == ((-5, 0, 9999, 10), "outside the image")
     assert (swapped, fault(swapped, size)) == ((20, 20, 10, 10), "corners swapped")
     assert fault(fine, size) is None
@@ -205,8 +248,22 @@ def test_nothing_is_clamped_and_what_is_wrong_has_a_name():
 def test_a_megabyte_of_anything_is_read_in_a_moment(kind):
     """A model that runs away must not hang the evaluation: each text in well under two seconds."""
     n = 1_000_000
-    for text in ("(" + "1" * n, "(" * n, "[1" * (n // 2), "(" + " " * n, "(1" + " " * n, "(1 " * (n // 3), "1" * n, "(" + "1," * (n // 2), "(" + "." * n, "( " * (n // 2),
-                 "(" + ", ".join(["1" * (n // 4)] * 4) + "x", "(" + ", ".join(["1." + "1" * (n // 6)] * 6) + ")", "(" + "- " * (n // 2), "(1 , " * (n // 5)):
+    for text in (
+        "(" + "1" * n,
+        "(" * n,
+        "[1" * (n // 2),
+        "(" + " " * n,
+        "(1" + " " * n,
+        "(1 " * (n // 3),
+        "1" * n,
+        "(" + "1," * (n // 2),
+        "(" + "." * n,
+        "( " * (n // 2),
+        "(" + ", ".join(["1" * (n // 4)] * 4) + "x",
+        "(" + ", ".join(["1." + "1" * (n // 6)] * 6) + ")",
+        "(" + "- " * (n // 2),
+        "(1 , " * (n // 5),
+    ):
         started = time.process_time()
         CoordFormat(kind).decode_boxes(text, (640, 480))
         CoordFormat(kind).decode_points(text, (640, 480))
@@ -218,17 +275,30 @@ def test_random_text_never_raises():
     rng = random.Random(0)
     for turn in range(6000):
         text = "".join(rng.choice("(([[))]]0123456789,,,   ..+-\n\tex\u0663") for _ in range(rng.randint(0, 60)))
-        for found in (FORMATS[turn % len(FORMATS)].decode_boxes(text, (333, 500)), FORMATS[turn % len(FORMATS)].decode_points(text, (333, 500))):
+        for found in (
+            FORMATS[turn % len(FORMATS)].decode_boxes(text, (333, 500)),
+            FORMATS[turn % len(FORMATS)].decode_points(text, (333, 500)),
+        ):
             assert all(math.isfinite(v) for xy in found for v in xy)
 
 
 # ----- what is refused
 
 
-@pytest.mark.parametrize("box, hint", [
-    ((30, 120, 10, 145), "corners swapped"), ((10, 145, 30, 120), "corners swapped"), ((10, math.nan, 30, 145), "not finite"),
-    ((10, 120, math.inf, 145), "not finite"), ((0.02, 0.23, 0.06, 0.28), "multiply by width and height"), ((-3, 120, 30, 145), "outside the image"),
-    ((10, 120, 513, 145), "outside the image"), ((10, 120, 30), "expected a box"), ((10, 120, 30, 145, 1), "expected a box")])
+@pytest.mark.parametrize(
+    "box, hint",
+    [
+        ((30, 120, 10, 145), "corners swapped"),
+        ((10, 145, 30, 120), "corners swapped"),
+        ((10, math.nan, 30, 145), "not finite"),
+        ((10, 120, math.inf, 145), "not finite"),
+        ((0.02, 0.23, 0.06, 0.28), "multiply by width and height"),
+        ((-3, 120, 30, 145), "outside the image"),
+        ((10, 120, 513, 145), "outside the image"),
+        ((10, 120, 30), "expected a box"),
+        ((10, 120, 30, 145, 1), "expected a box"),
+    ],
+)
 def test_pixels_are_refused_with_a_hint(box, hint):
     """Swapped corners, NaN, fractions, boxes outside the image, the wrong number of numbers: each by name, in every form."""
     for fmt in FORMATS:
@@ -236,7 +306,15 @@ def test_pixels_are_refused_with_a_hint(box, hint):
             fmt.encode_box(box, SIZE)
 
 
-@pytest.mark.parametrize("point, hint", [((math.nan, 1), "not finite"), ((0.5, 0.5), "multiply"), ((513, 1), "outside"), ((1, 2, 3, 4), "expected a point")])
+@pytest.mark.parametrize(
+    "point, hint",
+    [
+        ((math.nan, 1), "not finite"),
+        ((0.5, 0.5), "multiply"),
+        ((513, 1), "outside"),
+        ((1, 2, 3, 4), "expected a point"),
+    ],
+)
 def test_points_are_refused_with_a_hint(point, hint):
     """The same for points."""
     for fmt in FORMATS:
@@ -246,8 +324,13 @@ def test_points_are_refused_with_a_hint(point, hint):
 
 def test_formats_and_sizes_that_are_none_are_refused():
     """An unknown kind or geometry, a side that is no multiple of the patch, an image without pixels."""
-    for options, hint in (({"kind": "bins"}, "coordinate kind 'bins'"), ({"geometry": "fit"}, "geometry 'fit'"), ({"side": 225}, "side 225"), ({"side": 0}, "side 0"),
-                          ({"side": -14}, "side -14")):
+    for options, hint in (
+        ({"kind": "bins"}, "coordinate kind 'bins'"),
+        ({"geometry": "fit"}, "geometry 'fit'"),
+        ({"side": 225}, "side 225"),
+        ({"side": 0}, "side 0"),
+        ({"side": -14}, "side -14"),
+    ):
         with pytest.raises(ValueError, match=hint):
             CoordFormat(**options)
     for size in ((0, 10), (10, -1), (math.nan, 10)):
@@ -259,4 +342,10 @@ def test_iou_of_hand_computed_boxes():
     """Two squares of 4 that share 1 are 1/7 alike; the same box 1; apart, touching or swapped 0."""
     assert iou((0, 0, 2, 2), (1, 1, 3, 3)) == 1 / 7
     assert iou((0, 0, 2, 2), (0, 0, 2, 2)) == 1
-    assert iou((0, 0, 1, 1), (1, 0, 2, 1)) == iou((0, 0, 1, 1), (5, 5, 6, 6)) == iou((2, 2, 0, 0), (0, 0, 2, 2)) == iou((1, 1, 1, 1), (1, 1, 1, 1)) == 0
+    assert (
+        iou((0, 0, 1, 1), (1, 0, 2, 1))
+        == iou((0, 0, 1, 1), (5, 5, 6, 6))
+        == iou((2, 2, 0, 0), (0, 0, 2, 2))
+        == iou((1, 1, 1, 1), (1, 1, 1, 1))
+        == 0
+    )

@@ -38,7 +38,9 @@ def test_a_real_checkpoint_tells_its_known_story(real):
     folder = real("llama/stories260K")
     llama, tokenizer = Llama.from_pretrained(folder), Tokenizer(folder)
     story = tokenizer.decode(llama.generate([[tokenizer.bos_token_id]], max_new_tokens=60)[0])
-    assert story.startswith("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball.")
+    assert story.startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."
+    )
 
 
 def test_future_tokens_cannot_change_the_past(llama):
@@ -130,9 +132,17 @@ def test_what_cannot_be_generated_is_refused(llama):
 # ----- configs and files
 
 
-@pytest.mark.parametrize("foreign", [
-    {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, {"attention_bias": True}, {"mlp_bias": True},
-    {"model_type": "mistral"}, {"hidden_act": "gelu"}])
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"model_type": "mistral"},
+        {"hidden_act": "gelu"},
+    ],
+)
 def test_a_decoder_that_is_not_a_plain_llama_is_refused_by_name(foreign):
     """Scaled rotations, biases, other families: silently loaded they would talk nonsense."""
     name = "rope" if "rope" in next(iter(foreign)) else next(iter(foreign))
@@ -143,7 +153,14 @@ def test_a_decoder_that_is_not_a_plain_llama_is_refused_by_name(foreign):
 def test_old_and_new_config_files_say_the_same():
     """Key/value heads may be absent, rope_theta at the top (old) or nested (transformers 5)."""
     old = LlamaConfig.from_dict({"num_attention_heads": 8, "hidden_size": 64, "rope_theta": 5e5, "rope_scaling": None})
-    new = LlamaConfig.from_dict({"num_attention_heads": 8, "hidden_size": 64, "num_key_value_heads": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    new = LlamaConfig.from_dict(
+        {
+            "num_attention_heads": 8,
+            "hidden_size": 64,
+            "num_key_value_heads": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        }
+    )
     assert old == new
     assert (old.head_dim, old.rope_theta, LlamaConfig.from_dict({}).rope_theta) == (8, 5e5, 1e4)
 
@@ -152,7 +169,9 @@ def test_shards_a_tied_head_and_old_rotary_tables_load(tmp_path, llama):
     """The layout of large checkpoints: an index, several files, no lm_head where it is tied, inv_freq where files are old."""
     torch.manual_seed(0)
     tied = Llama(replace(TEXT, tie_word_embeddings=True))
-    tensors = {f"model.{name}": tensor.clone() for name, tensor in tied.state_dict().items() if name != "lm_head.weight"}
+    tensors = {
+        f"model.{name}": tensor.clone() for name, tensor in tied.state_dict().items() if name != "lm_head.weight"
+    }
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     names = sorted(tensors)
     shards = {"a.safetensors": names[:7], "b.safetensors": names[7:]}
@@ -176,7 +195,9 @@ def test_a_wrong_weight_file_is_refused_by_the_name_of_the_tensor(tmp_path):
     save_file({**tensors, "model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="unexpected: layers.0.self_attn.q_proj.bias"):
         Llama.from_pretrained(tmp_path)
-    save_file({name: tensor for name, tensor in tensors.items() if "layers.1." not in name}, tmp_path / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}, tmp_path / "model.safetensors"
+    )
     with pytest.raises(ValueError, match="missing: layers.1.input_layernorm.weight"):
         Llama.from_pretrained(tmp_path)
 
@@ -190,7 +211,10 @@ def test_the_tokenizer_of_llama_is_read_as_it_is(real):
     assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) == (32000, 1, 2)
     assert tokenizer.encode("ASSISTANT USER: ")[-1] == 29871  # a lone space piece
     assert tokenizer.encode("\nWhere")[:2] == [29871, 13]
-    assert tokenizer.decode(tokenizer.encode("There is no such object in the image")) == "There is no such object in the image"
+    assert (
+        tokenizer.decode(tokenizer.encode("There is no such object in the image"))
+        == "There is no such object in the image"
+    )
 
 
 def test_the_three_forms_cost_what_the_readme_says(real):

@@ -18,9 +18,16 @@ from data import IGNORE, IMAGE_ID, collate, encode_prefix, encode_question, enco
 from model import VARIANTS, Adapter, LocVLM, LocVLMConfig, describe_parts, packed_mask, place_image
 
 TURNS = [  # of three images, a different number of conversations each, one of them with two turns
-    [[("Where is the object described cup located in image in terms of (x1,y1,x2,y2) bbox?", "It is located at (4, 52, 13, 63)")],
-     [("What is at location (4, 52, 13, 63) in image?", "There is a red circle.")],
-     [("What is this?", "A cup."), ("Is there a dog?", "There is no such object in the image")]],
+    [
+        [
+            (
+                "Where is the object described cup located in image in terms of (x1,y1,x2,y2) bbox?",
+                "It is located at (4, 52, 13, 63)",
+            )
+        ],
+        [("What is at location (4, 52, 13, 63) in image?", "There is a red circle.")],
+        [("What is this?", "A cup."), ("Is there a dog?", "There is no such object in the image")],
+    ],
     [[("Describe the object located at (1, 2)?", "There is a blue square.")]],
     [[("What is this?", "A cup.")], [("And this one here, in the corner?", "There is a dog.")]],
 ]
@@ -28,7 +35,10 @@ QUESTIONS = [[turns[0][0] for turns in segments] for segments in TURNS]
 
 
 def pictures(number=3):
-    return [Image.fromarray(np.random.default_rng(i).integers(0, 256, (30 + 9 * i, 50, 3), dtype=np.uint8)) for i in range(number)]
+    return [
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (30 + 9 * i, 50, 3), dtype=np.uint8))
+        for i in range(number)
+    ]
 
 
 def pixel_values(number=3):
@@ -67,8 +77,13 @@ def golden_llava(tmp_path, tokenizer):
     shutil.copytree(GOLDEN / "llava", tmp_path / "llava")
     shutil.copyfile(tokenizer.path, tmp_path / "llava/tokenizer.model")
     config = json.loads((GOLDEN / "llava/config.json").read_text())
-    config["locvlm"] = {"adapter": "mlp2x_gelu", "geometry": "squash", "kind": "ivb", "template": "v1",
-                        "tokenizer_sha256": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()}
+    config["locvlm"] = {
+        "adapter": "mlp2x_gelu",
+        "geometry": "squash",
+        "kind": "ivb",
+        "template": "v1",
+        "tokenizer_sha256": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
+    }
     (tmp_path / "llava/config.json").write_text(json.dumps(config))
     reference = load_file(GOLDEN / "llava/reference.safetensors")
     reference["input_ids"].masked_fill_(reference["input_ids"] == config["image_token_index"], IMAGE_ID)
@@ -117,9 +132,13 @@ def test_k_questions_in_one_row_cost_what_k_rows_cost(make_model, tokenizer, tem
     loss, gradients = loss_and_gradients(model, collate(packed_rows(tokenizer, template)), pixel_values())
     wanted, wanted_gradients = loss_and_gradients(model, collate(rows), pixel_values()[images])
     assert_close(loss, wanted)
-    assert gradients.keys() == wanted_gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert (
+        gradients.keys() == wanted_gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    )
     for name, gradient in gradients.items():
-        assert (gradient - wanted_gradients[name]).abs().max() <= 1e-5 * max(1, wanted_gradients[name].abs().max()), name
+        assert (gradient - wanted_gradients[name]).abs().max() <= 1e-5 * max(1, wanted_gradients[name].abs().max()), (
+            name
+        )
 
 
 def test_the_vision_tower_learns_nothing(make_model, tokenizer):
@@ -127,14 +146,25 @@ def test_the_vision_tower_learns_nothing(make_model, tokenizer):
     model = make_model()
     _, gradients = loss_and_gradients(model, collate(packed_rows(tokenizer, "v1")), pixel_values())
     assert not any(name.startswith("vision_tower") for name in gradients)
-    assert [(name, trainable > 0) for name, _, trainable in describe_parts(model)] == [("vision_tower", False), ("adapter", True), ("language_model", True)]
+    assert [(name, trainable > 0) for name, _, trainable in describe_parts(model)] == [
+        ("vision_tower", False),
+        ("adapter", True),
+        ("language_model", True),
+    ]
 
 
 def test_segments_see_the_prefix_and_themselves():
     """The mask of a row with a prefix of 2, segments of 2 and 1, and one padding token, drawn."""
     mask = packed_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))
     assert mask.shape == (1, 1, 6, 6)
-    assert ["".join(".x"[int(seen)] for seen in row) for row in mask[0, 0]] == ["x.....", "xx....", "xxx...", "xxxx..", "xx..x.", "xx...x"]
+    assert ["".join(".x"[int(seen)] for seen in row) for row in mask[0, 0]] == [
+        "x.....",
+        "xx....",
+        "xxx...",
+        "xxxx..",
+        "xx..x.",
+        "xx...x",
+    ]
 
 
 def test_answers_do_not_depend_on_company(make_model, tokenizer):
@@ -142,8 +172,10 @@ def test_answers_do_not_depend_on_company(make_model, tokenizer):
     model = make_model()
     for options in ({}, {"temperature": 0.7, "seed": 4}):
         together = model.generate(pictures(), QUESTIONS, max_new_tokens=16, **options)
-        alone = [[model.generate([image], [[question]], max_new_tokens=16, **options)[0][0] for question in asked]
-                 for image, asked in zip(pictures(), QUESTIONS, strict=True)]
+        alone = [
+            [model.generate([image], [[question]], max_new_tokens=16, **options)[0][0] for question in asked]
+            for image, asked in zip(pictures(), QUESTIONS, strict=True)
+        ]
         assert together == alone
         assert len({answer for answers in together for answer in answers}) > 3
 
@@ -154,7 +186,11 @@ def test_an_answer_is_what_decoding_token_by_token_gives(make_model, tokenizer):
     question = QUESTIONS[0][1]
     answer = model.generate([image], [[question]], max_new_tokens=12)[0][0]
     visual = model.adapter(model.vision_tower(preprocess(image, 28)[None]))
-    ids, llama, said = encode_prefix(tokenizer, "v1", VISION.num_patches) + encode_question(tokenizer, question), model.language_model, []
+    ids, llama, said = (
+        encode_prefix(tokenizer, "v1", VISION.num_patches) + encode_question(tokenizer, question),
+        model.language_model,
+        [],
+    )
     while len(said) < 12:
         row = torch.tensor([ids + said])
         x = place_image(llama.embed_tokens(row.clamp(min=0)), visual, row)
@@ -168,7 +204,10 @@ def test_images_may_come_as_pictures_paths_or_tensors(make_model, tmp_path):
     """The same answers; no question about an image is no answer about it; a list too few is refused."""
     model, image = make_model(), pictures(1)[0]
     image.save(tmp_path / "image.png")
-    answers = [model.generate([given], [["What is this?"]], max_new_tokens=8) for given in (image, tmp_path / "image.png", str(tmp_path / "image.png"), preprocess(image, 28))]
+    answers = [
+        model.generate([given], [["What is this?"]], max_new_tokens=8)
+        for given in (image, tmp_path / "image.png", str(tmp_path / "image.png"), preprocess(image, 28))
+    ]
     assert answers == answers[:1] * 4
     assert model.generate([image, image], [[], ["What is this?"]], max_new_tokens=8) == [[], answers[0][0]]
     assert model.generate([image], [[]]) == [[]]
@@ -188,7 +227,9 @@ def test_prompt_image_and_padding_carry_no_loss(tokenizer):
     for row, segments in enumerate(TURNS):
         for number, turns in enumerate(segments, start=1):
             labels = batch["labels"][row][supervised[row] & (batch["segments"][row] == number)].tolist()
-            assert labels == [token for _, answer in turns for token in [*tokenizer.encode(answer), tokenizer.eos_token_id]]
+            assert labels == [
+                token for _, answer in turns for token in [*tokenizer.encode(answer), tokenizer.eos_token_id]
+            ]
 
 
 @pytest.mark.parametrize("template", ["v1", "plain"])
@@ -199,13 +240,19 @@ def test_the_loss_is_each_answer_token_predicted_from_what_precedes_it(make_mode
     """
     model, row = make_model(), separate_rows(tokenizer, template)[0][0]
     ids, labels = torch.tensor([row["input_ids"]]), row["labels"]
-    x = place_image(model.language_model.embed_tokens(ids.clamp(min=0)), model.adapter(model.vision_tower(pixel_values(1))), ids)
+    x = place_image(
+        model.language_model.embed_tokens(ids.clamp(min=0)), model.adapter(model.vision_tower(pixel_values(1))), ids
+    )
     predicted = F.log_softmax(model.language_model.lm_head(model.language_model.hidden(x))[0], dim=-1)
     by_hand = -torch.stack([predicted[t - 1, label] for t, label in enumerate(labels) if label != IGNORE]).mean()
     assert model(pixel_values(1), **collate([row])).item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("rows_of", [packed_rows, lambda tokenizer, template: separate_rows(tokenizer, template)[0]], ids=["packed", "separate"])
+@pytest.mark.parametrize(
+    "rows_of",
+    [packed_rows, lambda tokenizer, template: separate_rows(tokenizer, template)[0]],
+    ids=["packed", "separate"],
+)
 def test_padding_changes_nothing(make_model, tokenizer, rows_of):
     """The losses of rows alone add up to that of the padded batch, and what the padding holds does not matter."""
     model, rows = make_model(), rows_of(tokenizer, "v1")
@@ -231,8 +278,15 @@ def test_another_image_changes_only_its_own_row(make_model, tokenizer):
     model, rows = make_model(), separate_rows(tokenizer, "v1")[0][:2]
     images, batch = pixel_values(2), collate(rows)
     other = torch.stack([images[0], images[1].flip(2)])
-    losses = [[model(given, **{**batch, "labels": batch["labels"].where(torch.tensor([[row == 0], [row == 1]]), IGNORE)}).item() for row in (0, 1)]
-              for given in (images, other)]
+    losses = [
+        [
+            model(
+                given, **{**batch, "labels": batch["labels"].where(torch.tensor([[row == 0], [row == 1]]), IGNORE)}
+            ).item()
+            for row in (0, 1)
+        ]
+        for given in (images, other)
+    ]
     assert losses[0][0] == losses[1][0]
     assert losses[0][1] != losses[1][1]
 
@@ -240,8 +294,15 @@ def test_another_image_changes_only_its_own_row(make_model, tokenizer):
 # ----- on disk
 
 
-@pytest.mark.parametrize("options", [{}, {"adapter": "mlp2x_gelu", "geometry": "pad", "kind": "diga"}, {"text_config": replace(TEXT, tie_word_embeddings=True)}],
-                         ids=["linear", "mlp2x_gelu", "tied"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"adapter": "mlp2x_gelu", "geometry": "pad", "kind": "diga"},
+        {"text_config": replace(TEXT, tie_word_embeddings=True)},
+    ],
+    ids=["linear", "mlp2x_gelu", "tied"],
+)
 def test_a_saved_model_comes_back_the_same(make_model, tokenizer, tmp_path, options):
     """Config, every tensor, the tokenizer: equal losses and answers, to the bit; saving over itself is harmless."""
     model = make_model(**options)
@@ -253,9 +314,15 @@ def test_a_saved_model_comes_back_the_same(make_model, tokenizer, tmp_path, opti
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     batch = collate(packed_rows(tokenizer, "v1"))
     assert torch.equal(model(pixel_values(), **batch), again(pixel_values(), **batch))
-    assert model.generate(pictures(), QUESTIONS, max_new_tokens=8) == again.generate(pictures(), QUESTIONS, max_new_tokens=8)
+    assert model.generate(pictures(), QUESTIONS, max_new_tokens=8) == again.generate(
+        pictures(), QUESTIONS, max_new_tokens=8
+    )
     assert not any(p.requires_grad for p in again.vision_tower.parameters())
-    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
 
 
 def test_another_tokenizer_is_refused(make_model, tmp_path):
@@ -275,6 +342,10 @@ def test_a_checkpoint_of_someone_else_is_refused(tmp_path):
 
 def test_options_that_are_none_are_refused():
     """Adapter, geometry and kind are checked before anything is built."""
-    for options, hint in (({"adapter": "mlp3x"}, "adapter 'mlp3x'"), ({"geometry": "stretch"}, "geometry 'stretch'"), ({"kind": "xywh"}, "coordinate kind 'xywh'")):
+    for options, hint in (
+        ({"adapter": "mlp3x"}, "adapter 'mlp3x'"),
+        ({"geometry": "stretch"}, "geometry 'stretch'"),
+        ({"kind": "xywh"}, "coordinate kind 'xywh'"),
+    ):
         with pytest.raises(ValueError, match=hint):
             LocVLMConfig(VISION, TEXT, **options)

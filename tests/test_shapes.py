@@ -37,10 +37,14 @@ def test_captions_and_conversations_say_nothing_of_sides():
     """What a model knows of left and right must come from coordinates or descriptions."""
     for scene, rng in scenes(300):
         told = caption(scene, rng) + " ".join(q + a for q, a in converse(scene, rng))
-        assert not {"left", "right", "above", "below", "top", "bottom", "side"} & set(told.replace(".", " ").replace("?", " ").split())
+        assert not {"left", "right", "above", "below", "top", "bottom", "side"} & set(
+            told.replace(".", " ").replace("?", " ").split()
+        )
         listed = [phrase(scene, shape) for shape in scene.shapes]
         order = [told.index(words) for words in listed]
-        assert [scene.bigness(s) for s in scene.shapes] == sorted((scene.bigness(s) for s in scene.shapes), reverse=True) and len(order) == len(listed)
+        assert [scene.bigness(s) for s in scene.shapes] == sorted(
+            (scene.bigness(s) for s in scene.shapes), reverse=True
+        ) and len(order) == len(listed)
 
 
 def test_descriptions_are_true_of_one_shape():
@@ -59,6 +63,14 @@ def test_the_world_on_disk_is_a_coco_folder(tmp_path):
         write_world(tmp_path / name, {"train": 12, "val": 3}, seed=5)
     assert (tmp_path / "a/instances_train.json").read_bytes() == (tmp_path / "b/instances_train.json").read_bytes()
     world = tmp_path / "a"
-    records, left_out = read_coco(world / "instances_train.json", world / "images", world / "captions_train.json", world / "conversations_train.json")
+    records, left_out = read_coco(
+        world / "instances_train.json",
+        world / "images",
+        world / "captions_train.json",
+        world / "conversations_train.json",
+    )
     assert len(records) == 12 and not left_out
-    assert all(record.captions and record.conversations and set(record.present) | set(record.absent) == set(NAMES) for record in records)
+    assert all(
+        record.captions and record.conversations and set(record.present) | set(record.absent) == set(NAMES)
+        for record in records
+    )

@@ -28,15 +28,30 @@ def parts(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     for name, module, config in (("clip", CLIPVisionTower(VISION), VISION), ("llama", Llama(TEXT), TEXT)):
-        write_tensors(folder / name / "model.safetensors", {k if k.startswith("lm_head") else f"{'vision_' * (name == 'clip')}model.{k}": v
-                                                            for k, v in module.state_dict().items()})
+        write_tensors(
+            folder / name / "model.safetensors",
+            {
+                k if k.startswith("lm_head") else f"{'vision_' * (name == 'clip')}model.{k}": v
+                for k, v in module.state_dict().items()
+            },
+        )
         write_json(folder / name / "config.json", vars(config))
     (folder / "llama/tokenizer.model").write_bytes(tokenizer.path.read_bytes())
     write_world(folder / "world", {"train": 24})
     world = folder / "world"
-    return {"vision": str(folder / "clip"), "llm": str(folder / "llama"), "coco": str(world / "instances_train.json"), "images": str(world / "images"),
-            "captions": str(world / "captions_train.json"), "llava": str(world / "conversations_train.json"), "max_length": 400,
-            "steps": "4,6", "batch": "4", "questions": "3", "lr": "1e-2"}
+    return {
+        "vision": str(folder / "clip"),
+        "llm": str(folder / "llama"),
+        "coco": str(world / "instances_train.json"),
+        "images": str(world / "images"),
+        "captions": str(world / "captions_train.json"),
+        "llava": str(world / "conversations_train.json"),
+        "max_length": 400,
+        "steps": "4,6",
+        "batch": "4",
+        "questions": "3",
+        "lr": "1e-2",
+    }
 
 
 def losses(run):
@@ -50,19 +65,36 @@ def flags(options):
 def test_warm_up_is_linear_and_the_rest_half_a_cosine():
     rates = [lr_at(step, 100, 1.0, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.5) and rates[99] < 1e-3 and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+    assert (
+        rates[55] == pytest.approx(0.5)
+        and rates[99] < 1e-3
+        and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+    )
 
 
 def test_flags_come_from_the_dataclass():
     config = parse_config(TrainConfig, ["--steps", "3,5", "--lr", "1e-3", "--objectives", "loc,neg"])
-    assert (config.recipe(1).steps, config.recipe(2).steps, config.recipe(1).lr, config.recipe(2).lr) == (3, 5, 1e-3, 1e-3)
+    assert (config.recipe(1).steps, config.recipe(2).steps, config.recipe(1).lr, config.recipe(2).lr) == (
+        3,
+        5,
+        1e-3,
+        1e-3,
+    )
     paper = TrainConfig(preset="paper").recipe(2)
     assert (paper.batch, paper.lr, paper.warmup_ratio, paper.epochs) == (64, 2e-5, 0.3, 10), "Sec. 4.1"
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"steps": "1,2,3"}, "one for each of the stages"), ({"lr": "fast"}, "expected float"), ({"batch": "0"}, "positive"), ({"lr": "nan"}, "positive"),
-    ({"variant": "b"}, "--vision and --llm"), ({"coco": "x.json"}, "--images")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": "1,2,3"}, "one for each of the stages"),
+        ({"lr": "fast"}, "expected float"),
+        ({"batch": "0"}, "positive"),
+        ({"lr": "nan"}, "positive"),
+        ({"variant": "b"}, "--vision and --llm"),
+        ({"coco": "x.json"}, "--images"),
+    ],
+)
 def test_options_that_cannot_be_meant_are_refused_first(options, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(**options)
@@ -70,9 +102,18 @@ def test_options_that_cannot_be_meant_are_refused_first(options, words):
 
 def test_stage_one_moves_only_the_adapter_and_stage_two_llama_too(parts, tmp_path):
     train.main(TrainConfig(**{**parts, "stages": "1", "steps": "3"}, out=str(tmp_path / "one")))
-    train.main(TrainConfig(**{**parts, "stages": "2", "steps": "3", "vision": "", "llm": ""}, init_from=str(tmp_path / "one"), out=str(tmp_path / "two")))
+    train.main(
+        TrainConfig(
+            **{**parts, "stages": "2", "steps": "3", "vision": "", "llm": ""},
+            init_from=str(tmp_path / "one"),
+            out=str(tmp_path / "two"),
+        )
+    )
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    tower, llama = load_file(Path(parts["vision"]) / "model.safetensors"), load_file(Path(parts["llm"]) / "model.safetensors")
+    tower, llama = (
+        load_file(Path(parts["vision"]) / "model.safetensors"),
+        load_file(Path(parts["llm"]) / "model.safetensors"),
+    )
     for name in one:
         part = name.split(".")[0]
         moved = not torch.equal(one[name], two[name])
@@ -101,7 +142,16 @@ def test_accumulation_changes_nothing(parts, tmp_path):
 def test_two_processes_equal_one(parts, tmp_path):
     """torchrun with two gloo processes: the losses of one process with the same global batch, to 1e-5."""
     train.main(TrainConfig(**parts, out=str(tmp_path / "one")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541", str(ROOT / "train.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29541",
+        str(ROOT / "train.py"),
+    ]
     subprocess.run(command + flags({**parts, "out": tmp_path / "two"}), check=True, capture_output=True, timeout=240)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
@@ -112,10 +162,19 @@ def test_a_killed_run_resumes_to_the_same_bits(parts, tmp_path, kill_after):
     train.main(TrainConfig(**parts, out=str(tmp_path / "whole"), save_every=2))
     options = {**parts, "out": tmp_path / "killed", "save_every": 2}
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in the same order
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags(options)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags(options)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     log = tmp_path / "killed" / "log.jsonl"
     deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None and not (log.exists() and log.read_text().count("\n") >= kill_after):
+    while (
+        time.time() < deadline
+        and process.poll() is None
+        and not (log.exists() and log.read_text().count("\n") >= kill_after)
+    ):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -137,7 +196,11 @@ def test_a_run_is_never_written_over(parts, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path):
     """It says where and on what, and leaves the last good checkpoint."""
     with pytest.raises(FloatingPointError, match=r"stage 2, step \d+, lr .*images \['"):
-        train.main(TrainConfig(**{**parts, "lr": "1e-3,1e38", "steps": "2,9"}, grad_clip=1e38, out=str(tmp_path / "run"), save_every=1))
+        train.main(
+            TrainConfig(
+                **{**parts, "lr": "1e-3,1e38", "steps": "2,9"}, grad_clip=1e38, out=str(tmp_path / "run"), save_every=1
+            )
+        )
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)
     assert all(math.isfinite(row) for row in losses(tmp_path / "run")) and state["step"] >= 1
 
@@ -158,6 +221,14 @@ def test_a_dry_run_writes_nothing(parts, tmp_path, capsys):
 
 def test_a_small_model_overfits_a_few_examples(parts, tmp_path):
     """Loss starts near log V and goes to almost nothing on four images asked the same way."""
-    train.main(TrainConfig(**{**parts, "stages": "2", "steps": "150", "lr": "5e-3"}, limit=4, objectives="rev", instruct_share=0.0, out=str(tmp_path / "run")))
+    train.main(
+        TrainConfig(
+            **{**parts, "stages": "2", "steps": "150", "lr": "5e-3"},
+            limit=4,
+            objectives="rev",
+            instruct_share=0.0,
+            out=str(tmp_path / "run"),
+        )
+    )
     found = losses(tmp_path / "run")
     assert abs(found[0] - math.log(TEXT.vocab_size)) < 1 and found[-1] < 0.1

@@ -3,8 +3,9 @@
 It learns the words of the shapes world, and to look things up in what it has read. A document is a scene told in
 words, then questions about it in the chat form of stage 2, packed behind the shared telling as images are:
 
-    told    "a small red circle at (12, 30, 50, 66). ..." up to three times, each in new order and wording; loss from the
-            second time on, where everything can be copied. This is what makes looking-up appear at all (LOG.md).
+    retell  "small red circle at (12, 30, 50, 66). ..." three times, word for word or in new order; loss from the second
+            time on, where everything can be copied. All that is read at first: it makes looking-up appear (LOG.md).
+    told    the same up to three times in new order and wording, then questions
     map     the scene as a grid of words, row by row, one word for each cell: "redcircle", "redcirclepart" where the shape
             covers little of it, "." for nothing. As many words as a picture has patches.
 
@@ -24,8 +25,21 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from checkpoint import write_json, write_tensors
 from coords import CoordFormat, iou
-from data import (LOC_ANSWER, NEG_ANSWER, REV_ANSWER, REV_PROMPTS, SIDE_ANSWERS, SIDE_PROMPTS, SYSTEM, Wording, collate, encode_question,
-                  encode_segment, loc_question, pack)
+from data import (
+    LOC_ANSWER,
+    NEG_ANSWER,
+    REV_ANSWER,
+    REV_PROMPTS,
+    SIDE_ANSWERS,
+    SIDE_PROMPTS,
+    SYSTEM,
+    Wording,
+    collate,
+    encode_question,
+    encode_segment,
+    loc_question,
+    pack,
+)
 from llama import Llama, LlamaConfig, Tokenizer
 from model import answer_loss
 from shapes import COLOURS, NAMES, article, caption, converse, describe, draw_scene, phrase, side_of
@@ -36,9 +50,17 @@ GRID = SIDE // PATCH
 FORMAT = CoordFormat("ivb", SIDE)
 WORDING = Wording(FORMAT)
 VOCABULARY = 800
-CONFIG = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6, rms_norm_eps=1e-5, max_position_embeddings=1024)
-STEPS, BATCH, QUESTIONS, LR = 5000, 8, 6, 1.5e-3
-FORMS = ("told", "map", "told", "map", "caption", "map", "told", "map")  # of documents, step by step
+CONFIG = dict(
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=5,
+    num_attention_heads=6,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=1024,
+)
+STEPS, BATCH, QUESTIONS, LR = 4000, 8, 6, 1.5e-3
+FORMS = ("told", "map", "told", "map", "retell", "map", "told", "caption")  # of documents, step by step
+RETELL_STEPS = 400  # before anything else
 
 
 # ----- documents
@@ -48,7 +70,20 @@ def tell(scene, rng):
     """One telling of a scene with coordinates, in random order and wording."""
     form = rng.choice(("{a} at {loc}", "there is {a} at {loc}", "at {loc} there is {a}", "{p}: {loc}"))
     shapes = rng.sample(scene.shapes, len(scene.shapes))
-    return ". ".join(form.format(a=article(phrase(scene, s)), p=phrase(scene, s), loc=FORMAT.encode_box(s.box_px, scene.size)) for s in shapes) + "."
+    return (
+        ". ".join(
+            form.format(a=article(phrase(scene, s)), p=phrase(scene, s), loc=FORMAT.encode_box(s.box_px, scene.size))
+            for s in shapes
+        )
+        + "."
+    )
+
+
+def retell(scene, rng):
+    """Three tellings in one wording, half of the time word for word."""
+    parts = [f"{phrase(scene, s)} at {FORMAT.encode_box(s.box_px, scene.size)}" for s in scene.shapes]
+    shuffled = rng.random() < 0.5
+    return [". ".join(rng.sample(parts, len(parts)) if shuffled else parts) + "." for _ in range(3)]
 
 
 def draw_map(scene):
@@ -95,7 +130,12 @@ def located_questions(scene, rng):
         pairs.append((loc_question(rng.choice(calls), WORDING, rng), LOC_ANSWER.format(loc=loc)))
         if shape in unique:
             pairs.append((loc_question(shape.name, WORDING, rng), LOC_ANSWER.format(loc=loc)))
-        pairs.append((rng.choice(REV_PROMPTS).format(loc=loc), REV_ANSWER.format(category=rng.choice((shape.name, describe(scene, shape, rng))))))
+        pairs.append(
+            (
+                rng.choice(REV_PROMPTS).format(loc=loc),
+                REV_ANSWER.format(category=rng.choice((shape.name, describe(scene, shape, rng)))),
+            )
+        )
     for name in rng.sample([n for n in NAMES if n not in {s.name for s in scene.shapes}], 2):
         called = rng.choice((name, f"{rng.choice(list(COLOURS))} {name}"))
         pairs.append((loc_question(called, WORDING, rng), NEG_ANSWER))
@@ -109,19 +149,28 @@ def questions_about(scene, rng, count):
 
 
 def document(tokenizer, rng, form):
-    """One packed row: `form` is "told", "map" or "caption" (a map, and what stage 1 says of an image)."""
+    """One packed row: `form` is "retell", "told", "map" or "caption" (a map, and what stage 1 says of an image)."""
     scene = draw_scene(rng)
     bos = [tokenizer.bos_token_id]
+    if form == "retell":
+        return retold(bos, [tokenizer.encode(text) for text in retell(scene, rng)], [])
     if form == "caption":
-        return pack(bos + tokenizer.encode(draw_map(scene)), [encode_segment(tokenizer, "plain", [("", caption(scene, rng))])], 1024)
+        return pack(
+            bos + tokenizer.encode(draw_map(scene)),
+            [encode_segment(tokenizer, "plain", [("", caption(scene, rng))])],
+            1024,
+        )
     before = bos + tokenizer.encode(SYSTEM + " USER: ")
     segments = [encode_segment(tokenizer, "v1", [pair]) for pair in questions_about(scene, rng, QUESTIONS)]
     if form == "map":
         return pack(before + tokenizer.encode(draw_map(scene)), segments, 1024)
-    tellings = [tokenizer.encode(tell(scene, rng)) for _ in range(rng.randint(1, 3))]
+    return retold(before, [tokenizer.encode(tell(scene, rng)) for _ in range(rng.randint(1, 3))], segments)
+
+
+def retold(before, tellings, segments):
+    """Pack several tellings of a scene as a prefix, with loss from the second on."""
     row = pack(before + [token for telling in tellings for token in telling], segments, 1024)
-    start = len(before) + len(tellings[0])
-    end = len(before) + sum(map(len, tellings))
+    start, end = len(before) + len(tellings[0]), len(before) + sum(map(len, tellings))
     row["labels"][start:end] = row["input_ids"][start:end]
     return row
 
@@ -132,6 +181,7 @@ def document(tokenizer, rng, form):
 def make_tokenizer():
     """A sentencepiece BPE model with LLaMA's settings: digits apart, byte fallback, the same special ids."""
     rng = random.Random("tokenizer")
+
     def lines():
         for _ in range(6000):
             scene = draw_scene(rng)
@@ -140,15 +190,32 @@ def make_tokenizer():
             for question, answer in questions_about(scene, rng, 12):
                 yield f"{question} ASSISTANT: {answer}"
             yield "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 -+.,:;!?'()[]"
+
     (HERE / "llama").mkdir(exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines(), model_prefix=str(HERE / "llama" / "tokenizer"), model_type="bpe", vocab_size=VOCABULARY, byte_fallback=True,
-        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0, max_sentence_length=20000,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+        sentence_iterator=lines(),
+        model_prefix=str(HERE / "llama" / "tokenizer"),
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        max_sentence_length=20000,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
     (HERE / "llama" / "tokenizer.vocab").unlink()
     tokenizer = Tokenizer(HERE / "llama")
     scene = draw_scene(rng)
-    assert len(tokenizer.encode(draw_map(scene))) == GRID * GRID, "a word of the map is more than one piece: raise VOCABULARY"
+    assert len(tokenizer.encode(draw_map(scene))) == GRID * GRID, (
+        "a word of the map is more than one piece: raise VOCABULARY"
+    )
     return tokenizer
 
 
@@ -164,9 +231,14 @@ def gate(llama, tokenizer, form, scenes=150):
         shape = rng.choice(scene.unique())
         loc = FORMAT.encode_box(shape.box_px, scene.size)
         missing = rng.choice([n for n in NAMES if n not in {s.name for s in scene.shapes}])
-        asked = [("loc", loc_question(shape.name, WORDING, rng), LOC_ANSWER.format(loc=loc)), ("neg", loc_question(missing, WORDING, rng), NEG_ANSWER),
-                 ("rev", rng.choice(REV_PROMPTS).format(loc=loc), shape.name), ("colour", f"What colour is the {shape.name}?", shape.colour),
-                 ("yes", f"Is there {article(shape.name)} in the image?", "Yes"), ("no", f"Is there {article(missing)} in the image?", "No")]
+        asked = [
+            ("loc", loc_question(shape.name, WORDING, rng), LOC_ANSWER.format(loc=loc)),
+            ("neg", loc_question(missing, WORDING, rng), NEG_ANSWER),
+            ("rev", rng.choice(REV_PROMPTS).format(loc=loc), shape.name),
+            ("colour", f"What colour is the {shape.name}?", shape.colour),
+            ("yes", f"Is there {article(shape.name)} in the image?", "Yes"),
+            ("no", f"Is there {article(missing)} in the image?", "No"),
+        ]
         asked += [("side", question, answer) for question, answer in side_questions(scene, rng)[:1]]
         for kind, question, answer in asked:
             prompts.append(before + encode_question(tokenizer, question))
@@ -190,16 +262,27 @@ def main(steps=STEPS):
     llama = Llama(config)
     for name, p in llama.named_parameters():
         if p.ndim == 2:
-            std = 0.2 if "embed" in name else p.shape[1] ** -0.5 / (math.sqrt(2 * config.num_hidden_layers) if "o_proj" in name or "down_proj" in name else 1)
+            std = (
+                0.2
+                if "embed" in name
+                else p.shape[1] ** -0.5
+                / (math.sqrt(2 * config.num_hidden_layers) if "o_proj" in name or "down_proj" in name else 1)
+            )
             nn.init.normal_(p, std=std)
     nn.init.normal_(llama.lm_head.weight, std=0.02)
-    print(f"{sum(p.numel() for p in llama.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True)
+    print(
+        f"{sum(p.numel() for p in llama.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True
+    )
     optimizer = torch.optim.AdamW(llama.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.95))
     running = {}
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 200, (steps - step) / (0.4 * steps))  # warm up, stay, cool down
-        form = FORMS[step % len(FORMS)]
-        batch = collate([document(tokenizer, random.Random(f"{step} {i}"), form) for i in range(BATCH)])
+        optimizer.param_groups[0]["lr"] = LR * min(
+            1, (step + 1) / 200, (steps - step) / (0.4 * steps)
+        )  # warm up, stay, cool down
+        form = "retell" if step < RETELL_STEPS else FORMS[step % len(FORMS)]
+        batch = collate(
+            [document(tokenizer, random.Random(f"{step} {i}"), form) for i in range(BATCH * (1 + (form == "retell")))]
+        )
         x = llama.embed_tokens(batch["input_ids"])
         loss = answer_loss(llama, x, batch["labels"], batch["segments"], batch["positions"])
         optimizer.zero_grad()
@@ -208,11 +291,28 @@ def main(steps=STEPS):
         optimizer.step()
         running[form] = 0.95 * running.get(form, loss.item()) + 0.05 * loss.item()
         if step % 50 == 49:
-            print(f"step {step + 1} " + " ".join(f"{form} {value:.3f}" for form, value in running.items()) + f" {time.time() - began:.0f} s", flush=True)
+            print(
+                f"step {step + 1} "
+                + " ".join(f"{form} {value:.3f}" for form, value in running.items())
+                + f" {time.time() - began:.0f} s",
+                flush=True,
+            )
         if step % 500 == 499 or step == steps - 1:
-            write_tensors(HERE / "llama" / "model.safetensors", {(k if k.startswith("lm_head") else f"model.{k}"): v.half() for k, v in llama.state_dict().items()})
-            write_json(HERE / "llama" / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-                                                        "bos_token_id": 1, "eos_token_id": 2, **{k: getattr(config, k) for k in config.__dataclass_fields__}})
+            write_tensors(
+                HERE / "llama" / "model.safetensors",
+                {(k if k.startswith("lm_head") else f"model.{k}"): v.half() for k, v in llama.state_dict().items()},
+            )
+            write_json(
+                HERE / "llama" / "config.json",
+                {
+                    "model_type": "llama",
+                    "architectures": ["LlamaForCausalLM"],
+                    "hidden_act": "silu",
+                    "bos_token_id": 1,
+                    "eos_token_id": 2,
+                    **{k: getattr(config, k) for k in config.__dataclass_fields__},
+                },
+            )
             for form in ("told", "map"):
                 print(f"gate {form}: {gate(llama, tokenizer, form)}", flush=True)
 

@@ -1,7 +1,7 @@
 """Train the tiny tower that stands in for CLIP: `python tiny/make_vision.py` writes tiny/clip (HF format).
 
 A ViT of CLIP's architecture learns the shapes world region by region: every patch is asked for the name and the colour
-of the shape whose box covers it (or "nothing"), and for that box's four sides as distances from the patch. Both the
+of the shape whose box covers it (or "nothing"), and for that box's four sides, in the image and as distances from the patch. Both the
 last layer and the last but one are asked, by the same linear heads; LocVLM reads the last but one. Purely image-level
 training gave features without places (LOG.md).
 
@@ -27,7 +27,9 @@ from coords import CoordFormat, iou
 from shapes import COLOURS, NAMES, draw_scene, render
 
 HERE = Path(__file__).parent
-CONFIG = CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, image_size=112, patch_size=14)
+CONFIG = CLIPVisionConfig(
+    hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, image_size=112, patch_size=14
+)
 GRID = CONFIG.image_size // CONFIG.patch_size
 IMAGES, STEPS, BATCH, LR = 12000, 3000, 64, 1.5e-3
 
@@ -51,9 +53,13 @@ def patch_targets(boxes_unit, names, colours):
     """For each patch: name (len(NAMES) = nothing), colour, box in grid cells; of the shape whose box covers most of it."""
     edge = torch.arange(GRID + 1).float()
     box = boxes_unit * GRID  # (B, 4, 4)
+
     def along(low, high):
         return (torch.minimum(high[..., None], edge[1:]) - torch.maximum(low[..., None], edge[:-1])).clamp(min=0)
-    cover = along(box[..., 1], box[..., 3])[..., :, None] * along(box[..., 0], box[..., 2])[..., None, :]  # (B, 4, row, column)
+
+    cover = (
+        along(box[..., 1], box[..., 3])[..., :, None] * along(box[..., 0], box[..., 2])[..., None, :]
+    )  # (B, 4, row, column)
     cover = torch.where(names[..., None, None] >= 0, cover, 0.0).flatten(2)  # (B, 4, P)
     most, which = cover.max(1)
     name = torch.where(most > 0.15, names.gather(1, which), len(NAMES))
@@ -64,20 +70,31 @@ class Heads(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm = nn.LayerNorm(CONFIG.hidden_size)
-        self.ask = nn.Linear(CONFIG.hidden_size, len(NAMES) + 1 + len(COLOURS) + 4)
+        self.ask = nn.Linear(CONFIG.hidden_size, len(NAMES) + 1 + len(COLOURS) + 8)
 
     def loss(self, features, name, colour, box, most):
-        centre = torch.stack(torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij"), -1).flip(-1).view(-1, 2) + 0.5
-        said_name, said_colour, said_box = self.ask(self.norm(features)).split([len(NAMES) + 1, len(COLOURS), 4], -1)
+        centre = (
+            torch.stack(torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij"), -1).flip(-1).view(-1, 2)
+            + 0.5
+        )
+        said_name, said_colour, said_box, said_distances = self.ask(self.norm(features)).split(
+            [len(NAMES) + 1, len(COLOURS), 4, 4], -1
+        )
         on = name < len(NAMES)
         distances = box - centre.repeat(1, 2)  # sides of the box as seen from the patch, in cells
-        return (F.cross_entropy(said_name.flatten(0, 1), name.flatten()) + F.cross_entropy(said_colour[on], colour[on])
-                + F.smooth_l1_loss(said_box[on], distances[on], beta=0.2))
+        return (
+            F.cross_entropy(said_name.flatten(0, 1), name.flatten())
+            + F.cross_entropy(said_colour[on], colour[on])
+            + F.smooth_l1_loss(said_box[on], box[on], beta=0.2)
+            + F.smooth_l1_loss(said_distances[on], distances[on], beta=0.2)
+        )
 
 
 def sinusoids(width):
     """Position table (1 + P, width) to start from: sine and cosine of row and column; the class token's row is zero."""
-    place = torch.arange(GRID).float()[:, None] * torch.exp(-math.log(100.0) * torch.arange(width // 4).float() / (width // 4))
+    place = torch.arange(GRID).float()[:, None] * torch.exp(
+        -math.log(100.0) * torch.arange(width // 4).float() / (width // 4)
+    )
     axis = torch.cat([place.sin(), place.cos()], 1)  # (grid, width / 2)
     table = torch.cat([axis[:, None].expand(-1, GRID, -1), axis[None].expand(GRID, -1, -1)], -1).flatten(0, 1)
     return torch.cat([torch.zeros(1, width), table]) * 0.5
@@ -93,6 +110,7 @@ def both_layers(tower, images):
 
 def gate(tower, train, held_out):
     """Train the probe on `train`, give its name accuracy and acc@0.5 on `held_out`: features of the centre patch -> name, box."""
+
     def rows(data):
         images, boxes_unit, names, _ = data
         with torch.no_grad():
@@ -101,8 +119,11 @@ def gate(tower, train, held_out):
         boxes_unit = boxes_unit[image, shape]
         column, row = (((boxes_unit[:, :2] + boxes_unit[:, 2:]) / 2 * GRID).long()).unbind(1)
         return features[image, row * GRID + column], names[image, shape], boxes_unit
+
     x, name, box_unit = rows(train)
-    probe = nn.Sequential(nn.LayerNorm(x.shape[1]), nn.Linear(x.shape[1], 256), nn.GELU(), nn.Linear(256, len(NAMES) + 4))
+    probe = nn.Sequential(
+        nn.LayerNorm(x.shape[1]), nn.Linear(x.shape[1], 256), nn.GELU(), nn.Linear(256, len(NAMES) + 4)
+    )
     optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3)
     for step in range(1500):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 1500)
@@ -140,7 +161,12 @@ def main(steps=STEPS):
         images, boxes_unit, names, colours = (part[pick] for part in data)
         images = images.float() * (1 + 0.1 * torch.randn(BATCH, 1, 1, 1)) + 0.1 * torch.randn(BATCH, 3, 1, 1)
         if step % 2:  # mirrored: every shape is its own mirror image, its box is not
-            images, boxes_unit = images.flip(3), torch.stack([1 - boxes_unit[..., 2], boxes_unit[..., 1], 1 - boxes_unit[..., 0], boxes_unit[..., 3]], -1)
+            images, boxes_unit = (
+                images.flip(3),
+                torch.stack(
+                    [1 - boxes_unit[..., 2], boxes_unit[..., 1], 1 - boxes_unit[..., 0], boxes_unit[..., 3]], -1
+                ),
+            )
         targets = patch_targets(boxes_unit, names, colours)
         loss = sum(heads.loss(features, *targets) for features in both_layers(tower, images))
         optimizer.zero_grad()
@@ -149,14 +175,27 @@ def main(steps=STEPS):
         optimizer.step()
         running = 0.98 * running + 0.02 * loss.item()
         if step % 100 == 99:
-            print(f"step {step + 1} loss {running / (1 - 0.98 ** (step + 1)):.4f} {time.time() - began:.0f} s", flush=True)
+            print(
+                f"step {step + 1} loss {running / (1 - 0.98 ** (step + 1)):.4f} {time.time() - began:.0f} s", flush=True
+            )
         if step % 1000 == 999 or step == steps - 1:
-            write_tensors(HERE / "clip" / "model.safetensors", {f"vision_model.{k}": v.half() for k, v in tower.state_dict().items()})
-            write_json(HERE / "clip" / "config.json", {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"],
-                                                       **{k: getattr(CONFIG, k) for k in CONFIG.__dataclass_fields__}})
+            write_tensors(
+                HERE / "clip" / "model.safetensors",
+                {f"vision_model.{k}": v.half() for k, v in tower.state_dict().items()},
+            )
+            write_json(
+                HERE / "clip" / "config.json",
+                {
+                    "model_type": "clip_vision_model",
+                    "architectures": ["CLIPVisionModel"],
+                    **{k: getattr(CONFIG, k) for k in CONFIG.__dataclass_fields__},
+                },
+            )
     tower.eval()
     name, box = gate(tower, tuple(part[:6000] for part in data), held_out)
-    print(f"gate: centre-patch probe names {name:.1%} (>= 95%), acc@0.5 {box:.1%} (>= 80%), {time.time() - began:.0f} s")
+    print(
+        f"gate: centre-patch probe names {name:.1%} (>= 95%), acc@0.5 {box:.1%} (>= 80%), {time.time() - began:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -16,12 +16,31 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 HERE = Path(__file__).parent
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14)
-TEXT = dict(vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=64, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
+VISION = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14
+)
+TEXT = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 EAGER = dict(attn_implementation="eager")
 IMAGE = 63  # transformers wants its image placeholder inside the vocabulary
 
@@ -42,8 +61,12 @@ def scramble(model, seed):
 def write(name, model, reference):
     model.save_pretrained(HERE / name)
     (HERE / name / "generation_config.json").unlink(missing_ok=True)
-    save_file({key: tensor.detach().contiguous() for key, tensor in reference.items()}, HERE / name / "reference.safetensors")
-    print(f"{name}: {sum(f.stat().st_size for f in (HERE / name).iterdir()):,} bytes, transformers {transformers.__version__}, torch {torch.__version__}")
+    save_file(
+        {key: tensor.detach().contiguous() for key, tensor in reference.items()}, HERE / name / "reference.safetensors"
+    )
+    print(
+        f"{name}: {sum(f.stat().st_size for f in (HERE / name).iterdir()):,} bytes, transformers {transformers.__version__}, torch {torch.__version__}"
+    )
 
 
 def make_clip(generator):
@@ -61,8 +84,15 @@ def make_llama(generator):
 
 def make_llava(generator):
     """Two rows of unlike length, an image in each, the answers supervised; what pads the shorter row is masked."""
-    config = LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, projector_hidden_act="gelu",
-                         vision_feature_layer=-2, vision_feature_select_strategy="default", **EAGER)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        **EAGER,
+    )
     llava = scramble(LlavaForConditionalGeneration(config), 3)
     pixel_values = torch.randn(2, 3, 28, 28, generator=generator)
     words = torch.randint(3, 60, (2, 11), generator=generator)
@@ -74,8 +104,19 @@ def make_llava(generator):
     out = llava(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, labels=labels)
     out.loss.backward()
     projector = llava.model.multi_modal_projector
-    write("llava", llava, {"pixel_values": pixel_values, "input_ids": input_ids, "labels": labels, "attention_mask": attention_mask,
-                           "logits": out.logits, "loss": out.loss, "adapter_gradient": projector.linear_1.weight.grad})
+    write(
+        "llava",
+        llava,
+        {
+            "pixel_values": pixel_values,
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": attention_mask,
+            "logits": out.logits,
+            "loss": out.loss,
+            "adapter_gradient": projector.linear_1.weight.grad,
+        },
+    )
 
 
 @torch.inference_mode()
@@ -88,21 +129,36 @@ def compare_large():
 
     worst = 0.0
     for side in (224, 336):
-        config = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=side, patch_size=14, **EAGER)
+        config = CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=side,
+            patch_size=14,
+            **EAGER,
+        )
         theirs = scramble(CLIPVisionModel(config), 4)
         ours = CLIPVisionTower(OurConfig.from_dict(json.loads(config.to_json_string())))
         load_strictly(ours, vision_tensors(theirs.state_dict()), f"ViT-L/14-{side}")
         pixel_values = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(5))
         wanted = theirs(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:]
         error = float((ours(pixel_values) - wanted).abs().max() / wanted.abs().max())
-        print(f"ViT-L/14-{side}: patches {tuple(wanted.shape)}, max error {error:.2e} of the largest value {float(wanted.abs().max()):.1f}", flush=True)
+        print(
+            f"ViT-L/14-{side}: patches {tuple(wanted.shape)}, max error {error:.2e} of the largest value {float(wanted.abs().max()):.1f}",
+            flush=True,
+        )
         worst = max(worst, error)
     sys.exit(f"{worst:.2e} is more than 1e-5" if worst > 1e-5 else 0)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--large", action="store_true", help="compare at ViT-L/14-224 and -336 instead of writing fixtures (about 6 GB of memory)")
+    parser.add_argument(
+        "--large",
+        action="store_true",
+        help="compare at ViT-L/14-224 and -336 instead of writing fixtures (about 6 GB of memory)",
+    )
     if parser.parse_args().large:
         compare_large()
     else:
