@@ -239,8 +239,8 @@ class LocVLM(nn.Module):
                 f"{folder}/config.json has no 'locvlm' part; expected a checkpoint that this project saved; to build one from a "
                 "CLIP and a LLaMA folder use train.py --vision and --llm"
             )
-        ours = dict(config["locvlm"])
-        tokenizer_sha256 = ours.pop("tokenizer_sha256")
+        ours = {key: config["locvlm"][key] for key in ("adapter", "geometry", "kind")}
+        tokenizer_sha256 = config["locvlm"]["tokenizer_sha256"]
         model = cls(LocVLMConfig(CLIPVisionConfig.from_dict(config), LlamaConfig.from_dict(config), **ours))
         parts = {"vision_tower.": {}, "multi_modal_projector.": {}, "language_model.": {}}
         for name, tensor in tensors.items():

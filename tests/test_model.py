@@ -81,7 +81,6 @@ def golden_llava(tmp_path, tokenizer):
         "adapter": "mlp2x_gelu",
         "geometry": "squash",
         "kind": "ivb",
-        "template": "v1",
         "tokenizer_sha256": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
     }
     (tmp_path / "llava/config.json").write_text(json.dumps(config))
