@@ -8,7 +8,8 @@ words, then questions about it in the chat form of stage 2, packed behind the sh
     told    the same up to three times in new order and wording, then questions
     bag     the scene as a grid of bags of words, one for each patch that a picture would have: several words laid on one
             position, their embeddings added, some heavier than others. A visual token holds several facts at once; a
-            model this small must have met that before, while LLaMA-7B need not.
+            model this small must have met that before, while LLaMA-7B need not. Asked for its caption ("caption"), for
+            a word each ("drill"), for boxes by name ("place"), for everything ("bag")
 
 No picture is involved. The gate at the end asks held-out scenes.
 """
@@ -182,7 +183,7 @@ def questions_about(scene, rng, count):
 
 
 def document(tokenizer, rng, form):
-    """One packed row: `form` is "retell", "told", "map" or "caption" (a map, and what stage 1 says of an image)."""
+    """One packed row of a form that SCHEDULE names; "caption" is bags, and what stage 1 says of an image."""
     scene = draw_scene(rng)
     bos = [tokenizer.bos_token_id]
     if form == "retell":
