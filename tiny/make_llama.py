@@ -26,7 +26,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from checkpoint import write_json, write_tensors
-from coords import CoordFormat, iou
+from coords import iou
 from data import (
     IGNORE,
     LOC_ANSWER,
@@ -42,26 +42,24 @@ from data import (
     loc_question,
     pack,
 )
-from llama import Llama, LlamaConfig, Tokenizer
-from model import answer_loss, packed_mask
+from llama import Llama, Tokenizer
+from model import VARIANTS, answer_loss, packed_mask
 from shapes import COLOURS, NAMES, article, caption, converse, describe, draw_scene, phrase, presence, side_of
 
 HERE = Path(__file__).parent
-SIDE, PATCH = 112, 14
-GRID = SIDE // PATCH
-FORMAT = CoordFormat("ivb", SIDE)
+CONFIG = VARIANTS["tiny"].text_config
+FORMAT = VARIANTS["tiny"].coord_format()
+GRID = FORMAT.grid
 WORDING = Wording(FORMAT)
-VOCABULARY = 800
-CONFIG = dict(
-    hidden_size=192,
-    intermediate_size=512,
-    num_hidden_layers=5,
-    num_attention_heads=6,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=1024,
-)
 STEPS, BATCH, QUESTIONS, LR = 2600, 8, 6, 1.2e-3
-WEIGHT = {"retell": 2, "told": 1, "caption": 4, "drill": 3, "bag": 2, "place": 3}  # short documents come in larger batches
+WEIGHT = {
+    "retell": 2,
+    "told": 1,
+    "caption": 4,
+    "drill": 3,
+    "bag": 2,
+    "place": 3,
+}  # short documents come in larger batches
 # Forms of documents, taken in turn, each tuple until that step. One easy thing at a time, and nothing else: copying, then
 # finding what was told, then naming what lies in bags, then finding there. All at once, none of it is learned (LOG.md).
 SCHEDULE = {
@@ -103,6 +101,7 @@ def bags(scene, tokenizer, rng):
     A cell that a shape covers holds its colour and its name, and "left", "above", "right", "below" as heavily as its
     sides lie far along their axis. Weights waver, as features do.
     """
+
     def word(text):
         [piece] = tokenizer.encode(text)
         return piece
@@ -253,7 +252,7 @@ def make_tokenizer():
         sentence_iterator=lines(),
         model_prefix=str(HERE / "llama" / "tokenizer"),
         model_type="bpe",
-        vocab_size=VOCABULARY,
+        vocab_size=CONFIG.vocab_size,
         byte_fallback=True,
         split_digits=True,
         normalization_rule_name="identity",
@@ -305,7 +304,9 @@ def gate(llama, tokenizer, form, scenes=150):
     hits = {}
     for row, kinds in zip(rows, checks, strict=True):
         batch = collate([row])
-        hidden = llama.hidden(embed(llama, [row], batch["input_ids"]), batch["positions"], packed_mask(batch["segments"]))
+        hidden = llama.hidden(
+            embed(llama, [row], batch["input_ids"]), batch["positions"], packed_mask(batch["segments"])
+        )
         said = llama.lm_head(hidden)[0].argmax(-1)
         labels, segments = batch["labels"][0], batch["segments"][0]
         for number, (kind, shape, scene) in enumerate(kinds, start=1):
@@ -323,15 +324,14 @@ def main(first=0):
     torch.manual_seed(0)
     began = time.time()
     tokenizer = Tokenizer(HERE / "llama") if (HERE / "llama" / "tokenizer.model").exists() else make_tokenizer()
-    config = LlamaConfig(vocab_size=len(tokenizer), **CONFIG)
-    llama = Llama(config)
+    llama = Llama(CONFIG)
     for name, p in llama.named_parameters():
         if p.ndim == 2:
             std = (
                 0.2
                 if "embed" in name
                 else p.shape[1] ** -0.5
-                / (math.sqrt(2 * config.num_hidden_layers) if "o_proj" in name or "down_proj" in name else 1)
+                / (math.sqrt(2 * CONFIG.num_hidden_layers) if "o_proj" in name or "down_proj" in name else 1)
             )
             nn.init.normal_(p, std=std)
     nn.init.normal_(llama.lm_head.weight, std=0.02)
@@ -375,7 +375,7 @@ def main(first=0):
                     "hidden_act": "silu",
                     "bos_token_id": 1,
                     "eos_token_id": 2,
-                    **{k: getattr(config, k) for k in config.__dataclass_fields__},
+                    **{k: getattr(CONFIG, k) for k in CONFIG.__dataclass_fields__},
                 },
             )
             for form in ("told", "bag"):

@@ -22,14 +22,13 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from checkpoint import write_json, write_tensors
-from clip_vit import CLIPVisionConfig, CLIPVisionTower, preprocess
+from clip_vit import CLIPVisionTower, preprocess
 from coords import CoordFormat, iou
+from model import VARIANTS
 from shapes import COLOURS, NAMES, draw_scene, render
 
 HERE = Path(__file__).parent
-CONFIG = CLIPVisionConfig(
-    hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, image_size=112, patch_size=14
-)
+CONFIG = VARIANTS["tiny"].vision_config
 GRID = CONFIG.image_size // CONFIG.patch_size
 IMAGES, STEPS, BATCH, LR = 12000, 3000, 64, 1.5e-3
 
