@@ -1,9 +1,10 @@
-"""k questions behind one image against a row for each: our training step beside that of `transformers`' Llava.
+"""This code beside `transformers`, in one run: a training step, and loading and generation.
 
     pip install transformers
-    python bench.py                 a 63 M-parameter stand-in, 6 questions on each of 4 images; some minutes, 10 GB of memory
+    python bench.py                   training: a 63 M-parameter stand-in, 6 questions on each of 4 images; some minutes, 10 GB
+    python bench.py generate          loading and generation: a LLaMA of SmolLM2-135M's shape, or --llama FOLDER; some minutes
 
-Both sides learn the same: the same random weights, images, questions and answers (App. B, "v1" template), in fp32; the
+Training. Both sides learn the same: the same random weights, images, questions and answers (App. B, "v1" template), in fp32; the
 vision tower is frozen, projector and LLaMA learn. A step is forward, backward and fused AdamW.
 
     ours     LocVLM.forward: B rows, each with its image once and k question/answer segments behind it (data.pack)
@@ -13,6 +14,11 @@ vision tower is frozen, projector and LLaMA learn. A step is forward, backward a
 Each measurement is a process of its own, so that its peak memory is its own: once with glibc's allocator told to keep
 freed memory (train.keep_freed_memory), once as it comes, on both sides alike. The first step, which also allocates
 AdamW's moments, counts for memory and not for time. Its loss must agree to four decimals. Linux only (/proc).
+
+Generation. Both sides load the same folder in fp32, read a prompt, and continue it in greedy, one row and eight; then
+answer six questions behind one long prefix: ours reads it once (KVCache.spread), theirs once a row. Ours twice: as
+`for_inference()` leaves it, and compiled. A token must move every weight but the embeddings; what a token took, as a share
+of reading as many bytes in one sum, is the last column.
 """
 
 import argparse
@@ -23,13 +29,16 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from checkpoint import write_json, write_tensors
 from clip_vit import CLIPVisionConfig
 from coords import CoordFormat
 from data import IMAGE_ID, LOC_ANSWER, Wording, collate, encode_prefix, encode_segment, loc_question, pack
-from llama import LlamaConfig
+from llama import KVCache, Llama, LlamaConfig
 from model import LocVLM, LocVLMConfig
 from train import keep_freed_memory
 
@@ -175,10 +184,119 @@ def measure(side, tuned, args):
     }
 
 
+# ----- loading and generation
+
+
+def write_llama(folder):
+    """A random LLaMA of SmolLM2-135M's shape, as a HF folder."""
+    config = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    config |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "model_type": "llama"}
+    config |= {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+    write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], **config})
+    with torch.device("meta"):
+        llama = Llama(LlamaConfig.from_dict(config))
+    named = {f"model.{k}": torch.empty(v.shape) for k, v in llama.state_dict().items() if k != "lm_head.weight"}
+    draw_weights(named)
+    write_tensors(folder / "model.safetensors", named)
+
+
+def clock(call, times=3):
+    """Median seconds of a call, after one that does not count."""
+    call()
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+@torch.inference_mode()
+def measure_generation(side, folder, args):
+    """Load a folder and generate, in this process: seconds, GiB, and the ids of one answer."""
+    torch.set_num_threads(args.threads)
+    if side == "theirs":
+        from transformers import LlamaForCausalLM
+    before, began = memory("VmHWM"), time.perf_counter()
+    if side == "theirs":
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    else:
+        model = Llama.from_pretrained(folder)
+    found = {"load": time.perf_counter() - began, "peak": memory("VmHWM") - before}
+    found["tensors"] = 4 * sum(p.numel() for p in model.parameters()) / 2**30
+    # every weight moves for a token, but of the embeddings one row (a tied head moves all of it)
+    untied = 0 if model.lm_head.weight is (model.model if side == "theirs" else model).embed_tokens.weight else 1
+    moved = 4 * (sum(p.numel() for p in model.parameters()) - untied * model.lm_head.weight.numel())
+    if side == "compiled":
+        model.for_inference(compile=True)
+    if side == "ours":
+        model.for_inference()
+
+    def answer(prompts, count):
+        """Greedy ids that continue prompts of one length."""
+        if side != "theirs":
+            return model.generate(prompts, count)
+        ids = torch.tensor(prompts)
+        fixed = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **fixed)[:, ids.shape[1] :].tolist()
+
+    def behind_one_prefix(prefix, questions, count):
+        if side == "theirs":
+            return answer([prefix + question for question in questions], count)
+        cache = KVCache(model.config, 1, len(prefix), "cpu", torch.float32)
+        model.hidden(model.embed_tokens(torch.tensor([prefix])), cache=cache)
+        cache = cache.spread(model.config, [0] * len(questions), len(prefix) + len(questions[0]) + count)
+        return model.generate(questions, count, prefix=cache)
+
+    draw = random.Random(0)
+    prompts = [[draw.randrange(3, 400) for _ in range(32)] for _ in range(8)]
+    prefix = [draw.randrange(3, 400) for _ in range(600)]  # about an image at 336 px and the words before it
+    found["answer"] = answer(prompts[:1], 16)[0]
+    found["prefill"] = clock(lambda: answer([prefix], 1))
+    for rows in (1, 8):
+        short, long = (clock(lambda n=n, rows=rows: answer(prompts[:rows], n)) for n in (1, 1 + args.tokens))
+        found[rows] = (long - short) / args.tokens
+    found["six"] = clock(lambda: behind_one_prefix(prefix, prompts[:6], 24), times=1)
+    block = torch.ones(moved // 4)
+    found["limit"] = clock(block.sum, times=9)
+    return found
+
+
+def generation(args):
+    """Print both sides' loading and generation, and the ratios."""
+    with TemporaryDirectory() as made:
+        folder = Path(args.llama or made)
+        if not args.llama:
+            write_llama(folder)
+        print(f"{folder}: fp32, {args.threads} threads")
+        print(
+            "side      load s  peak/tensors  prefill 600  tokens/s, 1 row  of limit  tokens/s, 8 rows  six questions s"
+        )
+        results = {}
+        for side in ("theirs", "ours", "compiled"):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+                r = results[side] = fresh.submit(measure_generation, side, folder, args).result()
+            print(
+                f"{side:8}  {r['load']:6.2f}  {r['peak'] / r['tensors']:12.2f}  {r['prefill']:11.2f}  {1 / r[1]:15.1f}  "
+                f"{r['limit'] / r[1]:8.0%}  {8 / r[8]:16.1f}  {r['six']:15.2f}",
+                flush=True,
+            )
+    theirs = results.pop("theirs")
+    for side, r in results.items():
+        assert r["answer"] == theirs["answer"], f"{side}: another answer than transformers'"
+        print(
+            f"{side}: {theirs['load'] / r['load']:.1f} x as fast to load, {theirs['prefill'] / r['prefill']:.1f} x prefill, "
+            f"{theirs[1] / r[1]:.1f} x one row (goal: 2), {theirs[8] / r[8]:.1f} x eight rows (goal: 2), "
+            f"{theirs['six'] / r['six']:.1f} x six questions (goal: 5)"
+        )
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("what", nargs="?", choices=("train", "generate"), default="train", help="what to measure")
+    parser.add_argument("--llama", help="HF folder for `generate`, instead of random weights")
     for flag, default, what in (
         ("images", 4, "images in a batch"),
         ("questions", 6, "questions on each image"),
@@ -187,9 +305,12 @@ def main(argv=None):
         ("vocab-size", 32000, "its vocabulary"),
         ("steps", 5, "steps to time, after a first one"),
         ("threads", 2, "threads of each process"),
+        ("tokens", 32, "tokens to generate"),
     ):
         parser.add_argument("--" + flag, type=int, default=default, help=what)
     args = parser.parse_args(argv)
+    if args.what == "generate":
+        return generation(args)
     print(
         f"{args.questions} questions on each of {args.images} images, fp32, {args.threads} threads; forward, backward and AdamW, "
         f"median of {args.steps} steps"

@@ -1,27 +1,43 @@
-"""Weight files and configs on disk: read strictly, written whole.
+"""Weight files and configs on disk: read lazily and strictly, under every name they go by; written whole.
 
-A checkpoint is a folder in the form of the Hugging Face hub: `config.json` beside `model.safetensors`, or beside
-shards that `model.safetensors.index.json` lists. Tensors travel as a dict of name -> tensor; which module a name
-belongs to is said by the module that loads it (`clip_vit.py`, `llama.py`, `model.py`).
+A checkpoint is a folder of the Hugging Face hub: `config.json` beside `model.safetensors` or `pytorch_model.bin`, or beside
+shards that an index file lists; or it is one file. `open_tensors` gives every tensor's name and shape at once and its
+contents when asked, `sort_tensors` says which part of a LLaVA each name belongs to, `build` makes a module of them: one
+tensor in memory at a time beside what is kept.
 """
 
 import json
 import os
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+SHARD_BYTES = 5 * 10**9  # larger checkpoints are written in shards, as the hub's are
 
 
-def read_config(folder):
-    """Read a folder's config.json as a dict."""
-    path = Path(folder) / "config.json"
+# ----- reading
+
+
+def require_file(path, expected):
+    """Refuse a file that is not there, or stands there as a Git LFS pointer only."""
+    path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path}; expected a checkpoint folder with config.json and safetensors; check the path"
-        )
-    return read_json(path)
+        raise FileNotFoundError(f"no {path}; expected {expected}; check the path, or download it again")
+    with open(path, "rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise ValueError(f"{path} is a Git LFS pointer; expected the file it points to; run `git lfs pull` there")
+    return path
+
+
+def read_config(folder, name="config.json"):
+    """Read a folder's config.json as a dict."""
+    return read_json(require_file(Path(folder) / name, "a checkpoint folder, with its config beside the weights"))
 
 
 def read_json(path):
@@ -34,45 +50,204 @@ def read_json(path):
         ) from None
 
 
-def read_tensors(folder):
-    """Read every tensor of a checkpoint folder: a dict of name -> tensor, on the CPU, in the dtype of the file."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    tensors = {}
-    for name in names:
-        if not (folder / name).is_file():
-            expected = f"every shard that {index.name} lists" if index.is_file() else "a safetensors file"
-            raise FileNotFoundError(f"no {folder / name}; expected {expected}; download or copy it again")
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its shape, known at once, and `read`, which gives its contents."""
+
+    shape: tuple
+    read: Callable[[], torch.Tensor]
+    path: Path
+
+    def rows(self, start, stop):
+        """Some of its rows."""
+        return Stored((stop - start, *self.shape[1:]), lambda: self.read()[start:stop], self.path)
+
+
+def open_tensors(path):
+    """Open a checkpoint folder, or one .safetensors, .bin, .pt or .pth file: name -> Stored. No contents are read yet."""
+    path = Path(path)
+    if path.is_file():
+        return open_file(path)
+    for name in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin"):
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            weight_map = read_json(require_file(index, "the list of shards")).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index} has no weight_map; expected tensor name -> file; download it again")
+            stored = {}
+            for shard in sorted(set(weight_map.values())):
+                stored.update(open_file(require_file(path / shard, f"every shard that {index.name} lists")))
+            absent = sorted(weight_map.keys() - stored.keys())
+            if absent:
+                raise ValueError(
+                    f"{index} lists {some(absent)}; expected them in the shards it names; the files are of two versions: "
+                    "download them again"
+                )
+            return stored
+        if (path / name).is_file():
+            return open_file(path / name)
+    shards = sorted(path.glob("*-of-*.safetensors")) + sorted(path.glob("*-of-*.bin"))
+    hint = f"; {shards[0].name} is there, its *.index.json is not" if shards else ""
+    raise FileNotFoundError(
+        f"no weights in {path}{hint}; expected model.safetensors, pytorch_model.bin, or shards with their index; "
+        "check the path, or complete the download"
+    )
+
+
+def open_file(path):
+    """Open one weight file: name -> Stored."""
+    path = require_file(path, "a weight file")
+    if path.suffix != ".safetensors":
+        return TorchFile(path).stored()
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); expected one; download or copy it again"
+        ) from None
+
+    def read(name):
+        with safe_open(path, "pt") as file:  # opened anew for each tensor: pages of an open file count as our memory
+            return file.get_tensor(name)
+
+    return {name: Stored(shape, lambda name=name: read(name), path) for name, shape in shapes.items()}
+
+
+class TorchFile:
+    """A file that torch.save wrote, mapped into memory and read without running what its pickle says."""
+
+    RENEW = 2**26  # bytes read until the mapping is made anew, so that pages read do not add up
+
+    def __init__(self, path):
+        self.path, self.given = path, 0
+        self.tensors = self.load()
+
+    def load(self):
+        expected = "tensors saved by torch.save, and nothing else"
+        how = {"map_location": "cpu", "weights_only": True}
         try:
-            tensors.update(load_file(folder / name))
-        except SafetensorError as error:
+            try:
+                content = torch.load(self.path, mmap=True, **how)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                content = torch.load(self.path, **how)  # the format before torch 1.6 cannot be mapped
+        except pickle.UnpicklingError as error:
+            wants = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise ValueError(
-                f"{folder / name} is not a whole safetensors file ({error}); download or copy it again"
+                f"{self.path} is a pickle that wants {wants[1] if wants else 'more than tensors'}; expected {expected}; it "
+                "could run any code, so it is not read: get the weights as safetensors"
             ) from None
-    return tensors
+        except (RuntimeError, EOFError, ValueError) as error:
+            what = "a TorchScript archive" if "TorchScript" in str(error) else "cut short, or no such file"
+            raise ValueError(
+                f"{self.path} is {what}; expected {expected}; download it again, or save a TorchScript archive's "
+                "state_dict() with torch.save"
+            ) from None
+        if not isinstance(content, dict) or not any(torch.is_tensor(value) for value in content.values()):
+            raise ValueError(
+                f"{self.path} holds {type(content).__name__}; expected {expected}, by name; save a state_dict"
+            )
+        return {name: value for name, value in content.items() if torch.is_tensor(value)}
+
+    def read(self, name):
+        if self.given > self.RENEW:
+            self.tensors, self.given = None, 0
+            self.tensors = self.load()
+        self.given += self.tensors[name].nbytes
+        return self.tensors[name]
+
+    def stored(self):
+        return {
+            name: Stored(tuple(tensor.shape), lambda name=name: self.read(name), self.path)
+            for name, tensor in self.tensors.items()
+        }
 
 
-def load_strictly(module, tensors, source):
-    """Fill a module with tensors of the same names and shapes; name what is missing, unexpected or of another shape."""
+# ----- names
+
+# Full names of the tensors of a LLaVA, its CLIP or its LLaMA alone, in every naming on disk: HF's CLIP and LLaMA, LLaVA's
+# own (model.mm_projector.0), llava-hf's (language_model.model.), transformers 4.52's (model.language_model.) and 5's (no
+# vision_model). What the last group matches is our name within the part.
+NAMES = {
+    "vision_tower": r"(?:model\.)?(?:vision_tower\.)*(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)",
+    "adapter": r"(?:model\.)?(?:mm_projector|multi_modal_projector)\.(.+)",
+    "language_model": r"(?:model\.)?(?:language_model\.)?(?:model\.)?((?:layers|embed_tokens|norm|lm_head)\..+)",
+}
+IGNORED = r"(.+\.)?(position_ids|rotary_emb\.inv_freq)|(text_model|text_projection|visual_projection)\..+|text_projection|logit_scale"
+ADAPTER = {"0": "linear_1", "2": "linear_2", "weight": "linear_1.weight", "bias": "linear_1.bias"}  # LLaVA's -> ours
+
+
+def sort_tensors(stored, source):
+    """Sort name -> Stored into the three parts, under our names: {"vision_tower": {name: Stored}, ...}."""
+    parts, foreign = {part: {} for part in NAMES}, []
+    for name, tensor in stored.items():
+        if re.fullmatch(IGNORED, name):
+            continue
+        for part, pattern in NAMES.items():
+            if found := re.fullmatch(pattern, name):
+                first, dot, rest = found[1].partition(".")
+                parts[part][(ADAPTER.get(first, first) if part == "adapter" else first) + dot + rest] = tensor
+                break
+        else:
+            foreign.append(name)
+    if foreign:
+        raise ValueError(
+            f"{source}: {some(sorted(foreign))} belong to no part; expected the names of a CLIP, a LLaMA or a LLaVA; "
+            "is this another model's file?"
+        )
+    return parts
+
+
+def some(names):
+    """Five of the names, then a count."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def build(make, stored, source, dtype=torch.float32, device="cpu"):
+    """Make a module and fill it from name -> Stored, strictly, at the price of its own size and one tensor.
+
+    make    a function that gives the module; it is called under the meta device, so nothing is allocated or drawn
+    source  what to call the checkpoint in an error: every tensor that is missing, unexpected, of another shape or not
+            finite is named
+    """
+    with torch.device("meta"):
+        module = make()
     wanted = module.state_dict()
     complaints = {
-        "missing": sorted(wanted.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - wanted.keys()),
+        "missing": sorted(wanted.keys() - stored.keys()),
+        "unexpected": sorted(stored.keys() - wanted.keys()),
         "of another shape": [
-            f"{name} {tuple(tensors[name].shape)}, expected {tuple(wanted[name].shape)}"
-            for name in sorted(wanted.keys() & tensors.keys())
-            if tensors[name].shape != wanted[name].shape
+            f"{name} {stored[name].shape}, expected {tuple(wanted[name].shape)}"
+            for name in sorted(wanted.keys() & stored.keys())
+            if stored[name].shape != tuple(wanted[name].shape)
         ],
     }
     for what, names in complaints.items():
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise ValueError(
-                f"{source}: {len(names)} tensors {what}: {', '.join(names[:5])}{more}; "
+                f"{source}: {len(names)} tensors {what}: {some(names)}; "
                 "expected what config.json describes; is this another model's file or config?"
             )
-    module.load_state_dict(tensors, strict=True)
+    filled, same = {}, {}
+    for name in wanted:
+        if stored[name] in same:  # a tied head: one tensor under two names
+            filled[name] = filled[same[stored[name]]]
+            continue
+        same[stored[name]] = name
+        tensor = stored[name].read()
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{stored[name].path}: {name} holds NaN or infinity; expected finite weights; the file is damaged, "
+                "or its training went wrong"
+            )
+        filled[name] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+    module.load_state_dict(filled, assign=True)
+    return module
+
+
+# ----- writing
 
 
 def write_whole(path, write):
@@ -96,10 +271,34 @@ def write_json(path, value):
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
-def write_tensors(path, tensors):
-    """Write name -> tensor as one safetensors file."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
+    """Write name -> tensor as one safetensors file, or above `shard_bytes` as shards and their index beside them."""
+    path = Path(path)
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach()
+        size += tensor.nbytes
+
+    def write(path, shard):
+        shard = {name: tensor.cpu().contiguous() for name, tensor in shard.items()}
+        write_whole(path, lambda temporary: save_file(shard, temporary, metadata={"format": "pt"}))
+
+    index = path.with_name(path.name + ".index.json")
+    if len(shards) == 1:
+        write(path, shards[0])
+        index.unlink(missing_ok=True)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"{path.stem}-{number:05d}-of-{len(shards):05d}{path.suffix}"
+        write(path.with_name(name), shard)
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    path.unlink(missing_ok=True)
 
 
 def write_state(path, state):

@@ -7,6 +7,7 @@ checkpoints load strictly. What leaves the tower is what LLaVA uses: the patches
 class token and without `post_layernorm`. The last block is kept, so that a checkpoint can be written back, and not run.
 """
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from checkpoint import load_strictly, read_config, read_tensors
+from checkpoint import build, open_tensors, read_config, sort_tensors
 from coords import resized
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's training images, RGB in [0, 1]
@@ -66,6 +67,20 @@ class CLIPVisionConfig:
         )
         # HF leaves out of config.json what equals its own defaults, and those are ViT-B/32's
         return cls(**{**defaults, **{f.name: config[f.name] for f in fields(cls) if f.name in config}})
+
+    @classmethod
+    def from_shapes(cls, stored):
+        """Read the shape off the tensors, for files without a config (OpenAI's, LLaVA's): heads are 64 wide in all CLIPs."""
+        width, _, patch, _ = stored["embeddings.patch_embedding.weight"].shape
+        positions = stored["embeddings.position_embedding.weight"].shape[0] - 1
+        return cls(
+            hidden_size=width,
+            intermediate_size=stored["encoder.layers.0.mlp.fc1.weight"].shape[0],
+            num_hidden_layers=len({name.split(".")[2] for name in stored if name.startswith("encoder.layers.")}),
+            num_attention_heads=width // 64,
+            image_size=patch * math.isqrt(positions),
+            patch_size=patch,
+        )
 
 
 # ----- images
@@ -198,18 +213,48 @@ class CLIPVisionTower(nn.Module):
         return x[:, 1:]
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Load a HF folder that holds CLIP's vision tower, with or without the text tower beside it."""
-        tower = cls(CLIPVisionConfig.from_dict(read_config(folder)))
-        load_strictly(tower, vision_tensors(read_tensors(folder)), folder)
-        return tower
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        """Load a HF folder that holds CLIP's vision tower, alone or beside other parts, or OpenAI's .pt state dict."""
+        if Path(path).is_file():
+            stored = openai_tensors(open_tensors(path), path)
+            config = CLIPVisionConfig.from_shapes(stored)
+        else:
+            config = CLIPVisionConfig.from_dict(read_config(path))
+            stored = sort_tensors(open_tensors(path), path)["vision_tower"]
+        return build(lambda: cls(config), stored, path, dtype, device)
 
 
-def vision_tensors(tensors):
-    """Keep the vision tower of a CLIP checkpoint, under our names."""
-    other = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-    return {
-        name.removeprefix("vision_model."): tensor
-        for name, tensor in tensors.items()
-        if not name.startswith(other) and not name.endswith("position_ids")
+def openai_tensors(stored, source):
+    """Keep the tower of OpenAI's state dict, under our names: name -> Stored."""
+    if "visual.conv1.weight" not in stored:
+        raise ValueError(
+            f"{source} has no visual.conv1.weight; expected the state dict of OpenAI's CLIP with a ViT; give the folder of "
+            "any other CLIP, with its config.json"
+        )
+    ours = {
+        "class_embedding": "embeddings.class_embedding",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "conv1.": "embeddings.patch_embedding.",
+        "ln_pre.": "pre_layrnorm.",
+        "ln_post.": "post_layernorm.",
+        "transformer.resblocks.": "encoder.layers.",
+        ".attn.": ".self_attn.",
+        ".ln_1.": ".layer_norm1.",
+        ".ln_2.": ".layer_norm2.",
+        ".c_fc.": ".fc1.",
+        ".c_proj.": ".fc2.",
     }
+    tower = {}
+    for name, tensor in stored.items():
+        if not name.startswith("visual.") or name == "visual.proj":
+            continue
+        name = name.removeprefix("visual.")
+        for theirs, our in ours.items():
+            name = name.replace(theirs, our)
+        if ".in_proj_" in name:  # query, key and value in one matrix
+            width = tensor.shape[0] // 3
+            for number, part in enumerate(("q_proj.", "k_proj.", "v_proj.")):
+                tower[name.replace("in_proj_", part)] = tensor.rows(number * width, (number + 1) * width)
+        else:
+            tower[name] = tensor
+    return tower

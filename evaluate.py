@@ -27,6 +27,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
 
 import shapes
@@ -390,8 +391,17 @@ def ask(model, image_path, question, out, max_new_tokens, temperature, seed):
     """Answer one question about an image file; draw the question's boxes green and the answer's blue."""
     image = open_image(image_path)
     fmt = model.config.coord_format()
-    [[answer]] = model.generate([image], [[question]], max_new_tokens, temperature, seed)
-    print(answer)
+    shown = ""
+
+    def show(row, text):
+        """Print what is new of the answer; the last character may still change (it may be half of one)."""
+        nonlocal shown
+        if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text.removeprefix(shown), end="", flush=True)
+            shown = text
+
+    [[answer]] = model.generate([image], [[question]], max_new_tokens, temperature, seed, on_text=show)
+    print(answer.removeprefix(shown))
     boxes = [(box_px, "lime") for box_px in fmt.decode_boxes(question, image.size)] + [
         (box_px, "blue") for box_px in fmt.decode_boxes(answer, image.size)
     ]
@@ -403,6 +413,12 @@ def ask(model, image_path, question, out, max_new_tokens, temperature, seed):
 
 
 # ----- results
+
+
+def weight_files(folder):
+    """The files that hold a checkpoint's weights."""
+    kinds = ("*.safetensors", "*.bin")
+    return next((found for kind in kinds if (found := sorted(Path(folder).glob(kind)))), [])
 
 
 def git_commit():
@@ -488,11 +504,21 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of questions and of sampling (default: 0)")
     parser.add_argument("--batch", type=int, default=32, help="images at a time (default: 32)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
+    parser.add_argument("--vision", help="folder of the CLIP tower, for an original LLaVA that does not hold it")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decoder: a minute, then faster")
     parser.add_argument("--ask", help="a question of your own, about --image")
     parser.add_argument("--image", help="image file to ask about")
     parser.add_argument("--out", help="where --ask draws (default: RUN/eval/ask.png)")
     args = parser.parse_args(argv)
-    model = LocVLM.from_pretrained(args.run).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+        args.dtype or ("bf16" if device == "cuda" else "fp32")
+    ]
+    model = LocVLM.from_pretrained(args.run, args.vision, dtype, device).eval()
+    model.language_model.for_inference(args.compile)
     if args.ask:
         if not args.image:
             parser.error("--ask without --image; expected an image file")
@@ -515,7 +541,8 @@ def main(argv=None):
     wording = Wording(model.config.coord_format(), location=args.location)
     provenance = {
         "run": str(args.run),
-        "weights_sha256": sha256(Path(args.run) / "model.safetensors"),
+        "weights_sha256": {path.name: sha256(path) for path in weight_files(args.run)},
+        "dtype": str(dtype).removeprefix("torch."),
         "git_commit": git_commit(),
         "data": str(args.coco),
         "data_sha256": sha256(args.coco),

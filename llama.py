@@ -2,15 +2,16 @@
 
 RMSNorm, rotary positions in HF's split-halves convention (Meta's interleaves the pairs: the same function of permuted
 weights), SwiGLU, grouped-query heads where there are fewer key/value heads. Parameter names are those of HF
-`LlamaForCausalLM` without the leading `model.`, so that checkpoints load strictly.
+`LlamaForCausalLM` without the leading `model.`, so that checkpoints load strictly; Meta's own files load as well.
 
 Read `Llama.forward` first; `Llama.generate` is the same path with a cache. Text only here: images enter in model.py.
 
     B batch   T tokens   D hidden_size   H heads   G key/value heads   K head size   V vocabulary   L cache length
 """
 
+import math
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import nn
 from torch.nn import functional as F
 
-from checkpoint import load_strictly, read_config, read_tensors
+from checkpoint import Stored, TorchFile, build, open_tensors, read_config, require_file, sort_tensors
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class LlamaConfig:
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", "factor": ...}, see `rotary_frequencies`
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
 
@@ -50,23 +52,30 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, config):
         """Take what we know from a HF config; refuse by name what this decoder does not have."""
-        config = config.get("text_config", config)
-        rope = config.get("rope_parameters") or {}  # transformers 5 nests rope_theta
+        config = {**config, **config.get("text_config", {})}
+        # Scaling of positions has had three homes: rope_scaling with "type", then with "rope_type", then rope_parameters
+        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
         foreign = {
-            "model_type": config.get("model_type", "llama") != "llama",
+            "model_type": config.get("model_type", "llama") not in ("llama", "llava", "llava_llama"),
             "hidden_act": config.get("hidden_act", "silu") != "silu",
             "attention_bias": config.get("attention_bias", False),
             "mlp_bias": config.get("mlp_bias", False),
-            "rope_scaling": config.get("rope_scaling"),
-            "rope_parameters": rope.get("rope_type", "default") != "default",
+            "rope_scaling": rope_type not in ("default", "linear", "llama3"),
+            "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
+            "sliding_window": config.get("sliding_window"),
+            "num_local_experts": config.get("num_local_experts", config.get("num_experts")),
+            "quantization_config": config.get("quantization_config"),
         }
         for key, is_foreign in foreign.items():
             if is_foreign:
+                given = rope if key == "rope_scaling" else config.get(key)
                 raise ValueError(
-                    f"{key} = {config.get(key)!r}; expected a plain LLaMA, which has no such thing; use another checkpoint"
+                    f"{key} = {given!r}; expected a plain LLaMA, which has no such thing; use another checkpoint"
                 )
         known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-        known.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
+        known["rope_scaling"] = None if rope_type == "default" else {**rope, "rope_type": rope_type}
+        known["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
         return cls(**known)
 
 
@@ -79,16 +88,13 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
-    def append(self, layer, k, v):
-        """Store T new positions of one layer; give all keys and values so far."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def of_layer(self, layer):
+        """What a block needs: its keys and values (B, G, L, K), and how many of them are filled."""
+        return self.keys[layer], self.values[layer], self.length
 
-    def spread(self, config, rows, capacity):
+    def spread(self, config, rows, capacity=None):
         """Copy the filled part into a new cache, whose row i continues our row rows[i]."""
-        wider = KVCache(config, len(rows), capacity, self.keys.device, self.keys.dtype)
+        wider = KVCache(config, len(rows), capacity or self.keys.shape[3], self.keys.device, self.keys.dtype)
         wider.keys[:, :, :, : self.length] = self.keys[:, rows, :, : self.length]
         wider.values[:, :, :, : self.length] = self.values[:, rows, :, : self.length]
         wider.length = self.length
@@ -107,10 +113,27 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-def rotary(positions, head_dim, theta, dtype):
+def rotary_frequencies(config, device):
+    """How fast each pair of a head turns: radians a position, (K/2,).
+
+    Scaled checkpoints read further than they were trained for by turning more slowly: "linear" all pairs alike, "llama3"
+    only those too slow for a whole turn in the old length, smoothly between.
+    """
+    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    slow = frequencies / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slow
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the old length
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    return torch.lerp(slow, frequencies, ((turns - low) / (high - low)).clamp(0, 1))
+
+
+def rotary(positions, config, dtype):
     """Positions (B, T) -> cos and sin (B, 1, T, K), the same angles for both halves of a head."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angles = positions.float().unsqueeze(-1) * frequencies  # (B, T, K/2)
+    angles = positions.float().unsqueeze(-1) * rotary_frequencies(config, positions.device)  # (B, T, K/2)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -122,9 +145,9 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
         width, heads, kv_heads, size = (
             config.hidden_size,
             config.num_attention_heads,
@@ -143,7 +166,10 @@ class Attention(nn.Module):
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+            keys, values, start = cache
+            end = start + k.shape[2]
+            keys[:, :, start:end], values[:, :, start:end] = k, v
+            k, v = keys[:, :, :end], values[:, :, :end]
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -161,9 +187,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -173,15 +199,39 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class InferenceLinear(nn.Module):
+    """A linear layer without bias on a CPU, as fast as the weights come from memory: no gradients.
+
+    Plain matrix products of few rows leave most of the memory's bandwidth unused there. oneDNN's do not, on weights in its
+    own layout; and for a single row a compiled multiply-and-add streams as a sum does (`compiled`: weights in both forms).
+    """
+
+    def __init__(self, weight, compiled):
+        super().__init__()
+        self.weight = weight.detach() if compiled else None
+        self.stream = torch.compile(lambda weight, row: (weight * row).sum(-1))
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
+
+    def forward(self, x):
+        if self.weight is not None and x.shape[:-1].numel() == 1:
+            return self.stream(self.weight, x.flatten()).view(*x.shape[:-1], -1)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], None)
+
+
 class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.compiled = None  # see for_inference
+        self.tie()
+
+    def tie(self):
+        """Make head and embedding one matrix, where the config says so (again, after filling)."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, input_ids):
@@ -200,20 +250,38 @@ class Llama(nn.Module):
             raise ValueError("a filled cache and no mask; expected a mask over cached and new positions; build one")
         if positions is None:
             positions = torch.arange(past, past + x.shape[1], device=x.device).expand(x.shape[:2])
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-        for block in self.layers:
-            x = block(x, cos, sin, mask, cache)
+        cos, sin = rotary(positions, self.config, x.dtype)
+        one = x.shape[1] == 1 and (len(x) == 1 or x.is_cuda)
+        for layer, block in enumerate(self.compiled if one and self.compiled else self.layers):
+            x = block(x, cos, sin, mask, None if cache is None else cache.of_layer(layer))
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
 
+    def for_inference(self, compile=False):
+        """Make generation fast, for good: the model cannot be trained or saved after. Gives itself.
+
+        On a CPU, linear layers change their layout. `compile` joins the operations of a block by torch.compile where one
+        token follows (a minute at first, and a C++ compiler): on a CPU for a single row, which then costs what reading the
+        weights costs, on a GPU for any number.
+        """
+        if self.embed_tokens.weight.device.type == "cpu":
+            for module in list(self.modules()):
+                for name, linear in module.named_children():
+                    if isinstance(linear, nn.Linear):
+                        setattr(module, name, InferenceLinear(linear.weight, compile))
+        if compile:
+            self.compiled = [torch.compile(block) for block in self.layers]
+        return self
+
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, eos_token_id=None, temperature=0.0, seed=0, prefix=None):
+    def generate(self, prompts, max_new_tokens, eos_token_id=None, temperature=0.0, seed=0, prefix=None, on_token=None):
         """Continue prompts of different lengths together: list of id lists -> list of id lists (without the end token).
 
         temperature  0 takes the most likely token; else multinomial over softmax(logits / temperature)
         prefix       KVCache that every prompt continues, one row each (see `KVCache.spread`), or None; its capacity
                      must hold the longest prompt and max_new_tokens more
+        on_token     called with (row, its ids so far) for each new token, before the next is computed
         A row's answer does not depend on its company: padding goes between prefix and prompt and is never looked at,
         and each row draws from a generator of its own, seeded by (seed, prompt).
         """
@@ -242,46 +310,133 @@ class Llama(nn.Module):
         mask = seen[:, None, None, : past + longest] & (keys <= queries) | (keys == queries)  # (B, 1, T, past + T)
         positions = (queries[:, 0] - pads[:, None]).clamp(min=0)
 
-        answers, running = [[] for _ in prompts], [True] * len(prompts)
+        answers, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows: which prompt each row of the batch is
+        running = set(rows)
         for step in range(max_new_tokens):
             x = self.hidden(self.embed_tokens(ids), positions, mask, cache)
             logits = self.lm_head(x[:, -1]).float()  # (B, V)
             if temperature > 0:
                 probabilities = (logits / temperature).softmax(-1).cpu()
                 chosen = [
-                    int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, generators, strict=True)
+                    int(torch.multinomial(p, 1, generator=generators[row]))
+                    for p, row in zip(probabilities, rows, strict=True)
                 ]
             else:
                 chosen = logits.argmax(-1).tolist()
-            for row, token in enumerate(chosen):
-                running[row] = running[row] and token != eos_token_id
-                if running[row]:
+            for row, token in zip(rows, chosen, strict=True):
+                if token == eos_token_id:
+                    running.discard(row)
+                if row in running:
                     answers[row].append(token)
-            if not any(running):
+                    if on_token:
+                        on_token(row, answers[row])
+            if not running:
                 break
+            if 2 * len(running) <= len(rows):  # most are done: go on with the others alone
+                keep = [place for place, row in enumerate(rows) if row in running]
+                cache = cache.spread(self.config, keep)
+                rows, chosen, pads, seen = [rows[i] for i in keep], [chosen[i] for i in keep], pads[keep], seen[keep]
             ids = torch.tensor(chosen, device=device)[:, None]
             positions = (past + longest + step - pads)[:, None]
             mask = seen[:, None, None, : past + longest + step + 1]
         return answers
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Load a HF LLaMA-family folder."""
-        llama = cls(LlamaConfig.from_dict(read_config(folder)))
-        load_strictly(llama, llama_tensors(read_tensors(folder), llama.config), folder)
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        """Load a HF LLaMA-family folder, the LLaMA inside a LLaVA, or Meta's consolidated.NN.pth with params.json."""
+        if (Path(folder) / "params.json").is_file():
+            return cls.from_stored(*meta_tensors(Path(folder)), folder, dtype, device)
+        config = LlamaConfig.from_dict(read_config(folder))
+        tensors = sort_tensors(open_tensors(folder), folder)["language_model"]
+        return cls.from_stored(config, tensors, folder, dtype, device)
+
+    @classmethod
+    def from_stored(cls, config, stored, source, dtype=torch.float32, device="cpu"):
+        """Build from name -> Stored. The vocabulary is the tensors': LLaVAs have added words without telling their config."""
+        stored = dict(stored)
+        if "embed_tokens.weight" in stored:
+            config = replace(config, vocab_size=stored["embed_tokens.weight"].shape[0])
+            if config.tie_word_embeddings:
+                stored["lm_head.weight"] = stored["embed_tokens.weight"]
+        llama = build(lambda: cls(config), stored, source, dtype, device)
+        llama.tie()
         return llama
 
 
-def llama_tensors(tensors, config):
-    """Bring HF names to ours: no leading `model.`, no stored rotary tables, a tied head under both names."""
-    tensors = {
-        name.removeprefix("model."): tensor
-        for name, tensor in tensors.items()
-        if not name.endswith("rotary_emb.inv_freq")
+def meta_tensors(folder):
+    """Read Meta's layout: (LlamaConfig, name -> Stored under our names), shards joined, rotary pairs in HF's order."""
+    params = read_config(folder, "params.json")
+    files = sorted(folder.glob("consolidated.*.pth"))
+    if not files:
+        raise FileNotFoundError(
+            f"no consolidated.*.pth in {folder}; expected them beside params.json; complete the folder"
+        )
+    shards = [TorchFile(require_file(path, "a shard")).stored() for path in files]
+    width, heads = params["dim"], params["n_heads"]
+    kv_heads, size = params.get("n_kv_heads") or heads, params["dim"] // params["n_heads"]
+    count = width // shards[0]["layers.0.attention.wo.weight"].shape[1]
+    if count != len(files):
+        raise FileNotFoundError(
+            f"{folder} holds {len(files)} of {count} shards; expected consolidated.00.pth to .{count - 1:02d}.pth; "
+            "complete the download"
+        )
+
+    def join(name):
+        """One tensor out of the shards; norms are copies."""
+        parts = [shard[name] for shard in shards]
+        if len(parts[0].shape) == 1 or len(parts) == 1:
+            return parts[0]
+        by_column = name.endswith(("wo.weight", "w2.weight")) or (
+            name.startswith("tok_embeddings") and parts[0].shape[1] < width
+        )
+        shape = list(parts[0].shape)
+        shape[by_column] *= len(parts)
+        return Stored(tuple(shape), lambda: torch.cat([part.read() for part in parts], dim=int(by_column)), files[0])
+
+    def half_split(stored, heads):
+        """Rows of each head from (pair, half) to (half, pair) order."""
+        return Stored(
+            stored.shape,
+            lambda: stored.read().view(heads, size // 2, 2, -1).transpose(1, 2).reshape(stored.shape),
+            stored.path,
+        )
+
+    ours = {
+        "tok_embeddings": "embed_tokens",
+        "output": "lm_head",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
     }
-    if config.tie_word_embeddings and "embed_tokens.weight" in tensors:
-        tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
-    return tensors
+    stored = {}
+    for name in shards[0].keys() - {"rope.freqs"}:
+        tensor = join(name)
+        if name.endswith("attention.wq.weight"):
+            tensor = half_split(tensor, heads)
+        if name.endswith("attention.wk.weight"):
+            tensor = half_split(tensor, kv_heads)
+        for theirs, our in ours.items():
+            name = name.replace(theirs + ".", our + ".")
+        stored[name] = tensor
+    norm_eps = params.get("norm_eps", 1e-6)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=stored["layers.0.mlp.gate_proj.weight"].shape[0],
+        num_hidden_layers=params["n_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=norm_eps,
+        rope_theta=params.get("rope_theta", 10000.0),
+        # not in the file: LLaMA-1 (2048) has eps 1e-6, LLaMA-2 (4096) 1e-5
+        max_position_embeddings=2048 if norm_eps == 1e-6 else 4096,
+    )
+    return config, stored
 
 
 class Tokenizer:
@@ -289,10 +444,9 @@ class Tokenizer:
 
     def __init__(self, folder):
         self.path = Path(folder) / "tokenizer.model"
-        if not self.path.is_file():
-            raise FileNotFoundError(
-                f"no {self.path}; expected the tokenizer that belongs to the weights; copy it into the folder"
-            )
+        if not self.path.is_file() and (Path(folder) / "params.json").is_file():
+            self.path = Path(folder).parent / "tokenizer.model"  # Meta keeps it beside the models' folders
+        require_file(self.path, "the tokenizer that belongs to the weights")
         try:
             self.pieces = SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:

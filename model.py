@@ -7,7 +7,7 @@ behind each image. Images enter as P placeholder ids per image, whose embeddings
 """
 
 import hashlib
-import shutil
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from checkpoint import load_strictly, read_config, read_tensors, write_json, write_tensors
-from clip_vit import CLIPVisionConfig, CLIPVisionTower, open_image, preprocess, vision_tensors
+from checkpoint import build, open_tensors, read_config, read_json, sort_tensors, write_json, write_tensors, write_whole
+from clip_vit import MEAN, STD, CLIPVisionConfig, CLIPVisionTower, open_image, preprocess
 from coords import CoordFormat
-from data import IGNORE, IMAGE_ID, encode_prefix, encode_question
-from llama import KVCache, Llama, LlamaConfig, Tokenizer, llama_tensors
+from data import IGNORE, IMAGE_ID, SYSTEM, encode_prefix, encode_question
+from llama import KVCache, Llama, LlamaConfig, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,12 @@ class LocVLM(nn.Module):
         return answer_loss(self.language_model, x, labels, segments, positions, reduction)
 
     @torch.inference_mode()
-    def generate(self, images, questions, max_new_tokens=64, temperature=0.0, seed=0):
+    def generate(self, images, questions, max_new_tokens=64, temperature=0.0, seed=0, on_text=None):
         """Answer k questions about each image: list of lists of str -> list of lists of str.
 
         images     list of PIL images, paths, or preprocessed (3, S, S) tensors
         questions  a list for each image; the lists may differ in length
+        on_text    called with (number of the question over all images, its answer so far) as tokens come
         Each image goes through the tower and LLaMA once; its keys and values serve all its questions. Greedy at
         temperature 0; the paper samples at 0.2.
         """
@@ -176,96 +177,323 @@ class LocVLM(nn.Module):
         input_ids = torch.tensor([prefix] * len(images), device=device)
         x = place_image(llama.embed_tokens(input_ids.clamp(min=0)), visual, input_ids)
         cache = KVCache(llama.config, len(images), len(prefix), device, x.dtype)
-        llama.hidden(x, cache=cache)
+        llama.hidden(x, cache=cache)  # the prefix, once; below, each question continues a copy
 
         prompts = [encode_question(tokenizer, question) for asked in questions for question in asked]
         cache = cache.spread(llama.config, rows, len(prefix) + max(map(len, prompts)) + max_new_tokens)
-        answers = llama.generate(prompts, max_new_tokens, tokenizer.eos_token_id, temperature, seed, prefix=cache)
+
+        def on_token(row, ids):
+            on_text(row, tokenizer.decode(ids).strip())
+
+        sampling = (max_new_tokens, tokenizer.eos_token_id, temperature, seed)
+        answers = llama.generate(prompts, *sampling, prefix=cache, on_token=on_text and on_token)
         answers = iter(tokenizer.decode(ids).strip() for ids in answers)
         return [[next(answers) for _ in asked] for asked in questions]
 
     # ----- on disk
 
     @classmethod
-    def from_parts(cls, vision, llm, adapter="linear", geometry="squash", kind="ivb"):
-        """Put together a pretrained tower and a pretrained LLaMA (HF folders); the adapter starts from random weights."""
-        tower, llama = CLIPVisionTower.from_pretrained(vision), Llama.from_pretrained(llm)
-        model = cls(LocVLMConfig(tower.config, llama.config, adapter, geometry, kind))
+    def from_parts(
+        cls, vision, llm, adapter="linear", geometry="squash", kind="ivb", dtype=torch.float32, device="cpu"
+    ):
+        """Put together a pretrained tower and a pretrained LLaMA, by their paths.
+
+        adapter  "linear" or "mlp2x_gelu" starts from random weights; a path is read: LLaVA's mm_projector.bin, a run
+        """
+        tower = CLIPVisionTower.from_pretrained(vision, dtype, device)
+        llama = Llama.from_pretrained(llm, dtype, device)
+        if adapter in ("linear", "mlp2x_gelu"):
+            made = Adapter(adapter, tower.config.hidden_size, llama.config.hidden_size).to(device, dtype)
+        else:
+            stored = sort_tensors(open_tensors(adapter), adapter)
+            made = load_adapter(stored["adapter"], tower, llama, adapter, dtype, device)
+        return cls.join(tower, made, llama, Tokenizer(llm), geometry=geometry, kind=kind)
+
+    @classmethod
+    def join(cls, tower, adapter, llama, tokenizer, **config):
+        """Make a model of three parts that exist already."""
+        kind = "linear" if adapter.linear_2 is None else "mlp2x_gelu"
+        with torch.device("meta"):
+            model = cls(LocVLMConfig(tower.config, llama.config, kind, **config))
         model.vision_tower = tower.requires_grad_(False)
+        model.adapter = adapter
         model.language_model = llama
-        model.tokenizer = Tokenizer(llm)
+        model.tokenizer = tokenizer
         return model
 
-    def save_pretrained(self, folder):
-        """Write a checkpoint folder in the layout of llava-hf (config.json, model.safetensors, tokenizer.model)."""
+    @classmethod
+    def from_pretrained(cls, folder, vision=None, dtype=torch.float32, device="cpu"):
+        """Load a run of ours, a llava-hf folder or an original LLaVA, in any of their namings.
+
+        vision  where an original LLaVA does not hold its tower: the CLIP folder that its config names
+        What the folder does not say of geometry and coordinates is LLaVA's: its way with images, integers in bins. A run
+        of ours refuses a tokenizer that is not the one its weights were trained with.
+        """
         folder = Path(folder)
+        config, parts = read_config(folder), sort_tensors(open_tensors(folder), folder)
+        ours = config.get("locvlm", {})
+        for key, expected in FEATURES.items():
+            if config.get(key, expected[0]) not in expected:
+                raise ValueError(
+                    f"{folder}/config.json: {key} = {config[key]!r}; expected {expected[0]!r}, what the adapter reads here; "
+                    "use another checkpoint"
+                )
+        if parts["vision_tower"]:
+            shape = (
+                CLIPVisionConfig.from_dict(config)
+                if "vision_config" in config
+                else CLIPVisionConfig.from_shapes(parts["vision_tower"])
+            )
+            source = f"{folder} (vision tower)"
+            tower = build(lambda: CLIPVisionTower(shape), parts["vision_tower"], source, dtype, device)
+        elif vision:
+            tower = CLIPVisionTower.from_pretrained(vision, dtype, device)
+        else:
+            raise ValueError(
+                f"{folder} holds no vision tower; expected one, or the folder of {config.get('mm_vision_tower', 'a CLIP')}; "
+                "give it as --vision"
+            )
+        language = parts["language_model"]
+        if "vocab_size" in ours:  # rows that were added for <image> when it was saved
+            for name in {"embed_tokens.weight", "lm_head.weight"} & language.keys():
+                language[name] = language[name].rows(0, ours["vocab_size"])
+        source = f"{folder} (LLaMA)"
+        llama = Llama.from_stored(LlamaConfig.from_dict(config), language, source, dtype, device)
+        if ours.get("adapter") == "linear":
+            parts["adapter"] = {k: v for k, v in parts["adapter"].items() if not k.startswith("linear_2.")}
+        adapter = load_adapter(parts["adapter"], tower, llama, f"{folder} (adapter)", dtype, device)
+        tokenizer = Tokenizer(folder)
+        if ours and sha256(tokenizer.path) != ours["tokenizer_sha256"]:
+            raise ValueError(
+                f"{tokenizer.path} is not the tokenizer of these weights (sha256 {sha256(tokenizer.path)[:12]}, expected "
+                f"{ours['tokenizer_sha256'][:12]}); its ids mean other words; put the right file there"
+            )
+        geometry = ours.get("geometry") or foreign_geometry(folder, config)
+        return cls.join(tower, adapter, llama, tokenizer, geometry=geometry, kind=ours.get("kind", "ivb"))
+
+    def save_pretrained(self, folder, **notes):
+        """Write a llava-hf folder: weights, config, tokenizer, image processor, chat template. `transformers` opens it.
+
+        notes  go into config.json's "locvlm", which others ignore, beside what from_pretrained reads there
+        LLaVA-hf has a word for the image and an adapter of two layers, so vocabulary rows are added for <image> (the mean
+        of the others: never the most likely), and a linear adapter gets the identity as second layer, with no activation
+        between: the same function.
+        """
+        folder, c = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, tensor in self.state_dict().items():
-            if name == "language_model.lm_head.weight" and self.config.text_config.tie_word_embeddings:
+            if name == "language_model.lm_head.weight" and c.text_config.tie_word_embeddings:
                 continue
             ours = next(part for part in PARTS if name.startswith(part))
             tensors[PARTS[ours] + name.removeprefix(ours)] = tensor
+        # <image> takes the first id that is no piece of the tokenizer; rows are padded to a multiple of 64, as llava-hf's
+        image_id, vocab_size = len(self.tokenizer), c.text_config.vocab_size
+        rows = vocab_size if image_id < vocab_size else 64 * math.ceil((image_id + 1) / 64)
+        for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+            if name in tensors and rows > vocab_size:
+                mean = tensors[name].float().mean(0, keepdim=True).to(tensors[name].dtype)
+                tensors[name] = torch.cat([tensors[name], mean.expand(rows - vocab_size, -1)])
+        if c.adapter == "linear":
+            width, like = c.text_config.hidden_size, self.adapter.linear_1.weight
+            tensors["multi_modal_projector.linear_2.weight"] = torch.eye(width).to(like)
+            tensors["multi_modal_projector.linear_2.bias"] = torch.zeros(width).to(like)
         write_tensors(folder / "model.safetensors", tensors)
-        shutil.copyfile(self.tokenizer.path, folder / "tokenizer.model.tmp")
-        (folder / "tokenizer.model.tmp").replace(folder / "tokenizer.model")
-        c = self.config
-        write_json(
-            folder / "config.json",
-            {
-                "model_type": "llava",
-                "architectures": ["LlavaForConditionalGeneration"],
-                "image_token_index": IMAGE_ID,
-                "vision_feature_layer": -2,
-                "vision_feature_select_strategy": "default",
-                "projector_hidden_act": "gelu",
-                "vision_config": {"model_type": "clip_vision_model", **asdict(c.vision_config)},
-                "text_config": {"model_type": "llama", **asdict(c.text_config)},
-                "locvlm": {
-                    "adapter": c.adapter,
-                    "geometry": c.geometry,
-                    "kind": c.kind,
-                    "tokenizer_sha256": sha256(self.tokenizer.path),
-                },
-            },
-        )
+        tokenizer_model = self.tokenizer.path.read_bytes()
+        write_whole(folder / "tokenizer.model", lambda temporary: temporary.write_bytes(tokenizer_model))
+        write_whole(folder / "chat_template.jinja", lambda temporary: temporary.write_text(CHAT_TEMPLATE))
+        ours = {
+            "adapter": c.adapter,
+            "geometry": c.geometry,
+            "kind": c.kind,
+            "n_bins": c.coord_format().n_bins,
+            "template": "v1",
+            "vocab_size": vocab_size,
+            "tokenizer_sha256": sha256(self.tokenizer.path),
+        }
+        files = hf_files(self, image_id, rows)
+        files["config.json"]["locvlm"] = {**ours, **notes}
+        for name, content in files.items():
+            write_json(folder / name, content)
 
-    @classmethod
-    def from_pretrained(cls, folder):
-        """Load what save_pretrained wrote. Refuses a tokenizer that is not the one the weights were trained with."""
-        config, tensors = read_config(folder), read_tensors(folder)
-        if "locvlm" not in config:
-            raise ValueError(
-                f"{folder}/config.json has no 'locvlm' part; expected a checkpoint that this project saved; to build one from a "
-                "CLIP and a LLaMA folder use train.py --vision and --llm"
-            )
-        ours = {key: config["locvlm"][key] for key in ("adapter", "geometry", "kind")}
-        tokenizer_sha256 = config["locvlm"]["tokenizer_sha256"]
-        model = cls(LocVLMConfig(CLIPVisionConfig.from_dict(config), LlamaConfig.from_dict(config), **ours))
-        parts = {"vision_tower.": {}, "multi_modal_projector.": {}, "language_model.": {}}
-        for name, tensor in tensors.items():
-            part = next((p for p in parts if name.startswith(p)), None)
-            if part is None:
-                raise ValueError(
-                    f"{folder}: tensor {name} belongs to no part; expected {', '.join(parts)}; is this another model's file?"
-                )
-            parts[part][name.removeprefix(part)] = tensor
-        load_strictly(model.vision_tower, vision_tensors(parts["vision_tower."]), f"{folder} (vision tower)")
-        load_strictly(model.adapter, parts["multi_modal_projector."], f"{folder} (adapter)")
-        load_strictly(
-            model.language_model, llama_tensors(parts["language_model."], model.config.text_config), f"{folder} (LLaMA)"
+
+# What a LLaVA's config may say of the features that its adapter reads, and what we read: the first is the default
+FEATURES = {
+    "mm_vision_select_layer": (-2,),
+    "mm_vision_select_feature": ("patch",),
+    "vision_feature_layer": (-2,),
+    "vision_feature_select_strategy": ("default",),
+    "mm_projector_type": ("linear", "mlp2x_gelu"),
+    "mm_use_im_start_end": (False,),
+}
+
+
+def load_adapter(stored, tower, llama, source, dtype, device):
+    """Build the adapter that the tensors are of."""
+    kind = "mlp2x_gelu" if "linear_2.weight" in stored else "linear"
+    sizes = tower.config.hidden_size, llama.config.hidden_size
+    return build(lambda: Adapter(kind, *sizes), stored, source, dtype, device)
+
+
+def foreign_geometry(folder, config):
+    """How a LLaVA that is not ours brings images to its square: its image_aspect_ratio, or its image processor's words."""
+    path = folder / "preprocessor_config.json"
+    if "vision_config" in config and path.is_file():
+        processor = read_json(path)
+        if processor.get("do_pad"):
+            return "pad"
+        size = processor.get("size")
+        whole = not processor.get("do_center_crop", True) and isinstance(size, dict) and "height" in size
+        return "squash" if whole else "crop"
+    ratio = config.get("image_aspect_ratio") or "square"
+    if ratio not in ("square", "pad"):
+        raise ValueError(
+            f"{folder}/config.json: image_aspect_ratio = {ratio!r}; expected 'square' or 'pad': this model looks once at the "
+            "whole image; use another checkpoint"
         )
-        model.tokenizer = Tokenizer(folder)
-        if sha256(model.tokenizer.path) != tokenizer_sha256:
-            raise ValueError(
-                f"{model.tokenizer.path} is not the tokenizer of these weights (sha256 {sha256(model.tokenizer.path)[:12]}, expected "
-                f"{tokenizer_sha256[:12]}); its ids mean other words; put the right file there"
-            )
-        return model
+    return "pad" if ratio == "pad" else "crop"
+
+
+def hf_files(model, image_id, vocab_size):
+    """The JSON files of a llava-hf folder: file name -> content."""
+    c, tokenizer = model.config, model.tokenizer
+    side, patch = c.vision_config.image_size, c.vision_config.patch_size
+    whole = {"height": side, "width": side}
+    processor = {
+        "image_processor_type": "LlavaImageProcessor" if c.geometry == "pad" else "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side} if c.geometry == "crop" else whole,
+        "resample": 3,  # bicubic
+        "do_center_crop": c.geometry == "crop",
+        "crop_size": whole,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
+    if c.geometry == "pad":
+        processor |= {"do_pad": True, "background_color": [int(255 * m) for m in MEAN]}
+    llava_processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": patch,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,  # the class token, which "default" drops again
+        "image_token": "<image>",
+    }
+    pieces = tokenizer.pieces
+    special = {
+        i: {"content": content, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        for i, content in (
+            (pieces.unk_id(), pieces.id_to_piece(pieces.unk_id())),
+            (tokenizer.bos_token_id, pieces.id_to_piece(tokenizer.bos_token_id)),
+            (tokenizer.eos_token_id, pieces.id_to_piece(tokenizer.eos_token_id)),
+            (image_id, "<image>"),
+        )
+    }
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": special[pieces.unk_id()]["content"],
+        "bos_token": special[tokenizer.bos_token_id]["content"],
+        "eos_token": special[tokenizer.eos_token_id]["content"],
+        "pad_token": special[pieces.unk_id()]["content"],
+        "padding_side": "left",
+        "added_tokens_decoder": {str(i): token for i, token in special.items()},
+        "processor_class": "LlavaProcessor",
+        "model_max_length": c.text_config.max_position_embeddings,
+    }
+    text = {k: v for k, v in asdict(c.text_config).items() if k not in ("rope_scaling", "vocab_size")}
+    if c.text_config.rope_scaling:
+        text["rope_scaling"] = c.text_config.rope_scaling
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return {
+        "preprocessor_config.json": {**processor, "processor_class": "LlavaProcessor"},
+        "processor_config.json": llava_processor,
+        "tokenizer_config.json": tokenizer_config,
+        "tokenizer.json": tokenizer_json(tokenizer, special),
+        "generation_config.json": {**tokens, "pad_token_id": pieces.unk_id(), "do_sample": False},
+        "config.json": {
+            "model_type": "llava",
+            "architectures": ["LlavaForConditionalGeneration"],
+            "image_token_index": image_id,
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+            "projector_hidden_act": "linear" if c.adapter == "linear" else "gelu",
+            "tie_word_embeddings": c.text_config.tie_word_embeddings,
+            "vision_config": {"model_type": "clip_vision_model", **asdict(c.vision_config)},
+            "text_config": {"model_type": "llama", "vocab_size": vocab_size, "hidden_act": "silu", **text, **tokens},
+        },
+    }
+
+
+def tokenizer_json(tokenizer, special):
+    """The sentencepiece model in the format of HF's tokenizers.
+
+    Merges are not in a sentencepiece file: every pair of pieces that makes a piece is one, the better scored the earlier.
+    What follows a special token gets a leading space of its own, as where each chunk is tokenised alone.
+    """
+    pieces = tokenizer.pieces
+    vocab = {pieces.id_to_piece(i): i for i in range(len(tokenizer))}
+    merges = sorted(
+        (-pieces.get_score(i), vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
+        for piece, i in vocab.items()
+        if not (pieces.is_byte(i) or i in special)
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    )
+    bos = pieces.id_to_piece(tokenizer.bos_token_id)
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "single_word": False, **token} for i, token in special.items()],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [start, text],
+            "pair": [start, text, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_token_id], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": pieces.id_to_piece(pieces.unk_id()),
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": vocab,
+            "merges": [f"{left} {right}" for *_, left, right in merges],
+        },
+    }
+
+
+CHAT_TEMPLATE = (  # Vicuna v1 in transformers' words: data.encode_prefix and data.encode_segment, for any number of turns
+    SYSTEM
+    + " {% for m in messages %}{% if m['role'] == 'user' %}USER: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %} "
+    "{% else %}ASSISTANT: {% if m['content'] is string %}{{ m['content'] }}{% else %}{{ m['content'][0]['text'] }}{% endif %}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 
 
 def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_parts(model):

@@ -90,10 +90,14 @@ class TrainConfig:
     variant: typing.Literal["tiny", "b", "l"] = opt(
         "tiny", "tiny: the weights in tiny/; b, l: the paper's, weights from --vision and --llm"
     )
-    vision: str = opt("", "HF folder of the CLIP vision tower [tiny/clip]")
-    llm: str = opt("", "HF folder of the LLaMA [tiny/llama]")
-    init_from: str = opt("", "run folder to start from, instead of --vision and --llm")
-    adapter: typing.Literal["", "linear", "mlp2x_gelu"] = opt("", "kind of adapter [the variant's]")
+    vision: str = opt("", "CLIP: HF folder, or OpenAI's .pt state dict [tiny/clip]")
+    llm: str = opt("", "LLaMA or Vicuna: HF folder, or Meta's with params.json [tiny/llama]")
+    init_from: str = opt(
+        "", "run, llava-hf or LLaVA folder to start from (an original LLaVA may need --vision beside it)"
+    )
+    adapter: str = opt(
+        "", "linear or mlp2x_gelu, or a file of trained weights: LLaVA's mm_projector.bin [the variant's kind]"
+    )
     # data
     coco: str = opt("", "instances_*.json [the shapes world, written to data/shapes where it is not there]")
     images: str = opt("", "folder of the images")
@@ -138,6 +142,10 @@ class TrainConfig:
         if self.variant != "tiny" and not (self.init_from or self.dry_run or (self.vision and self.llm)):
             raise ValueError(
                 f"variant {self.variant} without weights; expected --vision and --llm, or --init-from; tiny needs none"
+            )
+        if self.adapter not in ("", "linear", "mlp2x_gelu") and not Path(self.adapter).exists():
+            raise ValueError(
+                f"--adapter {self.adapter}; expected linear, mlp2x_gelu, or a file that is there; check the path"
             )
         if (self.coco or self.llava) and not self.images:
             raise ValueError("--coco or --llava without --images; expected the folder of the images; add it")
@@ -240,7 +248,7 @@ def build_model(config):
     torch.manual_seed(config.seed)
     kind_and_geometry = {"kind": config.kind, "geometry": config.geometry}
     if config.init_from:
-        model = LocVLM.from_pretrained(config.init_from)
+        model = LocVLM.from_pretrained(config.init_from, config.vision or None)
         model.config = dataclasses.replace(model.config, **kind_and_geometry)
         return model
     adapter = config.adapter or VARIANTS[config.variant].adapter
@@ -535,7 +543,7 @@ def main(config):
     for stage in config.stage_list:
         train_stage(config, stage, model, examples[stage], run, rank, world, device, dtype)
         if rank == 0:
-            model.save_pretrained(run)
+            model.save_pretrained(run, stage=stage, trained_with=dataclasses.asdict(config))
 
     # 4 evaluation
     held_out = Path(str(paths["coco"]).replace("_train", "_val")) if paths["coco"] else None

@@ -1,6 +1,8 @@
 """LLaMA agrees with transformers and with a real checkpoint, and its cache, batches and seeds change nothing they should not."""
 
+import copy
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -59,7 +61,7 @@ def test_rotary_scores_depend_only_on_distance():
     q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 12, 16)  # the same query and the same key at each position
 
     def scores(start):
-        cos, sin = rotary(torch.arange(start, start + 12)[None], 16, 10000.0, q.dtype)
+        cos, sin = rotary(torch.arange(start, start + 12)[None], LlamaConfig(head_dim=16), q.dtype)
         return (rotate(q, cos, sin) @ rotate(k, cos, sin).mT)[0, 0]  # (12 queries, 12 keys)
 
     assert (scores(0) - scores(100)).abs().max() < 1e-4
@@ -129,22 +131,58 @@ def test_what_cannot_be_generated_is_refused(llama):
     assert len(llama.generate([[1] * 500], 12)[0]) == 12
 
 
+def test_what_makes_inference_fast_changes_no_token(llama):
+    """oneDNN's layout of the weights: the same greedy answers, one row or several."""
+    prompts = [[1, 5, 9], [1, 7], [1, 30, 31, 32, 33]]
+    wanted = llama.generate(prompts, 20)
+    fast = copy.deepcopy(llama).for_inference()
+    assert fast.generate(prompts, 20) == wanted
+    assert [fast.generate([prompt], 20)[0] for prompt in prompts] == wanted
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_generation_changes_no_token(llama):
+    """torch.compile of the blocks, with the streaming product of a single row."""
+    prompts = [[1, 5, 9], [1, 7]]
+    wanted = llama.generate(prompts, 12)
+    fast = copy.deepcopy(llama).for_inference(compile=True)
+    assert [fast.generate([prompt], 12)[0] for prompt in prompts] == wanted
+    assert fast.generate(prompts, 12) == wanted
+
+
+def test_rows_that_are_done_leave_the_batch(llama, monkeypatch):
+    """Answers of very different length: the long one goes on alone, with the answer it has alone, and is told as it comes."""
+    prompts = [[1, 5, 9], [1, 7], [1, 30, 31, 32, 33], [1, 12]]
+    alone = [llama.generate([prompt], 24)[0] for prompt in prompts]
+    eos = next(token for token in alone[0] if token not in alone[1])  # ends the first, not the second
+    wanted = [llama.generate([prompt], 24, eos_token_id=eos)[0] for prompt in prompts]
+    sizes, hidden, told = [], llama.hidden, []
+    monkeypatch.setattr(llama, "hidden", lambda x, *rest: (sizes.append(len(x)), hidden(x, *rest))[1])
+    assert llama.generate(prompts, 24, eos, on_token=lambda row, ids: told.append((row, tuple(ids)))) == wanted
+    assert sizes[0] == 4 and (sizes[-1] < 4 or sum(len(a) == 24 for a in wanted) > 2)
+    assert sorted(told) == sorted((row, tuple(a[:n])) for row, a in enumerate(wanted) for n in range(1, len(a) + 1))
+
+
 # ----- configs and files
 
 
 @pytest.mark.parametrize(
     "foreign",
     [
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
         {"attention_bias": True},
         {"mlp_bias": True},
+        {"partial_rotary_factor": 0.5},
+        {"sliding_window": 4096},
+        {"num_local_experts": 8},
+        {"quantization_config": {"bits": 4}},
         {"model_type": "mistral"},
         {"hidden_act": "gelu"},
     ],
 )
 def test_a_decoder_that_is_not_a_plain_llama_is_refused_by_name(foreign):
-    """Scaled rotations, biases, other families: silently loaded they would talk nonsense."""
+    """Rotations we lack, biases, experts, other families: silently loaded they would talk nonsense."""
     name = "rope" if "rope" in next(iter(foreign)) else next(iter(foreign))
     with pytest.raises(ValueError, match=name):
         LlamaConfig.from_dict(foreign)

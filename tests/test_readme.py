@@ -15,14 +15,19 @@ def test_the_map_of_files_names_every_module():
 
 
 def test_the_setup_commands_are_the_ones_that_ci_runs():
-    for command in ("pip install -r requirements.txt && torchrun train.py", "pip install -r requirements.txt && pytest"):
+    for command in (
+        "pip install -r requirements.txt && torchrun train.py",
+        "pip install -r requirements.txt && pytest",
+    ):
         assert f"```\n{command}\n```" in README
     ci = (ROOT / ".ci/run").read_text()
     assert "-r requirements.txt" in ci and "torchrun train.py" in ci and "\npytest\n" in ci
 
 
 def test_the_flags_of_its_commands_exist():
-    for command in re.findall(r"^(?:torchrun[^\n]*?)?train\.py((?:[^`\n]|\\\n)*)", README.replace("\\\n", " "), re.MULTILINE):
+    for command in re.findall(
+        r"^(?:torchrun[^\n]*?)?train\.py((?:[^`\n]|\\\n)*)", README.replace("\\\n", " "), re.MULTILINE
+    ):
         for flag in re.findall(r"--([\w-]+)", command):
             assert flag.replace("-", "_") in train.TrainConfig.__dataclass_fields__, flag
 

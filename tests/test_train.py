@@ -18,6 +18,7 @@ import train
 from checkpoint import write_json, write_tensors
 from clip_vit import CLIPVisionTower
 from llama import Llama
+from model import LocVLM
 from shapes import write_world
 from train import TrainConfig, lr_at, parse_config
 
@@ -109,18 +110,16 @@ def test_stage_one_moves_only_the_adapter_and_stage_two_llama_too(parts, tmp_pat
             out=str(tmp_path / "two"),
         )
     )
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    tower, llama = (
-        load_file(Path(parts["vision"]) / "model.safetensors"),
-        load_file(Path(parts["llm"]) / "model.safetensors"),
-    )
+    one, two = (LocVLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    tower = CLIPVisionTower.from_pretrained(parts["vision"]).state_dict()
+    llama = Llama.from_pretrained(parts["llm"]).state_dict()
     for name in one:
-        part = name.split(".")[0]
+        part, _, rest = name.partition(".")
         moved = not torch.equal(one[name], two[name])
         if part == "vision_tower":
-            assert torch.equal(one[name], tower[name.removeprefix("vision_tower.")]) and not moved
+            assert torch.equal(one[name], tower[rest]) and not moved
         elif part == "language_model":
-            assert torch.equal(one[name], llama[name.removeprefix("language_model.")]) and moved, name
+            assert torch.equal(one[name], llama[rest]) and moved, name
         else:
             assert moved
 

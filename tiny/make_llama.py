@@ -9,7 +9,7 @@ words, then questions about it in the chat form of stage 2, packed behind the sh
     bag     the scene as a grid of bags of words, one for each patch that a picture would have: several words laid on one
             position, their embeddings added, some heavier than others. A visual token holds several facts at once; a
             model this small must have met that before, while LLaMA-7B need not. Asked for its caption ("caption"), for
-            a word each ("drill"), for boxes by name ("place"), for everything ("bag")
+            colours and what is there ("drill"), for boxes by name ("place"), for names by box ("name"), for everything ("bag")
 
 No picture is involved. The gate at the end asks held-out scenes.
 """
@@ -18,6 +18,7 @@ import math
 import random
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import sentencepiece
@@ -45,30 +46,28 @@ from data import (
 from llama import Llama, Tokenizer
 from model import VARIANTS, answer_loss, packed_mask
 from shapes import COLOURS, NAMES, article, caption, converse, describe, draw_scene, phrase, presence, side_of
+from train import keep_freed_memory
 
 HERE = Path(__file__).parent
 CONFIG = VARIANTS["tiny"].text_config
 FORMAT = VARIANTS["tiny"].coord_format()
 GRID = FORMAT.grid
 WORDING = Wording(FORMAT)
-STEPS, BATCH, QUESTIONS, LR = 2600, 8, 6, 1.2e-3
-WEIGHT = {
-    "retell": 2,
-    "told": 1,
-    "caption": 4,
-    "drill": 3,
-    "bag": 2,
-    "place": 3,
-}  # short documents come in larger batches
+STEPS, DECAY, BATCH, QUESTIONS = 6050, 600, 8, 6
+LR_MUON, LR_ADAMW = 3e-3, 1.2e-3  # matrices of the blocks; embeddings, head and norms
+WEIGHT = {"retell": 2, "told": 1, "caption": 4, "drill": 3, "bag": 2, "place": 3, "name": 3}  # of BATCH, by length
 # Forms of documents, taken in turn, each tuple until that step. One easy thing at a time, and nothing else: copying, then
-# finding what was told, then naming what lies in bags, then finding there. All at once, none of it is learned (LOG.md).
+# finding what was told, then naming what lies in bags, then finding there by name, then by place; then all of it together,
+# for what is not asked for is forgotten. All at once from the start, none of it is learned (LOG.md).
 SCHEDULE = {
-    400: ("retell",),
-    1000: ("told", "told", "told", "retell"),
-    1300: ("caption",),
-    1500: ("drill",),
-    2000: ("bag", "drill", "bag", "told", "bag", "caption", "bag", "bag"),
-    STEPS: ("place", "place", "place", "drill", "place", "place", "caption", "bag"),
+    200: ("retell",),
+    500: ("told", "told", "told", "retell"),
+    620: ("caption",),
+    750: ("drill",),
+    1000: ("place",),
+    1200: ("name",),
+    5500: ("bag", "place", "name", "told", "caption", "drill"),
+    STEPS: ("place", "told", "place", "bag", "place", "name", "place", "told", "place", "caption", "place", "drill"),
 }
 
 
@@ -106,7 +105,7 @@ def bags(scene, tokenizer, rng):
         [piece] = tokenizer.encode(text)
         return piece
 
-    cells, most = [[(word("."), 1.0)] for _ in range(GRID * GRID)], [0.1] * GRID * GRID
+    cells, most = [[(word("image"), 1.0)] for _ in range(GRID * GRID)], [0.1] * GRID * GRID
     for shape in scene.shapes:
         box_unit = FORMAT.unit_from_px(shape.box_px, scene.size)
         x1, y1, x2, y2 = (v * GRID for v in box_unit)
@@ -164,15 +163,10 @@ def located_questions(scene, rng):
 
 
 def drill(scene, rng):
-    """Questions with answers of a word, where all that counts is what was asked for: many, short and plain."""
-    missing = rng.sample([n for n in NAMES if n not in {s.name for s in scene.shapes}], 2)
-    pairs = [(f"What colour is the {shape.name}?", f"{shape.colour}.") for shape in scene.unique()]
-    pairs += [(f"What colour is the {name}?", "none.") for name in missing]
-    pairs += presence(scene, rng) + [(loc_question(missing[0], WORDING, rng), NEG_ANSWER)]
-    for shape in scene.unique()[:1]:
-        loc = FORMAT.encode_box(shape.box_px, scene.size)
-        pairs.append((loc_question(shape.name, WORDING, rng), LOC_ANSWER.format(loc=loc)))
-    return pairs
+    """Short, plain questions, where all that counts is what was asked for."""
+    missing = rng.choice([n for n in NAMES if n not in {s.name for s in scene.shapes}])
+    pairs = [(f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}.") for shape in scene.unique()]
+    return pairs + presence(scene, rng) + [(loc_question(missing, WORDING, rng), NEG_ANSWER)]
 
 
 def questions_about(scene, rng, count):
@@ -184,14 +178,22 @@ def questions_about(scene, rng, count):
 def document(tokenizer, rng, form):
     """One packed row of a form that SCHEDULE names; "caption" is bags, and what stage 1 says of an image."""
     scene = draw_scene(rng)
+    while not scene.unique():
+        scene = draw_scene(rng)
     bos = [tokenizer.bos_token_id]
     if form == "retell":
         return retold(bos, [tokenizer.encode(text) for text in retell(scene, rng)], [])
     if form == "drill":
         pairs = drill(scene, rng)
-    elif form == "place":
-        locs = {shape.name: FORMAT.encode_box(shape.box_px, scene.size) for shape in scene.unique()}
-        pairs = [(loc_question(name, WORDING, rng), LOC_ANSWER.format(loc=loc)) for name, loc in locs.items()]
+    elif form in ("place", "name"):
+        pairs = []
+        for shape in rng.choices(scene.unique() if form == "place" else scene.shapes, k=4):
+            loc = FORMAT.encode_box(shape.box_px, scene.size)
+            pairs.append(
+                (loc_question(shape.name, WORDING, rng), LOC_ANSWER.format(loc=loc))
+                if form == "place"
+                else (rng.choice(REV_PROMPTS).format(loc=loc), REV_ANSWER.format(category=shape.name))
+            )
     else:
         pairs = questions_about(scene, rng, QUESTIONS)
     asked = [encode_segment(tokenizer, "v1", [pair]) for pair in pairs]
@@ -318,69 +320,58 @@ def gate(llama, tokenizer, form, scenes=150):
     return {kind: round(sum(h) / len(h), 3) for kind, h in sorted(hits.items())}
 
 
-def main(first=0):
-    """Train; `first` > 0 continues from the weights saved at that step, with a new optimizer."""
-    steps = STEPS
+def save(llama):
+    """Write the checkpoint in half precision."""
+    folder = HERE / "llama"
+    tensors = {(k if k.startswith("lm_head") else f"model.{k}"): v.half() for k, v in llama.state_dict().items()}
+    write_tensors(folder / "model.safetensors", tensors)
+    names = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+    special = {"bos_token_id": 1, "eos_token_id": 2}
+    config = {k: v for k, v in asdict(CONFIG).items() if v is not None}
+    write_json(folder / "config.json", {**names, **special, **config})
+
+
+def main():
     torch.manual_seed(0)
+    keep_freed_memory()
     began = time.time()
     tokenizer = Tokenizer(HERE / "llama") if (HERE / "llama" / "tokenizer.model").exists() else make_tokenizer()
     llama = Llama(CONFIG)
     for name, p in llama.named_parameters():
         if p.ndim == 2:
-            std = (
-                0.2
-                if "embed" in name
-                else p.shape[1] ** -0.5
-                / (math.sqrt(2 * CONFIG.num_hidden_layers) if "o_proj" in name or "down_proj" in name else 1)
-            )
-            nn.init.normal_(p, std=std)
+            writes = "o_proj" in name or "down_proj" in name  # into the residual stream, twice a layer
+            std = p.shape[1] ** -0.5 / (math.sqrt(2 * CONFIG.num_hidden_layers) if writes else 1)
+            nn.init.normal_(p, std=0.2 if "embed" in name else std)
     nn.init.normal_(llama.lm_head.weight, std=0.02)
-    print(
-        f"{sum(p.numel() for p in llama.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True
-    )
-    if first:
-        llama = Llama.from_pretrained(HERE / "llama")
-    optimizer = torch.optim.AdamW(llama.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.95))
+    print(f"{sum(p.numel() for p in llama.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} pieces", flush=True)
+    matrices = [p for p in llama.layers.parameters() if p.ndim == 2]
+    others = [p for name, p in llama.named_parameters() if not (name.startswith("layers.") and p.ndim == 2)]
+    muon = torch.optim.Muon(matrices, lr=LR_MUON, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr=LR_ADAMW, weight_decay=0.01, betas=(0.9, 0.95), fused=True)
     running = {}
-    for step in range(first, steps):
-        optimizer.param_groups[0]["lr"] = LR * min(1, (step - first + 1) / 50, (steps - step) / 250)
+    for step in range(STEPS):
+        share = min(1, (step + 1) / 30, (STEPS - step) / DECAY)
+        muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = LR_MUON * share, LR_ADAMW * share
         forms = next(forms for until, forms in SCHEDULE.items() if step < until)
         form = forms[step % len(forms)]
         rows = [document(tokenizer, random.Random(f"{step} {i}"), form) for i in range(BATCH * WEIGHT[form])]
         batch = collate(rows)
         x = embed(llama, rows, batch["input_ids"])
         loss = answer_loss(llama, x, batch["labels"], batch["segments"], batch["positions"])
-        optimizer.zero_grad()
+        llama.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
-        optimizer.step()
-        running[form] = 0.95 * running.get(form, loss.item()) + 0.05 * loss.item()
-        if step % 50 == 49:
-            print(
-                f"step {step + 1} "
-                + " ".join(f"{form} {value:.3f}" for form, value in running.items())
-                + f" {time.time() - began:.0f} s",
-                flush=True,
-            )
-        if step % 500 == 499 or step == steps - 1:
-            write_tensors(
-                HERE / "llama" / "model.safetensors",
-                {(k if k.startswith("lm_head") else f"model.{k}"): v.half() for k, v in llama.state_dict().items()},
-            )
-            write_json(
-                HERE / "llama" / "config.json",
-                {
-                    "model_type": "llama",
-                    "architectures": ["LlamaForCausalLM"],
-                    "hidden_act": "silu",
-                    "bos_token_id": 1,
-                    "eos_token_id": 2,
-                    **{k: getattr(CONFIG, k) for k in CONFIG.__dataclass_fields__},
-                },
-            )
+        muon.step()
+        adamw.step()
+        running[form] = 0.9 * running.get(form, loss.item()) + 0.1 * loss.item()
+        if step % 25 == 24:
+            losses = " ".join(f"{form} {value:.3f}" for form, value in running.items())
+            print(f"step {step + 1} {losses} {time.time() - began:.0f} s", flush=True)
+        if step % 500 == 499 or step == STEPS - 1:
+            save(llama)
             for form in ("told", "bag"):
                 print(f"gate {form}: {gate(llama, tokenizer, form)}", flush=True)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()

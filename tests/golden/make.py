@@ -1,7 +1,7 @@
 """Reference outputs of Hugging Face `transformers` for random weights, for the parity tests.
 
     python tests/golden/make.py            write clip/, llama/ and llava/ beside this file (needs transformers)
-    python tests/golden/make.py --large    write nothing: compare our tower with theirs at ViT-L/14-224 and -336
+    python tests/golden/make.py --large    write nothing: compare with theirs at the shapes of LLaVA-1.5
 
 Each folder holds config.json and model.safetensors as transformers saved them, and reference.safetensors: inputs, and
 what transformers' own modules made of them, attention written out ("eager") where ours is fused. Weights are drawn
@@ -121,34 +121,70 @@ def make_llava(generator):
 
 @torch.inference_mode()
 def compare_large():
-    """Our tower against theirs at the real shapes, random weights, fp32."""
+    """Ours against theirs at the real shapes, random weights, fp32: the tower at 224 px, and a whole LLaVA-1.5 at 336 px."""
     sys.path.insert(0, str(HERE.parents[1]))
-    from checkpoint import load_strictly
-    from clip_vit import CLIPVisionConfig as OurConfig
-    from clip_vit import CLIPVisionTower, vision_tensors
+    from checkpoint import Stored, build, sort_tensors
+    from clip_vit import CLIPVisionConfig as OurVision
+    from clip_vit import CLIPVisionTower
+    from llama import Llama
+    from llama import LlamaConfig as OurText
+    from model import Adapter, LocVLM, place_image
+
+    def config_of(config):
+        return json.loads(config.to_json_string())
+
+    def parts_of(theirs):
+        stored = {k: Stored(tuple(v.shape), lambda v=v: v, HERE) for k, v in theirs.state_dict().items()}
+        return sort_tensors(stored, "theirs")
 
     worst = 0.0
-    for side in (224, 336):
-        config = CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=side,
-            patch_size=14,
-            **EAGER,
-        )
-        theirs = scramble(CLIPVisionModel(config), 4)
-        ours = CLIPVisionTower(OurConfig.from_dict(json.loads(config.to_json_string())))
-        load_strictly(ours, vision_tensors(theirs.state_dict()), f"ViT-L/14-{side}")
-        pixel_values = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(5))
-        wanted = theirs(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:]
-        error = float((ours(pixel_values) - wanted).abs().max() / wanted.abs().max())
-        print(
-            f"ViT-L/14-{side}: patches {tuple(wanted.shape)}, max error {error:.2e} of the largest value {float(wanted.abs().max()):.1f}",
-            flush=True,
-        )
+
+    def compare(what, ours, wanted):
+        nonlocal worst
+        error = float((ours - wanted).abs().max() / wanted.abs().max())
+        print(f"{what} {tuple(wanted.shape)}: largest error {error:.2e} of the largest value", flush=True)
         worst = max(worst, error)
+
+    large = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
+    config = CLIPVisionConfig(**large, image_size=224, **EAGER)
+    theirs = scramble(CLIPVisionModel(config), 4)
+    tower = build(lambda: CLIPVisionTower(OurVision.from_dict(config_of(config))), parts_of(theirs)["vision_tower"], "")
+    pixel_values = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(5))
+    compare(
+        "ViT-L/14-224", tower(pixel_values), theirs(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:]
+    )
+    del theirs, tower
+
+    text = dict(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, num_attention_heads=32, vocab_size=32064
+    )
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **large, "image_size": 336, **EAGER},
+        text_config={"model_type": "llama", "num_key_value_heads": 32, "rms_norm_eps": 1e-5, **text, **EAGER},
+        image_token_index=32000,
+        **EAGER,
+    )
+    theirs = scramble(LlavaForConditionalGeneration(config), 6)
+    parts, described = parts_of(theirs), config_of(config)
+    model = LocVLM.join(
+        build(lambda: CLIPVisionTower(OurVision.from_dict(described)), parts["vision_tower"], ""),
+        build(lambda: Adapter("mlp2x_gelu", 1024, 4096), parts["adapter"], ""),
+        Llama.from_stored(OurText.from_dict(described), parts["language_model"], ""),
+        None,
+    )
+    pixel_values = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(7))
+    compare(
+        "ViT-L/14-336",
+        model.vision_tower(pixel_values),
+        theirs.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:],
+    )
+    words = torch.randint(3, 32000, (1, 40), generator=torch.Generator().manual_seed(8))
+    compare("LLaMA, width 4096", model.language_model(words), theirs(input_ids=words).logits)
+    ids = torch.cat([words[:, :8], torch.full((1, 576), 32000), words[:, 8:]], dim=1)
+    x = model.language_model.embed_tokens(ids)
+    x = place_image(x, model.adapter(model.vision_tower(pixel_values)), ids.masked_fill(ids == 32000, -200))
+    ours = model.language_model.lm_head(model.language_model.hidden(x))
+    compare("LLaVA-1.5, two layers", ours, theirs(input_ids=ids, pixel_values=pixel_values).logits)
     sys.exit(f"{worst:.2e} is more than 1e-5" if worst > 1e-5 else 0)
 
 
@@ -157,7 +193,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--large",
         action="store_true",
-        help="compare at ViT-L/14-224 and -336 instead of writing fixtures (about 6 GB of memory)",
+        help="compare at the shapes of LLaVA-1.5 instead of writing fixtures (about 9 GB of memory)",
     )
     if parser.parse_args().large:
         compare_large()
