@@ -208,12 +208,13 @@ class InferenceLinear(nn.Module):
 
     def __init__(self, weight, compiled):
         super().__init__()
-        self.weight = weight.detach() if compiled else None
-        self.stream = torch.compile(lambda weight, row: (weight * row).sum(-1))
+        self.weight, self.stream = None, None
+        if compiled:
+            self.weight, self.stream = weight.detach(), torch.compile(lambda weight, row: (weight * row).sum(-1))
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
 
     def forward(self, x):
-        if self.weight is not None and x.shape[:-1].numel() == 1:
+        if self.stream is not None and x.shape[:-1].numel() == 1:
             return self.stream(self.weight, x.flatten()).view(*x.shape[:-1], -1)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], None)
 
@@ -251,7 +252,7 @@ class Llama(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + x.shape[1], device=x.device).expand(x.shape[:2])
         cos, sin = rotary(positions, self.config, x.dtype)
-        one = x.shape[1] == 1 and (len(x) == 1 or x.is_cuda)
+        one = x.shape[1] == 1 and (len(x) == 1 or x.is_cuda)  # see InferenceLinear
         for layer, block in enumerate(self.compiled if one and self.compiled else self.layers):
             x = block(x, cos, sin, mask, None if cache is None else cache.of_layer(layer))
         if cache is not None:
@@ -265,7 +266,13 @@ class Llama(nn.Module):
         token follows (a minute at first, and a C++ compiler): on a CPU for a single row, which then costs what reading the
         weights costs, on a GPU for any number.
         """
-        if self.embed_tokens.weight.device.type == "cpu":
+        like = self.embed_tokens.weight
+        plain = (
+            like.device.type != "cpu"
+            or like.dtype == torch.float16
+            or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        )
+        if not plain:
             for module in list(self.modules()):
                 for name, linear in module.named_children():
                     if isinstance(linear, nn.Linear):

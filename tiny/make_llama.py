@@ -53,7 +53,8 @@ CONFIG = VARIANTS["tiny"].text_config
 FORMAT = VARIANTS["tiny"].coord_format()
 GRID = FORMAT.grid
 WORDING = Wording(FORMAT)
-STEPS, DECAY, BATCH, QUESTIONS = 6050, 600, 8, 6
+STEPS, BATCH, QUESTIONS = 6800, 8, 6
+CYCLES, DECAY = (6050, STEPS), 600  # before each of these steps the learning rates fall to 0 over DECAY steps
 LR_MUON, LR_ADAMW = 3e-3, 1.2e-3  # matrices of the blocks; embeddings, head and norms
 WEIGHT = {"retell": 2, "told": 1, "caption": 4, "drill": 3, "bag": 2, "place": 3, "name": 3}  # of BATCH, by length
 # Forms of documents, taken in turn, each tuple until that step. One easy thing at a time, and nothing else: copying, then
@@ -67,7 +68,8 @@ SCHEDULE = {
     1000: ("place",),
     1200: ("name",),
     5500: ("bag", "place", "name", "told", "caption", "drill"),
-    STEPS: ("place", "told", "place", "bag", "place", "name", "place", "told", "place", "caption", "place", "drill"),
+    6050: ("place", "told", "place", "bag", "place", "name", "place", "told", "place", "caption", "place", "drill"),
+    STEPS: ("place", "place", "name", "place", "place", "bag", "place", "told"),
 }
 
 
@@ -350,7 +352,8 @@ def main():
     adamw = torch.optim.AdamW(others, lr=LR_ADAMW, weight_decay=0.01, betas=(0.9, 0.95), fused=True)
     running = {}
     for step in range(STEPS):
-        share = min(1, (step + 1) / 30, (STEPS - step) / DECAY)
+        end = next(end for end in CYCLES if step < end)
+        share = min(1, (step + 1) / 30, (end - step) / DECAY)
         muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = LR_MUON * share, LR_ADAMW * share
         forms = next(forms for until, forms in SCHEDULE.items() if step < until)
         form = forms[step % len(forms)]
