@@ -17,8 +17,8 @@ AdamW's moments, counts for memory and not for time. Its loss must agree to four
 
 Generation. Both sides load the same folder in fp32, read a prompt, and continue it in greedy, one row and eight; then
 answer six questions behind one long prefix: ours reads it once (KVCache.spread), theirs once a row. Ours three times: as
-`for_inference()` leaves it, compiled, and with bf16 weights. A token must move every weight but the embeddings; what a token took, as a share
-of reading as many bytes in one sum, is the last column.
+`for_inference()` leaves it, compiled, and with bf16 weights. A token must move every weight but the embeddings: "of limit"
+is the time of reading as many bytes in one sum, as a share of what a token of one row took.
 """
 
 import argparse
@@ -154,6 +154,12 @@ def memory(key):
         return next(int(line.split()[1]) for line in status if line.startswith(key + ":")) / 2**20
 
 
+def in_own_process(call, *args):
+    """Call in a new process, so that memory and allocator are its own, and give the result."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(call, *args).result()
+
+
 def measure(side, tuned, args):
     """Train one side for some steps, in this process."""
     if tuned:
@@ -227,10 +233,8 @@ def measure_generation(side, folder, args):
     # every weight moves for a token, but of the embeddings one row (a tied head moves all of it)
     untied = 0 if model.lm_head.weight is (model.model if side == "theirs" else model).embed_tokens.weight else 1
     moved = sum(p.nbytes for p in model.parameters()) - untied * model.lm_head.weight.nbytes
-    if side == "compiled":
-        model.for_inference(compile=True)
-    if side in ("ours", "bf16"):
-        model.for_inference()
+    if side != "theirs":
+        model.for_inference(compile=side == "compiled")
 
     def answer(prompts, count):
         """Greedy ids that continue prompts of one length."""
@@ -274,8 +278,7 @@ def generation(args):
         )
         results = {}
         for side in ("theirs", "ours", "compiled", "bf16"):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-                r = results[side] = fresh.submit(measure_generation, side, folder, args).result()
+            r = results[side] = in_own_process(measure_generation, side, folder, args)
             print(
                 f"{side:8}  {r['load']:6.2f}  {r['peak'] / r['tensors']:12.2f}  {r['prefill']:11.2f}  {1 / r[1]:15.1f}  "
                 f"{r['limit'] / r[1]:8.0%}  {8 / r[8]:16.1f}  {r['six']:15.2f}",
@@ -320,8 +323,7 @@ def main(argv=None):
         name = "tuned" if tuned else "as it is"
         results = {}
         for side in ("theirs", "ours"):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-                r = results[side] = fresh.submit(measure, side, tuned, args).result()
+            r = results[side] = in_own_process(measure, side, tuned, args)
             print(
                 f"{name:9}  {side:6}  {r['parameters'] / 1e6:8.1f} M  {'{} x {}'.format(*r['shape']):>13}  {r['seconds']:8.2f}  {r['peak']:8.2f}  "
                 f"{r['growth']:14.2f}  {r['losses'][0]:.4f}, {r['losses'][-1]:.4f}",
