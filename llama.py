@@ -18,6 +18,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from checkpoint import Stored, TorchFile, build, open_tensors, read_config, require_file, sort_tensors
 
@@ -101,6 +102,17 @@ class KVCache:
         return wider
 
 
+def recomputed(function, *tensors):
+    """Call a function whose intermediate results are not kept for the backward pass but computed again there.
+
+    For elementwise work, which costs next to nothing and leaves results as large as a matrix product's. A product at the
+    end is not repeated: recomputation stops at its input, the last thing that was kept.
+    """
+    if not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
         super().__init__()
@@ -108,6 +120,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        return recomputed(self.norm, x)
+
+    def norm(self, x):
         # in float32, whatever x is: the square of a bf16 loses the small ones
         normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
@@ -183,7 +198,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return recomputed(self.gated, self.gate_proj(x), self.up_proj(x))
+
+    def gated(self, gate, up):
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -251,6 +269,8 @@ class Llama(nn.Module):
             raise ValueError("a filled cache and no mask; expected a mask over cached and new positions; build one")
         if positions is None:
             positions = torch.arange(past, past + x.shape[1], device=x.device).expand(x.shape[:2])
+        if mask is not None:  # as what is added to scores: attention would make it of the booleans in every layer
+            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
         cos, sin = rotary(positions, self.config, x.dtype)
         one = x.shape[1] == 1 and (len(x) == 1 or x.is_cuda)  # see InferenceLinear
         for layer, block in enumerate(self.compiled if one and self.compiled else self.layers):
