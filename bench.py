@@ -92,7 +92,8 @@ def make_batch(args, packed):
     if not packed:
         segments = [[one] for of_image in segments for one in of_image]
         images = images.repeat_interleave(args.questions, dim=0)
-    return collate([pack(prefix, of_row, LlamaConfig.max_position_embeddings) for of_row in segments], list(images))
+    rows = [pack(prefix, of_row, LlamaConfig.max_position_embeddings) for of_row in segments]
+    return {**collate(rows), "pixel_values": images}
 
 
 def build_ours(args):

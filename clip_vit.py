@@ -7,8 +7,12 @@ checkpoints load strictly. What leaves the tower is what LLaVA uses: the patches
 class token and without `post_layernorm`. The last block is kept, so that a checkpoint can be written back, and not run.
 """
 
+import io
 import math
+import os
+import zipfile
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -90,14 +94,16 @@ def open_image(path):
     """Open an image file as RGB, in its stored orientation (COCO's boxes ignore the EXIF rotation, and so do we).
 
     Greyscale, palette, CMYK and 16-bit greyscale become RGB; transparency is dropped, as CLIP's own reader does.
-    Raises FileNotFoundError, or ValueError naming a file that is not a whole image.
+    `path` may lead into a zip: images.zip/000000000.jpg. Raises FileNotFoundError, or ValueError naming a file that is
+    not a whole image.
     """
-    if not Path(path).is_file():
+    if not has_image(path):
         raise FileNotFoundError(
             f"no image file {path}; expected a JPEG, PNG or other image; check the folder and the name"
         )
     try:
-        with Image.open(path) as image:
+        zip_path, member = in_zip(path)
+        with Image.open(io.BytesIO(open_zip(zip_path).read(member)) if zip_path else path) as image:
             image.load()
             if image.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion would clip it to white
                 return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert(
@@ -106,10 +112,54 @@ def open_image(path):
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, not 8 or 16 bit")
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises them all
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, zipfile.BadZipFile) as error:  # all PIL's
         raise ValueError(
             f"{path} cannot be read as an image ({error}); expected a whole image file; replace or leave it out"
         ) from None
+
+
+def in_zip(path):
+    """Take apart a path that leads into a zip: (zip, name inside), or (None, None)."""
+    for parent in Path(path).parents if ".zip" in str(path) else ():
+        if parent.suffix == ".zip" and parent.is_file():
+            return parent, Path(path).relative_to(parent).as_posix()
+    return None, None
+
+
+@lru_cache(maxsize=8)
+def open_zip(path):
+    """Open a zip once, to be read by any thread."""
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a whole zip ({error}); expected one; download or copy it again") from None
+
+
+def has_image(path):
+    """Say whether an image file is there, in its folder or its zip."""
+    zip_path, member = in_zip(path)
+    return member in open_zip(zip_path).NameToInfo if zip_path else Path(path).is_file()
+
+
+def image_size(path):
+    """Look at an image file without decoding it: (width, height). The whole file is read only where its end looks wrong.
+
+    Raises what open_image raises. A file damaged between its head and its end is not found out here.
+    """
+    zip_path, member = in_zip(path)
+    if not has_image(path):
+        return open_image(path).size
+    try:
+        if zip_path:  # which holds a checksum
+            with Image.open(io.BytesIO(open_zip(zip_path).read(member))) as image:
+                return image.size
+        with open(path, "rb") as file, Image.open(path) as image:
+            file.seek(-min(12, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            end = file.read()
+            whole = end.endswith(b"\xff\xd9") if image.format == "JPEG" else b"IEND" in end and image.format == "PNG"
+            return image.size if whole else open_image(path).size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, zipfile.BadZipFile):
+        return open_image(path).size  # which says what is wrong
 
 
 def preprocess(image, side, geometry="squash"):

@@ -15,18 +15,20 @@ Segments see the prefix and themselves, not each other (`model.packed_mask`): k 
 """
 
 import argparse
+import json
 import math
+import os
 import random
+import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoint import read_json
+from checkpoint import read_json, require_file
 from clip_vit import CLIPVisionConfig, open_image, preprocess
 from coords import CoordFormat, fault
 from llama import Tokenizer
@@ -92,16 +94,17 @@ class Object:
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of one image; all boxes in its own pixels."""
+    """What is known of one image; all boxes in its own pixels. Without an image: a conversation in text alone."""
 
     id: str
-    image: Path
-    size: tuple  # (width, height)
+    image: Path | None
+    size: tuple  # (width, height); (0, 0) where no file says it
     objects: tuple = ()  # those whose category occurs once: the paper's unique-instance filter (Sec. 3.3)
     present: tuple = ()  # every category annotated in the image
     absent: tuple = ()  # every other category of the data set
     captions: tuple = ()
     conversations: tuple = ()  # each a tuple of (question, answer) turns
+    weight: float = 1.0  # how often an epoch draws it
 
 
 def box_from_xywh(bbox):
@@ -126,9 +129,7 @@ def box_problem(bbox, size):
 
 def read_instances(path):
     """Read a COCO instances JSON; refuse another schema by name."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no annotation file {path}; expected COCO's instances_*.json; check the path")
-    coco = read_json(path)
+    coco = read_json(require_file(path, "COCO's instances_*.json"))
     lacking = [
         key
         for key in ("images", "annotations", "categories")
@@ -141,16 +142,14 @@ def read_instances(path):
     return coco
 
 
-def read_coco(instances, images, captions=None, conversations=None):
+def read_coco(instances, images):
     """Read a COCO folder: list of Records in the order of the file, and a Counter of what was left out and why.
 
-    instances      instances_*.json; an annotation may carry our extra key "description"
-    images         folder of the image files
-    captions       captions_*.json or None
-    conversations  LLaVA-format JSON whose "image" names files of the same folder, or None
+    instances  instances_*.json (or its content); an annotation may carry our extra key "description"
+    images     folder of the image files, or a zip of them
     Annotations without a usable box are left out and counted; iscrowd=1 counts as many of its category.
     """
-    coco = read_instances(instances)
+    coco = instances if isinstance(instances, dict) else read_instances(instances)
     names = {category["id"]: category["name"] for category in coco["categories"]}
     left_out, by_image = Counter(), {image["id"]: [] for image in coco["images"]}
     for annotation in coco["annotations"]:
@@ -160,11 +159,6 @@ def read_coco(instances, images, captions=None, conversations=None):
             left_out["annotations of unknown categories"] += 1
         else:
             by_image[annotation["image_id"]].append(annotation)
-    told, talks = {}, {}
-    for row in read_json(captions)["annotations"] if captions else ():
-        told.setdefault(row["image_id"], []).append(row["caption"].strip())
-    for file_name, turns in read_llava(conversations) if conversations else ():
-        talks.setdefault(file_name, []).append(turns)
     records = []
     for image in coco["images"]:
         size, here = (image["width"], image["height"]), by_image[image["id"]]
@@ -181,53 +175,205 @@ def read_coco(instances, images, captions=None, conversations=None):
                     Object(names[a["category_id"]], (x1, y1, min(x2, size[0]), min(y2, size[1])), a.get("description"))
                 )
         present = sorted({names[c] for c in count})
-        records.append(
-            Record(
-                str(image["id"]),
-                Path(images) / image["file_name"],
-                size,
-                tuple(objects),
-                tuple(present),
-                tuple(name for name in names.values() if name not in present),
-                tuple(told.get(image["id"], ())),
-                tuple(talks.pop(image["file_name"], ())),
-            )
-        )
-    if talks:
-        left_out["conversations about images that the instances file lacks"] += len(talks)
+        absent = tuple(name for name in names.values() if name not in present)
+        path = Path(images) / image["file_name"]
+        records.append(Record(str(image["id"]), path, size, tuple(objects), tuple(present), absent))
     return records, left_out
 
 
-def read_llava(path):
-    """Read LLaVA-format JSON: yields (image file name, turns), turns a tuple of (question, answer) without '<image>'."""
-    rows = read_json(path)
-    for row in rows:
-        try:
-            said = [(turn["from"], turn["value"]) for turn in row["conversations"]]
-        except (KeyError, TypeError):
-            raise ValueError(
-                f"{path}: a row is {str(row)[:80]}; expected LLaVA's id, image, conversations [{{from, value}}]; convert it"
-            ) from None
-        if [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2) or not said:
-            raise ValueError(
-                f"{path}: row {row.get('id')!r} has turns {[who for who, _ in said]}; expected human and gpt in turn; fix the row"
-            )
-        texts = [text.replace("<image>", "").strip() for _, text in said]
-        yield row.get("image"), tuple(zip(texts[0::2], texts[1::2], strict=True))
+def row_problem(row):
+    """Say why a row of a LLaVA-format file cannot be used, or None. Our own rows have `objective` and `box_px` as well."""
+    try:
+        said = [(turn["from"], turn["value"]) for turn in row["conversations"]]
+    except (KeyError, TypeError):
+        return f"is {str(row)[:80]}; expected LLaVA's id, image, conversations [{{from, value}}]"
+    if [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2) or not said:
+        return f"has turns {[who for who, _ in said]}; expected human and gpt in turn"
+    if not all(isinstance(text, str) for _, text in said) or not isinstance(row.get("image", ""), str):
+        return "has a text or a file name that is none; expected strings"
+    if "image" not in row and any("<image>" in text for _, text in said):
+        return "speaks of an <image> and names none; expected an image, or text alone"
+    if "objective" in row:
+        size, boxes, names = row.get("size"), row.get("box_px"), row.get("names", [row.get("name")])
+        if row["objective"] == "caption":
+            boxes = [boxes]
+        if not (isinstance(size, list) and isinstance(boxes, list) and len(boxes) == len(names)):
+            return "lacks its size, or a box_px for each name; expected what prepare.py writes"
+        for box_px in boxes if row["objective"] != "neg" else ():
+            if not isinstance(box_px, list) or len(box_px) != 4 or fault(box_px, size):
+                return f"has box_px {box_px} in an image of size {size}; expected x1 < x2, y1 < y2 inside it"
+    return None
 
 
-def read_records(images, coco=None, llava=None, captions=None):
-    """Read whatever a run is given: a COCO folder, with LLaVA conversations about its images, or LLaVA rows alone."""
-    if coco:
-        return read_coco(coco, images, captions, llava)
-    if not llava:
-        raise ValueError("no data; expected --coco instances.json or --llava chat.json, with --images; give one")
-    records = []
-    for index, (file_name, turns) in enumerate(read_llava(llava)):
-        records.append(
-            Record(str(index), Path(images) / file_name, (0, 0), captions=(turns[0][1],), conversations=(turns,))
+def read_llava(path, images):
+    """Read a LLaVA-format JSON: list of Records, one a row, and a Counter of the rows that were left out and why.
+
+    Rows without an image are text alone. Rows that prepare.py wrote (`objective`) give objects and absent categories, so
+    that their text is written anew in the representation of the run.
+    """
+    rows = read_json(require_file(path, "LLaVA-format JSON"))
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} is a JSON {type(rows).__name__}; expected LLaVA's list of rows; convert it")
+    records, left_out = [], Counter()
+    for index, row in enumerate(rows):
+        if problem := row_problem(row):
+            left_out[f"rows of {path} (the first: row {index}, it {problem})"] += 1
+            continue
+        image = Path(images) / row["image"] if "image" in row else None
+        record = Record(str(row.get("id", index)), image, tuple(row.get("size", (0, 0))))
+        if "objective" not in row:
+            texts = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
+            record = replace(record, conversations=(tuple(zip(texts[0::2], texts[1::2], strict=True)),))
+        elif row["objective"] == "caption":
+            objects = (Object(row["name"], tuple(row["box_px"]), row["description"]),)
+            record = replace(record, objects=objects, present=(row["name"],))
+        elif row["objective"] == "neg":
+            record = replace(record, absent=tuple(row["names"]))
+        else:
+            told = zip(row["names"], map(tuple, row["box_px"]), row["descriptions"], strict=True)
+            record = replace(record, objects=tuple(Object(*o) for o in told), present=tuple(row["names"]))
+        records.append(record)
+    if left_out.total() == len(rows):
+        raise ValueError(f"{path}: no row can be used: {next(iter(left_out), 'it is empty')}; is this another schema?")
+    return records, left_out
+
+
+def read_captions(path, images):
+    """Read captions_*.json of COCO: a Record with its captions for each image that has some."""
+    coco = read_json(require_file(path, "COCO's captions_*.json"))
+    told = {}
+    for annotation in coco["annotations"]:
+        told.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
+    return [
+        Record(str(i["id"]), Path(images) / i["file_name"], (i["width"], i["height"]), captions=tuple(told[i["id"]]))
+        for i in coco["images"]
+        if i["id"] in told
+    ]
+
+
+def read_file(path, images):
+    """Read an annotation file of any kind; its content says which: (list of Records, Counter of what was left out)."""
+    content = read_json(require_file(path, "an annotation file"))
+    if isinstance(content, list):
+        return read_llava(path, images)
+    annotations = content.get("annotations")
+    if isinstance(annotations, list) and annotations and "caption" in annotations[0]:
+        return read_captions(path, images), Counter()
+    return read_coco(path, images)
+
+
+def merge(records):
+    """Make one Record of those about the same image file, so that all that is asked about it shares its prefix.
+
+    An object that two files tell of is one: descriptions are taken from whichever has one. The weight is the largest.
+    """
+    merged = {}
+    for record in records:
+        key = os.path.abspath(record.image) if record.image else len(merged)
+        known = merged.setdefault(key, record)
+        if known is record:
+            continue
+        objects = {o.name: o for o in known.objects}
+        for o in record.objects:
+            if objects.setdefault(o.name, o).description is None:
+                objects[o.name] = replace(objects[o.name], description=o.description)
+        present = dict.fromkeys(known.present + record.present)
+        merged[key] = replace(
+            known,
+            size=known.size if any(known.size) else record.size,
+            objects=tuple(objects.values()),
+            present=tuple(present),
+            absent=tuple(name for name in dict.fromkeys(known.absent + record.absent) if name not in present),
+            captions=known.captions + record.captions,
+            conversations=known.conversations + record.conversations,
+            weight=max(known.weight, record.weight),
         )
-    return records, Counter()
+    return list(merged.values())
+
+
+def read_records(sources, exclude=()):
+    """Read a mixture of annotation files: list of Records, one an image, and a Counter of what was left out and why.
+
+    sources  (file, images folder or zip, weight) each; a weight says how often an epoch draws each image of the file
+    exclude  COCO image ids that must not be there, see `image_ids`
+    """
+    records, left_out = [], Counter()
+    for path, images, weight in sources:
+        read, left = read_file(path, images)
+        records += [replace(record, weight=weight) for record in read]
+        left_out += left
+    merged = merge(records)
+    kept = [record for record in merged if coco_id(record.image) not in exclude]
+    if len(kept) < len(merged):
+        left_out["images that --exclude lists"] = len(merged) - len(kept)
+    return kept, left_out
+
+
+def join_sources(data, images, *files):
+    """Add files that share an images folder to a mixture written as `parse_sources` reads it."""
+    files = [f"{path}@{images}" for path in files if path]
+    if files and not images:
+        raise ValueError(
+            f"{files[0].split('@')[0]} without --images; expected the folder of its images, or a zip; add it"
+        )
+    if not (data or files):
+        raise ValueError("no data; expected --data FILE@IMAGES, or --coco or --llava with --images; give one")
+    return ",".join([data] * bool(data) + files)
+
+
+def parse_sources(text):
+    """Take apart "FILE@IMAGES*WEIGHT, ..." into (file, images, weight); a weight of 1 may be left out."""
+    sources = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(.+?)@(.+?)(?:\*([\d.]+))?", part.strip())
+        if not found or float(found[3] or 1) <= 0:
+            raise ValueError(f"--data {part.strip()}; expected FILE@IMAGES or FILE@IMAGES*WEIGHT; separate by commas")
+        sources.append((found[1], found[2], float(found[3] or 1)))
+    return sources
+
+
+# ----- one image in many data sets
+
+
+def coco_id(image):
+    """COCO's id of an image file, which is the same in all years: COCO_val2014_000000581857.jpg -> 581857; or None."""
+    found = re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", Path(image).stem) if image else None
+    return int(found[1]) if found else None
+
+
+def image_ids_of(files):
+    """All COCO image ids of some files, their names parted by commas."""
+    return set().union(*(image_ids(path) for path in files.split(",") if path))
+
+
+def image_ids(path):
+    """COCO image ids that a benchmark's file speaks of: JSON or JSON lines of any schema, or one id or file name a line."""
+    text = require_file(path, "a list of images, or a benchmark's file").read_text(encoding="utf-8")
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict | list):
+            content = {"image_id": content}
+    except json.JSONDecodeError:
+        lines = [line for line in text.splitlines() if line.strip()]
+        content = [json.loads(line) if line.lstrip()[:1] in "{[" else {"image_id": line.strip()} for line in lines]
+    found = set()
+
+    def visit(value, key=None):
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                visit(inner, name)
+        elif isinstance(value, list):
+            for inner in value:
+                visit(inner, key)
+        elif key in ("image_id", "imageId", "image", "file_name"):
+            number = coco_id(value) if isinstance(value, str) and not value.isdigit() else int(value)
+            found.add(number)
+
+    visit(content)
+    found.discard(None)
+    if not found:
+        raise ValueError(f"{path} names no COCO image; expected image_id, image or file_name in it; check the file")
+    return found
 
 
 # ----- questions
@@ -305,18 +451,19 @@ def draw_questions(record, wording, rng, descriptions=None):
 def encode_prefix(tokenizer, template, num_patches):
     """Ids up to and with the image, the same for every question about it. `plain` is LLaVA's stage 1, `v1` Vicuna's chat.
 
-    Text on either side of the image is tokenised on its own, as LLaVA does.
+    Text on either side of the image is tokenised on its own, as LLaVA does: the space before it is a piece. Without an
+    image (num_patches 0) the question brings that space.
     """
-    before = tokenizer.encode(SYSTEM + " USER: ") if template == "v1" else []
+    before = tokenizer.encode(SYSTEM + " USER:" + " " * (num_patches > 0)) if template == "v1" else []
     return [tokenizer.bos_token_id] + before + [IMAGE_ID] * num_patches
 
 
-def encode_question(tokenizer, question, first=True):
-    """Ids of one user turn up to where the answer starts; the first one follows the image."""
-    return tokenizer.encode(("\n" if first else "USER: ") + question + " ASSISTANT:")
+def encode_question(tokenizer, question, before="\n"):
+    """Ids of one user turn up to where the answer starts; a line end parts the first one from the image."""
+    return tokenizer.encode(before + question + " ASSISTANT:")
 
 
-def encode_segment(tokenizer, template, turns):
+def encode_segment(tokenizer, template, turns, first="\n"):
     """(question, answer) turns -> (ids, labels). Built turn by turn: what is supervised is what was put there as answer.
 
     plain: the answer and a line end, no question. v1: each answer and its end-of-sentence token, so that the model
@@ -328,7 +475,7 @@ def encode_segment(tokenizer, template, turns):
             asked, said = [], tokenizer.encode(answer + "\n")
         else:
             asked, said = (
-                encode_question(tokenizer, question, index == 0),
+                encode_question(tokenizer, question, "USER: " if index else first),
                 tokenizer.encode(answer) + [tokenizer.eos_token_id],
             )
         ids += asked + said
@@ -361,22 +508,14 @@ def pack(prefix, segments, max_length):
     return row
 
 
-def collate(rows, images=None):
-    """Right-pad rows to one length: dict of long (B, T); padding has segment -1. `images`: list of (3, S, S) or None."""
+def collate(rows):
+    """Right-pad rows to one length: dict of long (B, T); padding has segment -1."""
     longest = max(len(row["input_ids"]) for row in rows)
     filler = {"input_ids": 0, "labels": IGNORE, "segments": -1, "positions": 0}
-    batch = {
+    return {
         key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
         for key, fill in filler.items()
     }
-    if images is not None:
-        batch["pixel_values"] = torch.stack(images)
-    return batch
-
-
-@lru_cache(maxsize=4)
-def permutation(seed, epoch, length):
-    return np.random.default_rng([seed, epoch]).permutation(length)
 
 
 class Examples:
@@ -393,27 +532,54 @@ class Examples:
         instruct_share=0.5,
         max_length=2048,
         seed=0,
+        skip_bad=False,
     ):
         self.tokenizer, self.wording, self.template = tokenizer, wording, template
         self.questions, self.instruct_share, self.max_length, self.seed = questions, instruct_share, max_length, seed
         self.prefix = encode_prefix(tokenizer, template, vision.num_patches)
+        self.text_prefix = encode_prefix(tokenizer, template, 0)
         self.descriptions = {}
         for record in records:
             for o in record.objects:
                 if o.description:
                     self.descriptions.setdefault(o.name, []).append(o.description)
-        self.records = [record for record in records if self.turns(record, random.Random(0))]
+        fitting = [self.that_fits(record) for record in records]
+        self.left_out = sum(len(r.conversations) - len(f.conversations) for r, f in zip(records, fitting, strict=True))
+        if self.left_out and not skip_bad:
+            first = next(r.id for r, f in zip(records, fitting, strict=True) if r is not f)
+            raise ValueError(
+                f"{self.left_out} conversations, the first about image {first}, ask more than {max_length} tokens hold with the "
+                "image before it; expected room for an answer; raise --max-length, or leave them out with --skip-bad"
+            )
+        self.records = [record for record in fitting if self.turns(record, random.Random(0))]
         if not self.records:
             raise ValueError(
                 f"none of {len(records)} images has anything to say for template {template!r} and objectives {wording.objectives}; "
                 "expected captions, conversations or unique objects; check the data flags"
             )
+        self.weights = np.array([record.weight for record in self.records])
+        self.epoch_length = max(1, round(self.weights.sum()))  # rows an epoch
+        self.orders = {}  # epoch -> its order
+
+    def that_fits(self, record):
+        """Give a record without the conversations whose first question leaves no room for an answer."""
+        room = self.max_length - len(self.prefix) - 1
+
+        def fits(turns):  # a piece is a byte at least: most need no tokenizer to tell
+            asked = "\n" + turns[0][0] + " ASSISTANT:"
+            return len(asked.encode()) < room or len(self.tokenizer.encode(asked)) < room
+
+        kept = tuple(turns for turns in record.conversations if self.template == "plain" or fits(turns))
+        return record if len(kept) == len(record.conversations) else replace(record, conversations=kept)
 
     def turns(self, record, rng):
         """Draw the k segments of one row, each a conversation: captions in stage 1, else objectives and instructions."""
         if self.template == "plain":
-            return rng.sample(
-                [(("", caption),) for caption in record.captions], min(self.questions, len(record.captions))
+            told = record.captions or [turns[0][1] for turns in record.conversations]
+            return (
+                rng.sample([(("", caption),) for caption in told], min(self.questions, len(told)))
+                if record.image
+                else []
             )
         located = [
             ((question, answer),)
@@ -425,23 +591,45 @@ class Examples:
         talks = talks[:wanted]
         return talks + located[: self.questions - len(talks)]
 
-    def row(self, index, epoch):
-        """Draw record `index` of epoch `epoch`: (packed row, image tensor, record)."""
-        record = self.records[index]
+    def text_row(self, record, epoch):
+        """Draw what is said about a record in an epoch: a packed row."""
         rng = random.Random(f"{self.seed} {epoch} {record.id}")
-        segments = [encode_segment(self.tokenizer, self.template, turns) for turns in self.turns(record, rng)]
-        image = preprocess(open_image(record.image), self.wording.fmt.side, self.wording.fmt.geometry)
-        return pack(self.prefix, segments, self.max_length), image, record
+        first = "\n" if record.image else ""
+        segments = [encode_segment(self.tokenizer, self.template, turns, first) for turns in self.turns(record, rng)]
+        return pack(self.prefix if record.image else self.text_prefix, segments, self.max_length)
+
+    def row(self, index, epoch):
+        """Draw record `index` of epoch `epoch`: (packed row, image tensor or None, record)."""
+        record = self.records[index]
+        row = self.text_row(record, epoch)
+        fmt = self.wording.fmt
+        return row, record.image and preprocess(open_image(record.image), fmt.side, fmt.geometry), record
 
     def order(self, sample):
-        """The `sample`-th draw of the run -> (index, epoch): every epoch is one permutation, seeded by (seed, epoch)."""
-        epoch, place = divmod(sample, len(self.records))
-        return int(permutation(self.seed, epoch, len(self.records))[place]), epoch
+        """The `sample`-th draw of the run -> (index, epoch). An epoch's order is a function of (seed, epoch).
+
+        Each record comes as often as its weight says, up to one time more or less where that is no whole number.
+        """
+        epoch, place = divmod(sample, self.epoch_length)
+        if epoch not in self.orders:
+            rng = np.random.default_rng([self.seed, epoch])
+            order = rng.permutation(len(self.records))
+            if (
+                self.weights != 1
+            ).any():  # marks at equal distances on the records laid end to end, each as long as its weight
+                ends = self.weights[order].cumsum()
+                marks = (np.arange(self.epoch_length) + rng.random()) * ends[-1] / self.epoch_length
+                order = rng.permutation(order[np.searchsorted(ends, marks, side="right").clip(max=len(ends) - 1)])
+            self.orders = {epoch: order}
+        return int(self.orders[epoch][place]), epoch
 
     def batch(self, samples):
         """Collate the given draws of the run; also gives their record ids."""
         rows, images, records = zip(*(self.row(*self.order(sample)) for sample in samples), strict=True)
-        return collate(rows, images), [record.id for record in records]
+        pixels, side = [image for image in images if image is not None], self.wording.fmt.side
+        batch = collate(rows)
+        batch["pixel_values"] = torch.stack(pixels) if pixels else torch.empty(0, 3, side, side)
+        return batch, [record.id for record in records]
 
 
 # ----- to look at, and to check
@@ -474,23 +662,18 @@ def marked(tokenizer, row):
     return "<s>" + " ".join(out).replace("\n   ", "\n  ")
 
 
-def check(coco, images):
-    """List every problem of a COCO folder: one line each, none if it is clean. Opens every image."""
-    coco = read_instances(coco)
+def check(path, images):
+    """List every problem of an annotation file and its images: one line each, none if it is clean. Opens every image."""
+    content = read_json(require_file(path, "an annotation file"))
+    if isinstance(content, list):
+        return check_llava(content, images)
+    coco = read_instances(path)
     names = {category["id"] for category in coco["categories"]}
     sizes, problems = {}, []
     for image in coco["images"]:
         sizes[image["id"]] = (image["width"], image["height"])
-        path = Path(images) / image["file_name"]
-        if not path.resolve().is_relative_to(Path(images).resolve()):
-            problems.append(f"image {image['id']}: {image['file_name']} leaves the images folder")
-            continue
-        try:
-            size = open_image(path).size
-            if size != sizes[image["id"]]:
-                problems.append(f"image {image['id']}: {path} is {size}, the annotations say {sizes[image['id']]}")
-        except (FileNotFoundError, ValueError) as error:
-            problems.append(f"image {image['id']}: {error}")
+        problem = image_problem(images, image["file_name"], sizes[image["id"]])
+        problems += [f"image {image['id']}: {problem}"] if problem else []
     for a in coco["annotations"]:
         if a["image_id"] not in sizes:
             problems.append(f"annotation {a['id']}: no image {a['image_id']}")
@@ -503,9 +686,43 @@ def check(coco, images):
     return problems
 
 
+def check_llava(rows, images):
+    """The same of LLaVA-format rows."""
+    problems, opened = [], set()
+    for index, row in enumerate(rows):
+        problem = row_problem(row)
+        if not problem and row.get("image") and row["image"] not in opened:
+            opened.add(row["image"])
+            problem = image_problem(images, row["image"], tuple(row.get("size", ())))
+        problems += [f"row {index}: {problem}"] if problem else []
+    return problems
+
+
+def image_problem(images, file_name, size=()):
+    """Say what is wrong with an image file, or None; `size` is what the annotations say of it, if they do."""
+    path = Path(images) / file_name
+    if not path.resolve().is_relative_to(Path(images).resolve()):
+        return f"{file_name} leaves the images folder"
+    try:
+        found = open_image(path).size
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    return f"{path} is {found}, the annotations say {size}" if any(size) and found != size else None
+
+
+def overlap(args):
+    """Print how many images to train on are in each benchmark."""
+    records, _ = read_records(parse_sources(args.data), image_ids_of(args.exclude))
+    ours = {coco_id(record.image) for record in records} - {None}
+    print(f"{len(records)} records to train on, {len(ours)} of them COCO images")
+    for benchmark in args.benchmarks:
+        theirs = image_ids(benchmark)
+        print(f"{benchmark}: {len(ours & theirs)} of its {len(theirs)} images are among them")
+
+
 def show(args):
     """Print examples as the model will read them."""
-    records, left_out = read_records(args.images, args.coco, args.llava, args.captions)
+    records, left_out = read_records(parse_sources(args.data))
     wording = Wording(CoordFormat(args.kind, args.side), location=args.location, words=args.words)
     examples = Examples(
         records,
@@ -517,9 +734,8 @@ def show(args):
     )
     for index in range(min(args.number, len(examples.records))):
         row, image, record = examples.row(*examples.order(index))
-        print(
-            f"--- image {record.id}  {record.image}  {record.size[0]} x {record.size[1]} px -> {tuple(image.shape)}, {len(row['input_ids'])} tokens"
-        )
+        seen = f"{record.size[0]} x {record.size[1]} px -> {tuple(image.shape)}" if record.image else "text alone"
+        print(f"--- {record.id}  {record.image}  {seen}, {len(row['input_ids'])} tokens")
         print(marked(examples.tokenizer, row))
     for what, count in left_out.items():
         print(f"left out: {count} {what}")
@@ -533,13 +749,19 @@ def main(argv=None):
     for name, text in (
         ("show", "print examples, what carries loss between « and »"),
         ("check", "list missing or unreadable images and bad boxes"),
+        ("overlap", "count the images to train on that benchmarks test"),
     ):
         sub = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.add_argument("--coco", required=True, help="instances_*.json")
-        sub.add_argument("--images", required=True, help="folder of the images")
-        if name == "show":
+        sub.add_argument("--data", default="", help="FILE@IMAGES*WEIGHT, several parted by commas, as train.py has it")
+        if name in ("show", "check"):
+            sub.add_argument("--coco", help="instances_*.json")
             sub.add_argument("--llava", help="LLaVA-format conversations about the same images")
             sub.add_argument("--captions", help="captions_*.json")
+            sub.add_argument("--images", help="folder of the images, or a zip")
+        if name == "overlap":
+            sub.add_argument("--exclude", default="", help="files of images that are not trained on, parted by commas")
+            sub.add_argument("benchmarks", nargs="+", help="files of the benchmarks: POPE, VQAv2, RefCOCO as JSON, ...")
+        if name == "show":
             sub.add_argument("--tokenizer", default="tiny/llama", help="folder with tokenizer.model")
             sub.add_argument(
                 "--template", choices=("v1", "plain"), default="v1", help="v1: stage 2; plain: captions of stage 1"
@@ -555,16 +777,21 @@ def main(argv=None):
             sub.add_argument("--number", type=int, default=3, help="how many images")
             sub.add_argument("--seed", type=int, default=0, help="of the draw")
     args = parser.parse_args(argv)
-    if args.command == "check":
-        problems = check(args.coco, args.images)
-        coco = read_instances(args.coco)
-        print("\n".join(problems[:1000]))
-        print(
-            f"{len(coco['images'])} images, {len(coco['annotations'])} annotations, {len(coco['categories'])} categories: {len(problems) or 'no'} problems"
-        )
-        sys.exit(1 if problems else 0)
-    show(args)
+    if args.command == "overlap":
+        return overlap(args)
+    args.data = join_sources(args.data, args.images, args.coco, args.captions, args.llava)
+    if args.command == "show":
+        return show(args)
+    problems = 0
+    for path, images, _ in parse_sources(args.data):
+        found = [] if path == args.captions else check(path, images)
+        print("".join(f"{line}\n" for line in found[:1000]) + f"{path}: {len(found) or 'no'} problems")
+        problems += len(found)
+    sys.exit(1 if problems else 0)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"data.py: {error}")

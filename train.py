@@ -33,8 +33,9 @@ from tqdm import tqdm
 import evaluate
 import shapes
 from checkpoint import read_json, write_json, write_state
+from clip_vit import image_size
 from coords import KINDS
-from data import IGNORE, OBJECTIVES, Examples, Wording, marked, read_records
+from data import IGNORE, Examples, Wording, image_ids_of, join_sources, marked, parse_sources, read_records
 from model import VARIANTS, LocVLM, describe_parts
 
 
@@ -100,10 +101,13 @@ class TrainConfig:
     )
     # data
     coco: str = opt("", "instances_*.json [the shapes world, written to data/shapes where it is not there]")
-    images: str = opt("", "folder of the images")
     captions: str = opt("", "captions_*.json: what stage 1 learns from a COCO folder")
-    llava: str = opt(
-        "", "LLaVA-format JSON: conversations about the same images; without --coco, all the data there is"
+    llava: str = opt("", "LLaVA-format JSON: conversations, captions, or what prepare.py wrote")
+    images: str = opt("", "folder of the images of these three, or a zip of them")
+    data: str = opt("", "more of such files, each with its images and how often to draw it: FILE@IMAGES*WEIGHT,...")
+    exclude: str = opt("", "files that name COCO images not to train on: benchmarks, or lists of ids; parted by commas")
+    skip_bad: bool = opt(
+        False, "leave out and count what is missing, unreadable or wrong, instead of refusing to start"
     )
     limit: int = opt(0, "use the first so many images only [all]")
     # what is asked
@@ -147,8 +151,14 @@ class TrainConfig:
             raise ValueError(
                 f"--adapter {self.adapter}; expected linear, mlp2x_gelu, or a file that is there; check the path"
             )
-        if (self.coco or self.llava) and not self.images:
-            raise ValueError("--coco or --llava without --images; expected the folder of the images; add it")
+        if self.sources:
+            parse_sources(self.sources)
+
+    @property
+    def sources(self):
+        """The annotation files, as `data.parse_sources` reads them; empty: the shapes world."""
+        files = (self.coco, self.captions, self.llava)
+        return join_sources(self.data, self.images, *files) if self.data or any(files) else ""
 
     @property
     def stage_list(self):
@@ -262,34 +272,59 @@ def build_model(config):
 
 
 def build_records(config, rank):
-    """Read the records to train on; the shapes world is written first where it is wanted and not there."""
-    paths = {"coco": config.coco, "llava": config.llava, "captions": config.captions, "images": config.images}
-    if not (config.coco or config.llava):
+    """Read the records to train on; the shapes world is written first where it is wanted and not there.
+
+    What is wrong with the files is told before anything is trained: refused, or left out with --skip-bad.
+    """
+    sources = config.sources
+    if not sources:
         if rank == 0:
             shapes.ensure_world()
         if dist.is_initialized():
             dist.barrier()
-        world = shapes.ensure_world()
-        paths = {
-            "coco": world / "instances_train.json",
-            "llava": world / "conversations_train.json",
-            "captions": world / "captions_train.json",
-            "images": world / "images",
-        }
-    records, left_out = read_records(**paths)
+        folder = shapes.ensure_world()
+        files = (folder / f"{what}_train.json" for what in ("instances", "captions", "conversations"))
+        sources = join_sources("", folder / "images", *files)
+    records, left_out = read_records(parse_sources(sources), image_ids_of(config.exclude))
     records = records[: config.limit or None]
-    missing = [str(record.image) for record in records if not record.image.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(records)} images are not in {paths['images']}, the first: {missing[0]}; "
-            "run `python data.py check` and complete the folder"
+    bad = unreadable(records)
+    records = [record for record in records if record.id not in bad]
+    wrong = {
+        what: count
+        for what, count in left_out.items()
+        if not what.startswith(("images that", "boxes where the box has no area"))
+    }
+    if (bad or wrong) and not config.skip_bad:
+        told = [*bad.values()][:3] + [f"{count} {what}" for what, count in wrong.items()]
+        raise ValueError(
+            f"{len(bad)} images and {sum(wrong.values())} annotations cannot be used: {'; '.join(told)}; run `python data.py "
+            "check` and mend the files, or leave them out with --skip-bad"
         )
+    left_out["images that cannot be read"] = len(bad)
     if rank == 0:
         print(
             f"{len(records)} images, {sum(len(r.objects) for r in records)} objects that are alone of their category"
-            + "".join(f"; left out: {count} {what}" for what, count in left_out.items())
+            + "".join(f"; left out: {count} {what}" for what, count in left_out.items() if count)
         )
-    return records, paths
+    return records, sources
+
+
+def unreadable(records):
+    """Look at every image file without decoding it: {record id: what is wrong}."""
+
+    def look(record):
+        try:
+            size = image_size(record.image) if record.image else record.size
+        except (FileNotFoundError, ValueError) as error:
+            return str(error)
+        return (
+            f"{record.image} is {size}, the annotations say {record.size}"
+            if any(record.size) and size != record.size
+            else None
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        return {record.id: problem for record, problem in zip(records, pool.map(look, records), strict=True) if problem}
 
 
 def save(run, stage, step, learned, optimizer, steps):
@@ -360,7 +395,7 @@ def prefetched(make, count_from, count_to):
 def train_stage(config, stage, model, examples, run, rank, world, device, dtype):
     """Run one stage, from its beginning or from where state.pt left it."""
     recipe = config.recipe(stage)
-    steps = recipe.steps or math.ceil(recipe.epochs * len(examples.records) / recipe.batch)
+    steps = recipe.steps or math.ceil(recipe.epochs * examples.epoch_length / recipe.batch)
     learned = trainable(model, stage)
     state = load_state(run, model, stage) if config.resume else None
     if state and (state["stage"] > stage or state["step"] == steps):
@@ -475,7 +510,7 @@ def dry_run(config, model, examples, stage):
     batch, ids = examples.batch(range(min(recipe.batch, 4)))
     row, image, record = examples.row(*examples.order(0))
     print(
-        f"  image {record.image} {record.size} px -> {tuple(image.shape)}; a batch: "
+        f"  image {record.image} {record.size} px -> {image if image is None else tuple(image.shape)}; a batch: "
         + ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
     )
     print("  " + marked(examples.tokenizer, row))
@@ -501,11 +536,8 @@ def main(config):
     dtype = torch.bfloat16 if bf16 else torch.float32
 
     # 2 data and model
-    records, paths = (
-        build_records(config, rank)
-        if not (config.dry_run and config.variant != "tiny" and not config.coco)
-        else (None, {})
-    )
+    without_data = config.dry_run and config.variant != "tiny" and not config.sources
+    records, sources = (None, "") if without_data else build_records(config, rank)
     model = build_model(config)
     wording = Wording(
         model.config.coord_format(),
@@ -514,7 +546,6 @@ def main(config):
         config.words,
         config.neg_ratio,
     )
-    assert set(wording.objectives) <= set(OBJECTIVES)
 
     def examples_of(stage):
         return Examples(
@@ -527,6 +558,7 @@ def main(config):
             config.instruct_share,
             config.max_length,
             config.seed,
+            config.skip_bad,
         )
 
     if config.dry_run:
@@ -546,11 +578,11 @@ def main(config):
             model.save_pretrained(run, stage=stage, trained_with=dataclasses.asdict(config))
 
     # 4 evaluation
-    held_out = Path(str(paths["coco"]).replace("_train", "_val")) if paths["coco"] else None
-    if rank == 0 and config.evaluate and held_out and held_out != Path(paths["coco"]) and held_out.is_file():
-        evaluate.main(
-            [str(run), "--task", "all", "--coco", str(held_out), "--images", str(paths["images"]), "--limit", "200"]
-        )
+    for path, images, _ in parse_sources(sources) if rank == 0 and config.evaluate else ():
+        held_out = path.replace("_train", "_val")
+        if "instances" in path and held_out != path and Path(held_out).is_file():
+            data = ["--coco", held_out, "--images", images]
+            evaluate.main([str(run), "--task", "all", *data, "--limit", "200"])
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

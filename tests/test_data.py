@@ -2,11 +2,15 @@
 
 import json
 import random
+import zipfile
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 import data
+from clip_vit import CLIPVisionConfig, image_size, open_image
 from coords import CoordFormat
 from data import (
     IGNORE,
@@ -116,7 +120,7 @@ def test_another_schema_is_refused_by_name(tmp_path):
         read_coco(tmp_path / "x.json", tmp_path)
     (tmp_path / "x.json").write_text('[{"id": 1, "image": "a.jpg", "conversations": [{"from": "gpt", "value": "hi"}]}]')
     with pytest.raises(ValueError, match="human and gpt"):
-        list(data.read_llava(tmp_path / "x.json"))
+        data.read_llava(tmp_path / "x.json", tmp_path)
 
 
 RECORD = Record(
@@ -251,7 +255,6 @@ def test_an_answer_without_room_is_an_error(tokenizer):
 
 def test_what_is_drawn_depends_on_seed_epoch_and_index_alone(coco, tokenizer):
     records, _ = read_coco(coco / "instances.json", coco)
-    from clip_vit import CLIPVisionConfig
 
     def examples(seed):
         return Examples(records, tokenizer, CLIPVisionConfig(image_size=28), Wording(CoordFormat("ivb", 28)), seed=seed)
@@ -264,9 +267,159 @@ def test_what_is_drawn_depends_on_seed_epoch_and_index_alone(coco, tokenizer):
     assert sorted(ids[:2]) == sorted(ids[2:]) == ["7", "9"], "every epoch visits every image once"
 
 
-def test_data_without_anything_to_say_is_refused(coco, tokenizer):
-    from clip_vit import CLIPVisionConfig
+LLAVA = [
+    {
+        "id": "a",
+        "image": "1.png",
+        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}],
+    },
+    {
+        "id": "b",
+        "conversations": [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi."}],
+        "model": "x",
+    },
+]
+LOCALIZE = [
+    {
+        "id": "7-loc",
+        "image": "1.png",
+        "size": [100, 80],
+        "objective": "loc",
+        "names": ["cat"],
+        "descriptions": ["cat that is grey"],
+        "box_px": [[10.5, 20, 40.5, 60]],
+        "conversations": LLAVA[0]["conversations"],
+    },
+    {
+        "id": "7-neg",
+        "image": "1.png",
+        "size": [100, 80],
+        "objective": "neg",
+        "names": ["kite"],
+        "descriptions": [None],
+        "box_px": [None],
+        "conversations": LLAVA[0]["conversations"],
+    },
+]
 
+
+def examples_of(records, tokenizer, **how):
+    return Examples(records, tokenizer, CLIPVisionConfig(image_size=28), Wording(CoordFormat("ivb", 28)), **how)
+
+
+def test_what_several_files_say_of_an_image_becomes_one_record(coco):
+    """Boxes, captions, conversations and descriptions share the image's prefix; text alone stays a record of its own."""
+    captions = {"images": [{"id": 7, "file_name": "1.png", "width": 100, "height": 80}]}
+    captions["annotations"] = [{"image_id": 7, "caption": "A grey cat. "}]
+    for name, content in (("captions", captions), ("llava", LLAVA), ("localize", LOCALIZE)):
+        (coco / f"{name}.json").write_text(json.dumps(content))
+    text = data.join_sources(f"{coco}/localize.json@{coco}*2", coco, coco / "instances.json", coco / "captions.json")
+    records, _ = data.read_records([*data.parse_sources(text), (coco / "llava.json", coco, 1.0)])
+    assert [record.image and record.image.name for record in records] == ["1.png", "2.png", None]
+    cat = records[0]
+    assert cat.objects == (Object("cat", (10.5, 20, 40.5, 60), "cat that is grey"),)
+    assert cat.captions == ("A grey cat.",) and cat.conversations == ((("What?", "A."),),)
+    assert "kite" in cat.absent and "cat" not in cat.absent and cat.weight == 2
+    assert records[2].conversations == ((("Say hi.", "Hi."),),)
+
+
+def test_a_batch_mixes_rows_with_and_without_an_image(coco, tokenizer):
+    """Text alone is tokenised as one text; its row has no place for an image, and a batch may hold none at all."""
+    (coco / "llava.json").write_text(json.dumps(LLAVA))
+    examples = examples_of(data.read_records([(coco / "llava.json", coco, 1.0)])[0], tokenizer)
+    batch, ids = examples.batch([0, 1])
+    assert sorted(ids) == ["a", "b"] and batch["pixel_values"].shape == (1, 3, 28, 28)
+    rows = (batch["input_ids"] == IMAGE_ID).sum(1).tolist()
+    assert sorted(rows) == [0, 4] and rows[ids.index("a")] == 4
+    text = examples.row([r.id for r in examples.records].index("b"), 0)[0]["input_ids"]
+    assert text == [1, *tokenizer.encode(data.SYSTEM + " USER: Say hi. ASSISTANT:"), *tokenizer.encode("Hi."), 2]
+    alone, _ = examples_of(examples.records[-1:], tokenizer).batch([0])
+    assert alone["pixel_values"].shape == (0, 3, 28, 28)
+
+
+def test_images_are_read_out_of_a_zip(coco):
+    with zipfile.ZipFile(coco / "images.zip", "w") as archive:
+        archive.write(coco / "1.png", "sub/1.png")
+        archive.writestr("2.png", b"no image")
+    assert open_image(coco / "images.zip/sub/1.png").size == image_size(coco / "images.zip/sub/1.png") == (100, 80)
+    with pytest.raises(FileNotFoundError, match="no image file .*zip/3.png"):
+        image_size(coco / "images.zip/3.png")
+    with pytest.raises(ValueError, match="zip/2.png cannot be read"):
+        image_size(coco / "images.zip/2.png")
+    (coco / "cut.zip").write_bytes((coco / "images.zip").read_bytes()[:100])
+    with pytest.raises(ValueError, match="cut.zip is not a whole zip"):
+        open_image(coco / "cut.zip/2.png")
+
+
+def test_weights_say_how_often_an_epoch_draws_an_image(tokenizer):
+    records = [replace(RECORD, id=str(i), weight=weight) for i, weight in enumerate([1, 2.5, 0.5, 1] * 5)]
+    examples = examples_of(records, tokenizer)
+    assert examples.epoch_length == 25
+    for epoch in range(4):
+        drawn = Counter(examples.order(epoch * 25 + place)[0] for place in range(25))
+        for index, record in enumerate(records):
+            assert abs(drawn[index] - record.weight) < 1, (epoch, index, drawn[index])
+    orders = [[examples.order(epoch * 25 + place) for place in range(25)] for epoch in (0, 1, 0)]
+    assert orders[0] == orders[2] and [i for i, _ in orders[0]] != [i for i, _ in orders[1]]
+
+
+def test_benchmarks_images_are_found_in_any_schema_and_excluded(coco, capsys):
+    """COCO's ids agree across years, whatever the file is called."""
+    (coco / "pope.json").write_text(
+        '{"image": "COCO_val2014_000000000007.jpg"}\n{"image": "COCO_val2014_000000000009.jpg"}\n'
+    )
+    (coco / "vqa.json").write_text(json.dumps({"questions": [{"image_id": 9, "question_id": 1}]}))
+    (coco / "ids.txt").write_text("000000000012.jpg\n7\n")
+    assert data.image_ids(coco / "pope.json") == {7, 9} and data.image_ids(coco / "vqa.json") == {9}
+    assert data.image_ids_of(f"{coco}/vqa.json,{coco}/ids.txt") == {7, 9, 12}
+    (coco / "none.json").write_text('{"image": "GCC_train_000000001.jpg"}')
+    with pytest.raises(ValueError, match="names no COCO image"):
+        data.image_ids(coco / "none.json")
+
+    instances = json.loads((coco / "instances.json").read_text())
+    for image in instances["images"]:
+        image["file_name"] = f"{image['id']:012d}.jpg"
+    (coco / "train.json").write_text(json.dumps(instances))
+    records, left_out = data.read_records([(coco / "train.json", coco, 1.0)], {9})
+    assert [record.id for record in records] == ["7"] and left_out["images that --exclude lists"] == 1
+    data.main(["overlap", "--data", f"{coco}/train.json@{coco}", f"{coco}/pope.json", f"{coco}/vqa.json"])
+    out = capsys.readouterr().out
+    assert "pope.json: 2 of its 2" in out and "vqa.json: 1 of its 1" in out
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ({"conversations": [{"from": "gpt", "value": "x"}]}, "human and gpt in turn"),
+        ({"image": 7}, "expected strings"),
+        ({"image": None}, "expected strings"),
+        ({"objective": "loc", "names": ["cat"], "box_px": [[0, 0, 5, 5]], "descriptions": [None]}, "lacks its size"),
+        ({"objective": "loc", "names": ["cat"], "box_px": [[0, 0, 5, 500]], "size": [9, 9]}, "inside it"),
+        ({"objective": "loc", "names": ["cat"], "box_px": [[0, float("nan"), 5, 5]], "size": [9, 9]}, "inside it"),
+    ],
+)
+def test_a_bad_row_is_named_by_check_and_left_out_and_counted(coco, damage, words):
+    (coco / "x.json").write_text(json.dumps([*LLAVA, {**LLAVA[0], **damage}]))
+    (problem,) = check(coco / "x.json", coco)
+    assert problem.startswith("row 2: ") and words in problem
+    records, left_out = data.read_llava(coco / "x.json", coco)
+    assert len(records) == 2 and left_out.total() == 1 and words in next(iter(left_out))
+
+
+def test_a_text_that_speaks_of_an_image_names_one(coco):
+    row = {"id": "c", "conversations": LLAVA[0]["conversations"]}
+    assert "names none" in data.row_problem(row)
+
+
+def test_a_question_longer_than_the_context_is_told_before_training(coco, tokenizer):
+    long = replace(RECORD, conversations=((("word " * 300, "Yes."),), (("Q?", "word " * 300),)))
+    with pytest.raises(ValueError, match="1 conversations.*raise --max-length"):
+        examples_of([long], tokenizer, max_length=200)
+    examples = examples_of([long], tokenizer, max_length=200, skip_bad=True)
+    assert examples.left_out == 1 and len(examples.records[0].conversations) == 1
+
+
+def test_data_without_anything_to_say_is_refused(coco, tokenizer):
     records, _ = read_coco(coco / "instances.json", coco)
     with pytest.raises(ValueError, match="nothing|none of 2"):
         Examples(records, tokenizer, CLIPVisionConfig(image_size=28), Wording(CoordFormat("ivb", 28)), template="plain")

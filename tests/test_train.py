@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from conftest import ROOT, TEXT, VISION
 from safetensors.torch import load_file
 
 import train
-from checkpoint import write_json, write_tensors
+from checkpoint import read_json, write_json, write_tensors
 from clip_vit import CLIPVisionTower
 from llama import Llama
 from model import LocVLM
@@ -204,10 +205,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path):
     assert all(math.isfinite(row) for row in losses(tmp_path / "run")) and state["step"] >= 1
 
 
-def test_a_missing_image_is_told_before_training(parts, tmp_path):
-    with pytest.raises(FileNotFoundError, match="24 of 24 images"):
-        train.main(TrainConfig(**{**parts, "images": str(tmp_path)}, out=str(tmp_path / "run")))
-    assert not (tmp_path / "run").exists()
+def test_text_alone_trains_beside_images(parts, tmp_path):
+    """Rows without an image, in batches with and without images; the adapter gets no gradient from those and keeps its weights."""
+    rows = [
+        {"id": "t", "conversations": [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "There is."}]}
+    ]
+    write_json(tmp_path / "text.json", rows)
+    one = {**parts, "stages": "2", "steps": "3"}
+    train.main(TrainConfig(**one, data=f"{tmp_path}/text.json@none*8", out=str(tmp_path / "both")))
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "both"))
+    alone = {k: v for k, v in one.items() if k not in ("coco", "captions", "llava", "images")}
+    train.main(TrainConfig(**alone, data=f"{tmp_path}/text.json@none", out=str(tmp_path / "alone")))
+    adapter = load_file(tmp_path / "alone/model.safetensors")["multi_modal_projector.linear_1.weight"]
+    torch.manual_seed(0)
+    assert losses(tmp_path / "alone")[-1] < losses(tmp_path / "alone")[0] and adapter.isfinite().all()
+
+
+def test_bad_files_are_refused_or_left_out_and_counted(parts, tmp_path, capsys):
+    """A truncated and a missing image, a box outside: refused by name before training, skipped only when asked to."""
+    world = Path(parts["coco"]).parent
+    shutil.copytree(world, tmp_path / "world")
+    instances = read_json(tmp_path / "world/instances_train.json")
+    first, second = (tmp_path / "world/images" / image["file_name"] for image in instances["images"][:2])
+    first.write_bytes(first.read_bytes()[:200])
+    second.unlink()
+    instances["annotations"][-1]["bbox"] = [500, 0, 10, 10]
+    write_json(tmp_path / "world/instances_train.json", instances)
+    own = {key: str(value).replace(str(world), str(tmp_path / "world")) for key, value in parts.items()}
+    own |= {"max_length": 400, "stages": "2", "steps": "2"}
+    with pytest.raises(ValueError, match="2 images and 1 annotations cannot be used.*--skip-bad"):
+        train.main(TrainConfig(**own, out=str(tmp_path / "refused")))
+    assert not (tmp_path / "refused").exists()
+    train.main(TrainConfig(**own, skip_bad=True, evaluate=False, out=str(tmp_path / "run")))
+    out = capsys.readouterr().out
+    assert "22 images" in out and "left out: 1 boxes" in out and "left out: 2 images that cannot be read" in out
 
 
 def test_a_dry_run_writes_nothing(parts, tmp_path, capsys):
