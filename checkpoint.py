@@ -2,8 +2,8 @@
 
 A checkpoint is a folder of the Hugging Face hub: `config.json` beside `model.safetensors` or `pytorch_model.bin`, or beside
 shards that an index file lists; or it is one file. `open_tensors` gives every tensor's name and shape at once and its
-contents when asked, `sort_tensors` says which part of a LLaVA each name belongs to, `build` makes a module of them: one
-tensor in memory at a time beside what is kept.
+contents when asked, `sort_tensors` says which part of a LLaVA each name belongs to, `build` makes a module of them: a
+piece of one tensor is in memory at a time beside what is kept.
 """
 
 import json
@@ -12,12 +12,15 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
+PIECE_BYTES = 2**24  # read at once, in float32
 SHARD_BYTES = 5 * 10**9  # larger checkpoints are written in shards, as the hub's are
 
 
@@ -52,15 +55,18 @@ def read_json(path):
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its shape, known at once, and `read`, which gives its contents."""
+    """A tensor in a file: its shape, known at once, and `read_rows(start, stop)`, which gives some of its contents."""
 
     shape: tuple
-    read: Callable[[], torch.Tensor]
+    read_rows: Callable[[int, int], torch.Tensor]
     path: Path
 
+    def read(self):
+        return self.read_rows(0, self.shape[0] if self.shape else 1)
+
     def rows(self, start, stop):
-        """Some of its rows."""
-        return Stored((stop - start, *self.shape[1:]), lambda: self.read()[start:stop], self.path)
+        """Some of its rows, still in the file."""
+        return Stored((stop - start, *self.shape[1:]), lambda a, b: self.read_rows(start + a, start + b), self.path)
 
 
 def open_tensors(path):
@@ -107,11 +113,11 @@ def open_file(path):
             f"{path} is not a whole safetensors file ({error}); expected one; download or copy it again"
         ) from None
 
-    def read(name):
-        with safe_open(path, "pt") as file:  # opened anew for each tensor: pages of an open file count as our memory
-            return file.get_tensor(name)
+    def read_rows(name, start, stop):
+        with safe_open(path, "pt") as file:  # opened anew each time: pages of an open file count as our memory
+            return file.get_slice(name)[start:stop] if shapes[name] else file.get_tensor(name)
 
-    return {name: Stored(shape, lambda name=name: read(name), path) for name, shape in shapes.items()}
+    return {name: Stored(shape, partial(read_rows, name), path) for name, shape in shapes.items()}
 
 
 class TorchFile:
@@ -151,16 +157,18 @@ class TorchFile:
             )
         return {name: value for name, value in content.items() if torch.is_tensor(value)}
 
-    def read(self, name):
+    def read_rows(self, name, start, stop):
         if self.given > self.RENEW:
             self.tensors, self.given = None, 0
             self.tensors = self.load()
-        self.given += self.tensors[name].nbytes
-        return self.tensors[name]
+        tensor = self.tensors[name]
+        rows = tensor[start:stop] if tensor.ndim else tensor
+        self.given += rows.nbytes
+        return rows
 
     def stored(self):
         return {
-            name: Stored(tuple(tensor.shape), lambda name=name: self.read(name), self.path)
+            name: Stored(tuple(tensor.shape), partial(self.read_rows, name), self.path)
             for name, tensor in self.tensors.items()
         }
 
@@ -205,14 +213,24 @@ def some(names):
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+class SkipInit(TorchFunctionMode):
+    """Draw no first weights: they are filled, and drawing on the meta device imports a second's worth of modules."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 def build(make, stored, source, dtype=torch.float32, device="cpu"):
-    """Make a module and fill it from name -> Stored, strictly, at the price of its own size and one tensor.
+    """Make a module and fill it from name -> Stored, strictly, at the price of its own size and a piece of a tensor.
 
     make    a function that gives the module; it is called under the meta device, so nothing is allocated or drawn
     source  what to call the checkpoint in an error: every tensor that is missing, unexpected, of another shape or not
             finite is named
     """
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         module = make()
     wanted = module.state_dict()
     complaints = {
@@ -236,13 +254,16 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
             filled[name] = filled[same[stored[name]]]
             continue
         same[stored[name]] = name
-        tensor = stored[name].read()
-        if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{stored[name].path}: {name} holds NaN or infinity; expected finite weights; the file is damaged, "
-                "or its training went wrong"
-            )
-        filled[name] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+        filled[name] = torch.empty(stored[name].shape, dtype=dtype, device=device)
+        rows = max(1, PIECE_BYTES // (4 * max(1, wanted[name][0].numel())))
+        for start in range(0, len(filled[name]), rows):
+            piece = stored[name].read_rows(start, min(start + rows, len(filled[name])))
+            if not torch.isfinite(piece).all():
+                raise ValueError(
+                    f"{stored[name].path}: {name} holds NaN or infinity; expected finite weights; the file is damaged, "
+                    "or its training went wrong"
+                )
+            filled[name][start : start + rows] = piece
     module.load_state_dict(filled, assign=True)
     return module
 

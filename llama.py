@@ -85,8 +85,8 @@ class KVCache:
 
     def __init__(self, config, rows, capacity, device, dtype):
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
 
     def of_layer(self, layer):
@@ -96,8 +96,9 @@ class KVCache:
     def spread(self, config, rows, capacity=None):
         """Copy the filled part into a new cache, whose row i continues our row rows[i]."""
         wider = KVCache(config, len(rows), capacity or self.keys.shape[3], self.keys.device, self.keys.dtype)
-        wider.keys[:, :, :, : self.length] = self.keys[:, rows, :, : self.length]
-        wider.values[:, :, :, : self.length] = self.values[:, rows, :, : self.length]
+        for new, old in enumerate(rows):
+            wider.keys[:, new, :, : self.length] = self.keys[:, old, :, : self.length]
+            wider.values[:, new, :, : self.length] = self.values[:, old, :, : self.length]
         wider.length = self.length
         return wider
 
@@ -418,15 +419,25 @@ def meta_tensors(folder):
         )
         shape = list(parts[0].shape)
         shape[by_column] *= len(parts)
-        return Stored(tuple(shape), lambda: torch.cat([part.read() for part in parts], dim=int(by_column)), files[0])
+
+        def read_rows(start, stop):
+            if by_column:
+                return torch.cat([part.read_rows(start, stop) for part in parts], dim=1)
+            rows = []
+            for number, part in enumerate(parts):
+                before = number * part.shape[0]
+                rows.append(part.read_rows(max(0, start - before), max(0, min(stop - before, part.shape[0]))))
+            return torch.cat(rows)
+
+        return Stored(tuple(shape), read_rows, files[0])
 
     def half_split(stored, heads):
         """Rows of each head from (pair, half) to (half, pair) order."""
-        return Stored(
-            stored.shape,
-            lambda: stored.read().view(heads, size // 2, 2, -1).transpose(1, 2).reshape(stored.shape),
-            stored.path,
-        )
+
+        def read_rows(start, stop):
+            return stored.read().view(heads, size // 2, 2, -1).transpose(1, 2).reshape(stored.shape)[start:stop]
+
+        return Stored(stored.shape, read_rows, stored.path)
 
     ours = {
         "tok_embeddings": "embed_tokens",
