@@ -121,7 +121,9 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes=1):
         how = {"detector": "CenterFace", "sha256": sha256(model), "threshold": threshold}
     options = {"source": str(images.resolve()), "faces": how}
     if done := blurred(out):
-        same_options({**done, "images": sorted(done["images"])}, {**options, "images": names}, out)
+        same_options(done, options, out)
+        if done["images"].keys() != set(names):
+            raise ValueError(f"{images} is not as when {out} was made; expected the same images; choose another --out")
         (out / JOURNAL).unlink(missing_ok=True)
         return print(f"{out}: {len(names)} images are blurred already")
     found, journal = begin_blur(out, options)
@@ -155,8 +157,8 @@ def image_names(images, out):
     here, there = images.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ValueError(f"--out {out} and --images {images} lie in each other; expected two folders; change --out")
-    files = sorted(path for path in images.rglob("*") if path.is_file())
-    names = [path.relative_to(images).as_posix() for path in files if path.suffix.lower() in SUFFIXES]
+    files = [path for path in images.rglob("*") if path.is_file()]
+    names = sorted(path.relative_to(images).as_posix() for path in files if path.suffix.lower() in SUFFIXES)
     if not names:
         raise ValueError(f"no image in {images}; expected files of {sorted(SUFFIXES)}; check the path")
     if len(files) > len(names):
@@ -167,7 +169,7 @@ def image_names(images, out):
 def read_faces(path):
     """Read face boxes: file name -> list of [x, y, width, height], original pixels. See `blur`."""
     content = read_json(require_file(path, "face boxes: COCO-WholeBody's JSON, or {file name: [[x, y, w, h], ...]}"))
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+    if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
         files = {image["id"]: image["file_name"] for image in content["images"]}
         faces = {name: [] for name in files.values()}
         for a in content["annotations"]:
@@ -356,6 +358,8 @@ def caption(model, coco, images, out, vision=None, batch=8, limit=None, exclude_
         print(f"{out}: {len(kept)} descriptions kept, of objects in {len({row['image'] for row in kept})} images")
         for reason, count in Counter(row["reason"] for row in rejected).most_common():
             print(f"  rejected: {count} {reason}")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def with_objects(coco, images, limit, exclude_ids, say):

@@ -108,6 +108,24 @@ def test_orientation_and_profile_stay_and_the_thumbnail_goes(tmp_path):
     assert thumbnail not in (tmp_path / "out/a.jpg").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("CMYK", "jpg"), ("L", "JPEG"), ("RGBA", "png"), ("LA", "png"), ("P", "png"), ("I;16", "png"), ("1", "png")]
+    + [("RGB", "webp"), ("RGB", "bmp"), ("P", "gif"), ("RGB", "tif"), ("CMYK", "tiff")],
+)
+def test_every_format_keeps_its_own(tmp_path, mode, suffix):
+    (tmp_path / "in").mkdir()
+    image = Image.effect_noise((64, 48), 90)
+    image = Image.fromarray(np.asarray(image).astype(np.uint16) * 256) if mode == "I;16" else image.convert(mode)
+    image.save(tmp_path / f"in/a.{suffix}")
+    (tmp_path / "faces.json").write_text(json.dumps({f"a.{suffix}": [[10, 10, 20, 20]]}))
+    blur(tmp_path / "in", tmp_path / "out", faces=tmp_path / "faces.json")
+    before, after = (Image.open(tmp_path / folder / f"a.{suffix}") for folder in ("in", "out"))
+    assert (after.format, after.size) == (before.format, before.size)
+    flat = np.asarray(after.convert("L")).astype(float)
+    assert flat[15:25, 15:25].std() < 15 and flat[40:, 40:].std() > 40
+
+
 def test_whole_body_annotations_are_joined_by_image(photos, tmp_path):
     names = list(read_json(tmp_path / "faces.json"))
     whole_body = {
@@ -138,6 +156,8 @@ def test_a_second_run_does_nothing_and_another_is_refused(photos, tmp_path, caps
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a.txt").write_text("mine")
     refused("holds other things", blur, photos, tmp_path / "other", faces=faces)
+    (photos / "22.png").rename(tmp_path / "22.png")
+    refused("is not as when .*out was made", blur, photos, out, faces=faces)
     faces.write_text(json.dumps({name: [] for name in read_json(faces)}))
     refused("made otherwise: faces was", blur, photos, out, faces=faces)
     refused("no folder", blur, tmp_path / "gone", out, faces=faces)
@@ -332,10 +352,15 @@ def caption_command(run, coco, out):
     return ["caption", *(str(word) for pair in flags.items() for word in pair), "--max-new-tokens", "24"]
 
 
+def start(command, **environment):
+    """Start prepare.py in a process of its own, whose sums are made in the same order as here."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
+    return subprocess.Popen([sys.executable, ROOT / "prepare.py", *command], env=environment, stdout=subprocess.PIPE)
+
+
 def kill_captions(command, out, after):
-    """Start a run in a process of its own, and kill it when it has appended so many chunks."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in the same order
-    process = subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), *command], env=environment, stdout=-3)
+    """Start a run, and kill it when it has appended so many chunks."""
+    process = start(command)
     part = out.with_name(out.name + ".parts") / "part-0.jsonl"
     lines = part.read_bytes().count(b"\n") if part.exists() else 0
     deadline = time.time() + 60
@@ -344,11 +369,11 @@ def kill_captions(command, out, after):
             break
         time.sleep(0.001)
     process.kill()
-    process.wait()
+    process.communicate()
 
 
 def test_killed_and_resumed_on_two_processes_equals_one(run, coco, tmp_path):
-    """kill -9 after a chunk, a torn line, then torchrun with two processes: the files of one run left alone."""
+    """kill -9 after a chunk, a torn line, then two processes: the files of one run left alone."""
     whole, out = tmp_path / "whole" / "pref.json", tmp_path / "killed" / "pref.json"
     prepare.main(caption_command(run, coco, whole))
     assert len(read_json(whole)) + len(read_json(tmp_path / "whole/pref.rejected.json")["rejected"]) == 18 + 5
@@ -358,13 +383,11 @@ def test_killed_and_resumed_on_two_processes_equals_one(run, coco, tmp_path):
     assert 1 <= part.read_bytes().count(b"\n") < 5 and not out.exists()
     with open(part, "ab") as file:
         file.write(b'{"chunk": 8, "cap')
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29547"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "prepare.py"), *command], env=environment, capture_output=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert b"(the paper: 95,899 images and 402,686 pairs)" in done.stdout and b"rejected: " in done.stdout
+    two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29547"}  # what torchrun tells its processes
+    processes = [start(command, **two, RANK=str(rank)) for rank in (0, 1)]
+    printed, _ = processes[0].communicate(timeout=240)
+    assert processes[0].returncode == processes[1].wait(timeout=240) == 0
+    assert b"(the paper: 95,899 images and 402,686 pairs)" in printed and b"rejected: " in printed
     assert captions_in(tmp_path / "killed") == captions_in(tmp_path / "whole")
 
 
