@@ -82,6 +82,11 @@ def remove_temporary(paths):
             path.unlink()
 
 
+def require_new(path):
+    if Path(path).exists():
+        raise ValueError(f"{path} is there already; expected a new file; choose another --out")
+
+
 # ----- blur
 
 MANIFEST, JOURNAL = "blurred.json", ".blur.jsonl"
@@ -336,7 +341,7 @@ def caption(model, coco, images, out, vision=None, batch=8, limit=None, exclude_
         }
         begin_captions(out, rejects, parts, options)
     wait()
-    if out.is_file() and not parts.is_dir():
+    if out.exists():  # written last: all is done
         return print(f"{out} is complete") if rank == 0 else None
     # 2 ask
     done = read_parts(parts)
@@ -352,9 +357,9 @@ def caption(model, coco, images, out, vision=None, batch=8, limit=None, exclude_
         done = read_parts(parts)
         kept, rejected = prefcoco_rows(records, [texts for chunk in chunks for texts in done[chunk]], images)
         write_json(rejects, {"made_with": read_json(parts / "options.json"), "rejected": rejected})
-        write_json(out, kept)
         remove_temporary([*out.parent.glob(out.name + "*"), *out.parent.glob(rejects.name + "*")])
-        shutil.rmtree(parts.rename(trash_of(parts)))
+        write_json(out, kept)
+        shutil.rmtree(parts)
         print(f"{out}: {len(kept)} descriptions kept, of objects in {len({row['image'] for row in kept})} images")
         for reason, count in Counter(row["reason"] for row in rejected).most_common():
             print(f"  rejected: {count} {reason}")
@@ -389,18 +394,13 @@ def weights_sha256(path):
     return {file.name: sha256(require_file(file, "a model: config.json beside its weights")) for file in files}
 
 
-def trash_of(parts):
-    """The name under which parts that are no longer needed wait for removal: a kill leaves all of them, or none."""
-    return parts.with_name(parts.name + ".done")
-
-
 def begin_captions(out, rejects, parts, options):
-    """Make the folder of parts, or check that it was begun, or OUT made, with the same options."""
-    shutil.rmtree(trash_of(parts), ignore_errors=True)
-    if (parts / "options.json").is_file():
-        same_options(read_json(parts / "options.json"), options, parts)
-    elif out.exists():
+    """Make the folder of parts, or check that it was begun, or OUT finished, with the same options."""
+    if out.exists():
         same_options(read_json(rejects)["made_with"] if rejects.is_file() else {}, options, out)
+        shutil.rmtree(parts, ignore_errors=True)
+    elif (parts / "options.json").is_file():
+        same_options(read_json(parts / "options.json"), options, parts)
     else:
         write_json(parts / "options.json", options)
 
@@ -458,6 +458,7 @@ def prefcoco_rows(records, said, images):
 # ----- a caption becomes a description
 
 LONGEST = 60  # words of a description
+SENTENCE_END = re.compile(r"(?<=[a-z0-9)\"'])(?<!\b(?:St|Mt|Mr|Dr))[.!?]\"? (?=[A-Z\"])")
 IN_IMAGE = r"in (?:the|this) (?:image|picture|photo|scene)"
 LEAD = re.compile(
     rf"(?:{IN_IMAGE},? )?(?:there (?:is|are) |this is |(?:the|this) (?:image|picture|photo) (?:shows|features|depicts) )?"
@@ -486,9 +487,7 @@ def clean_caption(caption, category):
     (('under a lamp, a dog sleeps', None), (None, 'refusal'))
     """
     text = " ".join(caption.split())
-    text = re.split(r"(?<=[a-z0-9)\"'])(?<!\b(?:St|Mt|Mr|Dr))[.!?]\"? (?=[A-Z\"])", text, maxsplit=1)[0].strip(
-        " .!?\"'"
-    )
+    text = SENTENCE_END.split(text, maxsplit=1)[0].strip(" .!?\"'")
     named = rf"\b{re.escape(category)}(?:e?s)?\b"
     if reason := caption_fault(text, named):
         return None, reason
@@ -531,6 +530,7 @@ def localize(prefcoco, coco, out, kind="ivb", location="box", neg_ratio=1.0, see
     LocPred and RevLoc tell of all the image's descriptions, NegPred of categories that are not in it, half of them under
     a description from another image. LLaVA's trainers read the file as it is; ours may write other coordinates from box_px.
     """
+    require_new(out)
     told, borrowed = read_prefcoco(prefcoco), {}
     for row in (row for rows in told.values() for row in rows):
         borrowed.setdefault(row["name"], []).append(row["description"])
@@ -612,6 +612,7 @@ def panoptic(segments, masks, out, stuff=False, check=False):
     Boxes are those of the masks; categories are the things, with --stuff all. --check lists each bbox in segments_info
     that its mask does not bear out, and fails if there is one.
     """
+    require_new(out)
     content = read_panoptic(segments)
     frames, images = content["annotations"], {image["id"]: image for image in content.get("images", ())}
     paths = [Path(masks) / Path(frame["file_name"]).with_suffix(".png") for frame in frames]

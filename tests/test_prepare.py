@@ -398,6 +398,9 @@ def test_a_finished_file_stays_and_other_options_are_refused(run, coco, tmp_path
     before = files(tmp_path / "out")
     caption(**common, **DECODING)
     assert files(tmp_path / "out") == before and "is complete" in capsys.readouterr().out
+    (tmp_path / "out/pref.json.parts").mkdir()  # killed while they were removed
+    caption(**common, **DECODING)
+    assert not (tmp_path / "out/pref.json.parts").exists()
     refused("batch was 8, is 3", caption, **common, **DECODING, batch=3)
     refused("decoding was .*'seed': 1", caption, **common, **{**DECODING, "seed": 1})
     (tmp_path / "out/pref.rejected.json").unlink()
@@ -532,8 +535,8 @@ def test_negatives_are_absent_and_half_of_them_borrow_a_description(coco, tmp_pa
     present = {r.image.name: r.present for r in data.read_coco(coco / "instances.json", coco)[0]}
     negatives = []
     for seed in range(20):
-        localize(tmp_path / "p.json", coco / "instances.json", tmp_path / "l.json", neg_ratio=1.5, seed=seed)
-        negatives += [row for row in read_json(tmp_path / "l.json") if row["objective"] == "neg"]
+        localize(tmp_path / "p.json", coco / "instances.json", tmp_path / f"{seed}.json", neg_ratio=1.5, seed=seed)
+        negatives += [row for row in read_json(tmp_path / f"{seed}.json") if row["objective"] == "neg"]
     assert all(name not in present[row["image"]] for row in negatives for name in row["names"])
     kites = [
         d for row in negatives for name, d in zip(row["names"], row["descriptions"], strict=True) if name == "kite"
@@ -541,9 +544,8 @@ def test_negatives_are_absent_and_half_of_them_borrow_a_description(coco, tmp_pa
     assert set(kites) == {None, "kite that is red"} and 0.35 < kites.count(None) / len(kites) < 0.65
     assert not any(d for row in negatives for n, d in zip(row["names"], row["descriptions"], strict=True) if n == "bus")
     assert 1.4 < sum(len(row["names"]) for row in negatives) / len(negatives) < 1.6
-    written = (tmp_path / "l.json").read_bytes()
-    localize(tmp_path / "p.json", coco / "instances.json", tmp_path / "l.json", neg_ratio=1.5, seed=19)
-    assert (tmp_path / "l.json").read_bytes() == written
+    localize(tmp_path / "p.json", coco / "instances.json", tmp_path / "again.json", neg_ratio=1.5, seed=19)
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "19.json").read_bytes()
 
 
 def test_other_files_are_refused_by_localize(prefcoco, coco, tmp_path):
@@ -621,8 +623,9 @@ def test_frames_of_a_video_become_records(video):
     first, second = data.read_coco(folder / "i.json", folder)[0]
     assert (first.image.name, first.size, first.present, first.absent) == ("f1.jpg", (5, 3), ("kite",), ("dog",))
     assert [(o.name, o.box_px) for o in second.objects] == [("kite", (0, 0, 2, 1)), ("dog", (2, 0, 3, 1))]
-    panoptic(folder / "p.json", folder / "masks", folder / "i.json", stuff=True)
-    first = data.read_coco(folder / "i.json", folder)[0][0]
+    refused("i.json is there already", panoptic, folder / "p.json", folder / "masks", folder / "i.json")
+    panoptic(folder / "p.json", folder / "masks", folder / "stuff.json", stuff=True)
+    first = data.read_coco(folder / "stuff.json", folder)[0][0]
     assert first.present == ("kite", "sky") and [o.name for o in first.objects] == ["kite"], "two pieces of sky"
 
 
