@@ -16,16 +16,17 @@ ends in the same files. Outputs appear under their names only when they are whol
 """
 
 import argparse
+import fcntl
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
@@ -55,17 +56,34 @@ def read_journal(path):
 
 
 def open_journal(path):
-    """Open a file of JSON lines to go on with, without what a kill left of its last line."""
-    whole = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
+    """Open a file of JSON lines to go on with, for this run alone, without what a kill left of its last line."""
     file = open(path, "ab")
-    file.truncate(whole)
-    return file
+    for _ in range(50):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+            return file
+        except BlockingIOError:
+            time.sleep(0.1)  # helpers of a run just killed may still hold it, see `end_with_parent`
+    raise ValueError(f"{path} is being written by another run; expected one at a time; wait for that one, or end it")
 
 
 def write_line(file, row):
     file.write(json.dumps(row).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
+
+
+def end_with_parent():
+    """Let this process end with the one that started it, even where that one is killed."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def same_options(before, now, where):
@@ -236,14 +254,6 @@ def in_parallel(function, jobs, processes):
             yield from pool.map(function, jobs)
 
 
-def end_with_parent():
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def begin_blur(out, options):
     """Make OUT, or go on in it: ({name: faces} that are done, the open journal)."""
     rows = read_journal(out / JOURNAL)
@@ -321,6 +331,7 @@ def caption(model, coco, images, out, vision=None, batch=8, limit=None, exclude_
     """
     out, world, rank = Path(out), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world > 1:
+        end_with_parent()  # a torchrun that is killed leaves its processes
         dist.init_process_group("gloo", timeout=timedelta(days=30))  # for barriers, which wait for the slowest
     wait = dist.barrier if world > 1 else lambda: None
     # 1 what to ask

@@ -1,5 +1,6 @@
 """The paper's training files, from public ones; what a kill interrupts ends in the same files."""
 
+import fcntl
 import io
 import json
 import multiprocessing
@@ -184,8 +185,8 @@ def test_a_killed_blur_ends_in_the_same_files(photos, tmp_path):
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
-def test_a_torn_journal_line_is_done_again(photos, tmp_path):
-    """And what is in the journal but not on disk; a file of another run's options is not gone on with."""
+def test_a_torn_journal_line_is_done_again(photos, tmp_path, monkeypatch):
+    """And what is in the journal but not on disk; a journal that another run holds, or with other options, is not gone on with."""
     blur(photos, tmp_path / "whole", tmp_path / "faces.json")
     out = tmp_path / "out"
     blur(photos, out, tmp_path / "faces.json")
@@ -198,6 +199,11 @@ def test_a_torn_journal_line_is_done_again(photos, tmp_path):
     blur(photos, out, tmp_path / "faces.json")
     assert files(out) == files(tmp_path / "whole")
     (out / "blurred.json").unlink()
+    (out / ".blur.jsonl").write_text(json.dumps(options) + "\n")
+    with open(out / ".blur.jsonl") as other, monkeypatch.context() as patch:
+        patch.setattr("time.sleep", lambda seconds: None)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused("written by another run", blur, photos, out, tmp_path / "faces.json")
     (out / ".blur.jsonl").write_text(json.dumps({**options, "source": "/elsewhere"}) + "\n")
     refused("source was '/elsewhere'", blur, photos, out, tmp_path / "faces.json")
 
