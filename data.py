@@ -195,8 +195,8 @@ def row_problem(row):
         return "speaks of an <image> and names none; expected an image, or text alone"
     if "objective" in row:
         size, boxes, names = row.get("size"), row.get("box_px"), row.get("names", [row.get("name")])
-        if row["objective"] == "caption":
-            boxes = [boxes]
+        if row["objective"] in ("caption", "neg"):
+            boxes = [boxes] * len(names)
         if not (isinstance(size, list) and isinstance(boxes, list) and len(boxes) == len(names)):
             return "lacks its size, or a box_px for each name; expected what prepare.py writes"
         for box_px in boxes if row["objective"] != "neg" else ():

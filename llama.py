@@ -103,15 +103,15 @@ class KVCache:
         return wider
 
 
-def recomputed(function, *tensors):
+def recomputed(function, *inputs):
     """Call a function whose intermediate results are not kept for the backward pass but computed again there.
 
-    For elementwise work, which costs next to nothing and leaves results as large as a matrix product's. A product at the
-    end is not repeated: recomputation stops at its input, the last thing that was kept.
+    Meant for elementwise work, which costs next to nothing and leaves results as large as a matrix product's. A product at
+    the end is not repeated: recomputation stops at its input, the last thing that was kept.
     """
     if not torch.is_grad_enabled():
-        return function(*tensors)
-    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class RMSNorm(nn.Module):
@@ -212,8 +212,12 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False  # True: of the whole block, keep only x for the backward pass
 
-    def forward(self, x, cos, sin, mask, cache):
+    def forward(self, *inputs):
+        return recomputed(self.body, *inputs) if self.recompute else self.body(*inputs)
+
+    def body(self, x, cos, sin, mask, cache):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -271,9 +271,10 @@ class LocVLM(nn.Module):
         geometry = ours.get("geometry") or foreign_geometry(folder, config)
         return cls.join(tower, adapter, llama, tokenizer, geometry=geometry, kind=ours.get("kind", "ivb"))
 
-    def save_pretrained(self, folder, **notes):
+    def save_pretrained(self, folder, state_dict=None, **notes):
         """Write a llava-hf folder: weights, config, tokenizer, image processor, chat template. `transformers` opens it.
 
+        state_dict  the weights where this model does not hold them whole (fsdp)
         notes  go into config.json's "locvlm", which others ignore, beside what from_pretrained reads there
         LLaVA-hf has a word for the image and an adapter of two layers, so vocabulary rows are added for <image> (the mean
         of the others: never the most likely), and a linear adapter gets the identity as second layer, with no activation
@@ -282,7 +283,7 @@ class LocVLM(nn.Module):
         folder, c = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
-        for name, tensor in self.state_dict().items():
+        for name, tensor in (state_dict or self.state_dict()).items():
             if name == "language_model.lm_head.weight" and c.text_config.tie_word_embeddings:
                 continue
             ours = next(part for part in PARTS if name.startswith(part))
@@ -295,7 +296,7 @@ class LocVLM(nn.Module):
                 mean = tensors[name].float().mean(0, keepdim=True).to(tensors[name].dtype)
                 tensors[name] = torch.cat([tensors[name], mean.expand(rows - vocab_size, -1)])
         if c.adapter == "linear":
-            width, like = c.text_config.hidden_size, self.adapter.linear_1.weight
+            width, like = c.text_config.hidden_size, tensors["multi_modal_projector.linear_1.weight"]
             tensors["multi_modal_projector.linear_2.weight"] = torch.eye(width).to(like)
             tensors["multi_modal_projector.linear_2.bias"] = torch.zeros(width).to(like)
         write_tensors(folder / "model.safetensors", tensors)

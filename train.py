@@ -6,9 +6,9 @@
     torchrun --nproc-per-node 8 train.py --variant b --stages 2 --preset paper --init-from runs/b1 \\
         --coco instances_train2017.json --images train2017 --llava llava_instruct_80k.json --out runs/b2
 
-A run is a folder: train.json (these options), log.jsonl (an object per step), state.pt (to --resume from), and the model
-itself (`LocVLM.from_pretrained(run)`). What is drawn at a step depends on the seed and the step alone, so a resumed run
-equals an uninterrupted one, and N processes see the batches of one.
+A run is a folder: train.json (these options), log.jsonl (an object per step), state/ (to --resume from, on any number of
+processes), and the model itself (`LocVLM.from_pretrained(run)`). What is drawn at a step depends on the seed and the step
+alone, so a resumed run equals an uninterrupted one, and N processes see the batches of one.
 """
 
 import argparse
@@ -17,9 +17,11 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import typing
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -27,12 +29,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import evaluate
+import prepare
 import shapes
-from checkpoint import read_json, write_json, write_state
+from checkpoint import read_json, write_json
 from clip_vit import image_size
 from coords import KINDS
 from data import IGNORE, Examples, Wording, image_ids_of, join_sources, marked, parse_sources, read_records
@@ -138,7 +151,16 @@ class TrainConfig:
         "auto", "of the forward pass; weights stay fp32. auto: bf16 on GPUs that have it"
     )
     seed: int = opt(0, "of data order, wording and the adapter's first weights")
+    # how it is run: none of these changes what is learned
+    parallel: typing.Literal["ddp", "fsdp"] = opt(
+        "ddp", "ddp: a whole model in each process; fsdp: weights, gradients and optimizer are split among them"
+    )
+    recompute: bool = opt(
+        False, "keep only each decoder layer's input for the backward pass, and compute the layer again"
+    )
+    workers: int = opt(2, "threads that read and prepare images, in each process")
     save_every: int = opt(200, "steps between checkpoints")
+    keep: int = opt(2, "checkpoints to keep")
 
     def __post_init__(self):
         for stage in self.stage_list:
@@ -253,19 +275,19 @@ def keep_freed_memory():
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
 
 
-def build_model(config):
-    """The model that a run starts from."""
+def build_model(config, device="cpu"):
+    """The model that a run starts from; on the meta device its shapes alone."""
     torch.manual_seed(config.seed)
     kind_and_geometry = {"kind": config.kind, "geometry": config.geometry}
     if config.init_from:
-        model = LocVLM.from_pretrained(config.init_from, config.vision or None)
+        model = LocVLM.from_pretrained(config.init_from, config.vision or None, device=device)
         model.config = dataclasses.replace(model.config, **kind_and_geometry)
         return model
     adapter = config.adapter or VARIANTS[config.variant].adapter
     if config.variant == "tiny" or config.vision:
         here = Path(__file__).parent / "tiny"
         return LocVLM.from_parts(
-            config.vision or here / "clip", config.llm or here / "llama", adapter, **kind_and_geometry
+            config.vision or here / "clip", config.llm or here / "llama", adapter, **kind_and_geometry, device=device
         )
     with torch.device("meta"):  # a dry run without weights: shapes only
         return LocVLM(dataclasses.replace(VARIANTS[config.variant], adapter=adapter, **kind_and_geometry))
@@ -302,11 +324,18 @@ def build_records(config, rank):
         )
     left_out["images that cannot be read"] = len(bad)
     if rank == 0:
+        if faces_blurred(config) is False:
+            print("faces are not blurred in all of these images; the paper blurs them first (App. C): prepare.py blur")
         print(
             f"{len(records)} images, {sum(len(r.objects) for r in records)} objects that are alone of their category"
             + "".join(f"; left out: {count} {what}" for what, count in left_out.items() if count)
         )
     return records, sources
+
+
+def faces_blurred(config):
+    """Say whether every folder of images was made by `prepare.py blur`; None for the shapes world, which has no faces."""
+    return all(prepare.blurred(images) for _, images, _ in parse_sources(config.sources)) if config.sources else None
 
 
 def unreadable(records):
@@ -327,36 +356,80 @@ def unreadable(records):
         return {record.id: problem for record, problem in zip(records, pool.map(look, records), strict=True) if problem}
 
 
-def save(run, stage, step, learned, optimizer, steps):
-    """Write state.pt: everything that --resume needs, in one file that is either old or new."""
-    write_state(
-        run / "state.pt",
-        {
-            "stage": stage,
-            "step": step,
-            "steps": steps,
-            "optimizer": optimizer.state_dict(),
-            "learned": {name: p.detach() for name, p in learned.items()},
-        },
-    )
+class States:
+    """What a run resumes from: folders run/state/STAGE-STEP with weights that learn, optimizer, and position.
 
+    Each is written by all processes, each its own part, while training goes on, and renamed when it is whole: a process
+    or a disk that dies while writing leaves the one before. Read back on any number of processes, under ddp or fsdp.
+    """
 
-def load_state(run, model, stage):
-    """Give the state to resume from, or None if this stage has not begun; a stage that is over has its weights in it too."""
-    state = torch.load(run / "state.pt", weights_only=True, map_location="cpu") if (run / "state.pt").exists() else None
-    if state is None or state["stage"] < stage:
-        return None
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in state["learned"].items():
-            parameters[name].copy_(value)
-    return state
+    learned = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+    def __init__(self, run, keep, world, rank):
+        self.folder, self.keep, self.world, self.rank = run / "state", keep, world, rank
+        self.group = dist.new_group(backend="gloo") if world > 1 else None  # of its own: it talks while training talks
+        self.pending = None
+        if rank == 0:
+            for cut_short in self.folder.glob("*.tmp"):
+                shutil.rmtree(cut_short)
+
+    def whole(self):
+        """(stage, step) of the finished ones, the newest last."""
+        names = [path.name.split("-") for path in self.folder.glob("*-*") if path.suffix != ".tmp"]
+        return sorted((int(stage), int(step)) for stage, step in names)
+
+    def save(self, stage, step, model, optimizer):
+        """Start writing; weights are copied before this returns."""
+        self.finish()
+        weights, moments = get_state_dict(model, optimizer, options=self.learned)
+        path = self.folder / f"{stage}-{step}.tmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {"weights": weights, "optimizer": moments}
+        self.pending = path, dcp.async_save(state, checkpoint_id=path, process_group=self.group)
+
+    def finish(self):
+        """Wait for what is being written, give it its name, and delete the oldest beyond `keep`."""
+        if self.pending is None:
+            return
+        (path, writing), self.pending = self.pending, None
+        try:
+            writing.result()
+        except (dcp.CheckpointException, OSError) as error:  # a full disk comes wrapped in what the writer makes of it
+            shutil.rmtree(path, ignore_errors=True)
+            raise OSError(
+                f"{path} cannot be written ({str(error).strip().splitlines()[-1]}); the checkpoints before it are good; make room "
+                "and go on with --resume"
+            ) from error
+        if self.rank == 0:
+            path.rename(path.with_suffix(""))
+            for stage, step in self.whole()[: -self.keep]:
+                shutil.rmtree(self.folder / f"{stage}-{step}")
+
+    def load(self, stage, step, model, optimizer):
+        """Read a finished one into model and optimizer."""
+        weights, moments = get_state_dict(model, optimizer, options=self.learned)
+        state = {"weights": weights, "optimizer": moments}
+        dcp.load(state, checkpoint_id=self.folder / f"{stage}-{step}", process_group=self.group)
+        moved = {"model_state_dict": state["weights"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(model, optimizer, **moved, options=self.learned)
 
 
 def claim_run(config):
     """Make the run's folder, or refuse: another run's is never written over; a resumed one must have the same options."""
     run = Path(config.out)
-    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "dry_run", "evaluate", "out")}
+    free = (
+        "resume",
+        "dry_run",
+        "evaluate",
+        "out",
+        "parallel",
+        "recompute",
+        "workers",
+        "save_every",
+        "keep",
+        "micro_batch",
+    )
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     if config.resume:
         if not (run / "train.json").is_file():
             raise FileNotFoundError(
@@ -382,33 +455,64 @@ def rows_for(rank, world, step, recipe):
     return range(step * recipe.batch + rank, (step + 1) * recipe.batch, world)
 
 
-def prefetched(make, count_from, count_to):
-    """Yield make(i) for each i, the next one made in a thread meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(make, count_from) if count_from < count_to else None
-        for i in range(count_from, count_to):
-            ready = coming.result()
-            coming = pool.submit(make, i + 1) if i + 1 < count_to else None
-            yield ready
+def prefetched(make, count_from, count_to, workers):
+    """Yield make(i) for each i in order, the next ones made in threads meanwhile."""
+    with ThreadPoolExecutor(workers) as pool:
+        coming = deque()
+        for i in range(count_from, count_to + workers):
+            if i < count_to:
+                coming.append(pool.submit(make, i))
+            if i >= count_from + workers:
+                yield coming.popleft().result()
+
+
+def shard(model, device, dtype):
+    """Split a model's parameters over all processes, a decoder or tower layer at a time (FSDP2), and copy rank 0's weights there.
+
+    Weights, gradients and their sums stay float32; layers compute in `dtype`. Other ranks' models may be on the meta device.
+    """
+    if model.config.text_config.tie_word_embeddings:
+        raise ValueError(
+            "a LLaMA whose head is its embedding, under fsdp; expected a head of its own; use --parallel ddp"
+        )
+    whole = model.state_dict() if dist.get_rank() == 0 else {}
+    model.to("meta")
+    how = {
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32),
+    }
+    for layer in [
+        *model.vision_tower.encoder.layers[:-1],
+        *model.language_model.layers,
+    ]:  # the tower's last is never run
+        fully_shard(layer, **how)
+    fully_shard(model, **how)
+    model.to_empty(device=device)
+    set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
 def train_stage(config, stage, model, examples, run, rank, world, device, dtype):
-    """Run one stage, from its beginning or from where state.pt left it."""
+    """Run one stage, from its beginning or from its last checkpoint."""
     recipe = config.recipe(stage)
     steps = recipe.steps or math.ceil(recipe.epochs * examples.epoch_length / recipe.batch)
     learned = trainable(model, stage)
-    state = load_state(run, model, stage) if config.resume else None
-    if state and (state["stage"] > stage or state["step"] == steps):
-        return
     optimizer = make_optimizer(learned, config)
+    states = States(run, config.keep, world, rank)
     first_step = 0
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
-    parallel = (
-        DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
-    )
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    if config.resume and states.whole():
+        at_stage, at_step = states.whole()[-1]
+        if at_stage > stage:
+            return  # what this stage learned is in that one
+        if at_stage == stage:
+            states.load(stage, at_step, model, optimizer)
+            first_step = at_step
+    fsdp = config.parallel == "fsdp"
+    parallel = model
+    if world > 1 and not fsdp:
+        parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    for layer in model.language_model.layers:
+        layer.recompute = config.recompute
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 and not fsdp else nullcontext()
     micro = config.micro_batch or math.ceil(recipe.batch / world)
 
     def make(step):
@@ -417,8 +521,11 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
 
     log = open_log(run, stage, first_step) if rank == 0 else None
     bar = tqdm(total=steps, initial=first_step, desc=f"stage {stage}", disable=rank != 0, mininterval=1.0)
-    began = time.time()
-    for step, micro_batches in enumerate(prefetched(make, first_step, steps), start=first_step):
+    blurred = faces_blurred(config)
+    began = waited_since = time.time()
+    waited = 0.0  # seconds that the device had to wait for data
+    for step, micro_batches in enumerate(prefetched(make, first_step, steps, config.workers), start=first_step):
+        waited += time.time() - waited_since
         lr = lr_at(step, steps, recipe.lr, recipe.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -434,7 +541,9 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
         for i, (batch, _) in enumerate(micro_batches):
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             last = i == len(micro_batches) - 1
-            with nullcontext() if last or world == 1 else parallel.no_sync():  # gradients travel once per step
+            if fsdp:
+                model.set_requires_gradient_sync(last)
+            with nullcontext() if last or world == 1 or fsdp else parallel.no_sync():  # gradients travel once per step
                 with autocast:
                     loss = parallel(**batch, reduction="sum")
                 (loss * world / totals).backward()  # DDP averages over processes; we want the sum
@@ -444,11 +553,14 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
         mean_loss = (loss_sum / totals).item()
         if not math.isfinite(mean_loss):
             ids = [i for _, ids in micro_batches for i in ids]
+            states.finish()
             raise FloatingPointError(
                 f"loss {mean_loss} at stage {stage}, step {step}, lr {lr:.3g}, process {rank}, images {ids}; the last checkpoint "
                 f"in {run} is good; lower --lr, or look at these images with data.py show"
             )
         grad_norm = torch.nn.utils.clip_grad_norm_(learned.values(), config.grad_clip)
+        if fsdp:
+            grad_norm = grad_norm.full_tensor()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -463,6 +575,8 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
                         "grad_norm": float(grad_norm),
                         "answer_tokens": int(totals),
                         "seconds": round(time.time() - began, 2),
+                        "waited": round(waited, 2),
+                        "faces_blurred": blurred,
                     }
                 )
                 + "\n"
@@ -470,9 +584,13 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
             log.flush()
             bar.set_postfix_str(f"loss {mean_loss:.3f}", refresh=False)
             bar.update()
-            if (step + 1) % config.save_every == 0 or step + 1 == steps:
-                save(run, stage, step + 1, learned, optimizer, steps)
+        if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            states.save(stage, step + 1, model, optimizer)
+        waited_since = time.time()
+    states.finish()
     bar.close()
+    if rank == 0 and steps > first_step:
+        print(f"stage {stage}: waited for data {waited / (time.time() - began):.1%} of the time")
     if world > 1:
         dist.barrier()
 
@@ -528,8 +646,8 @@ def main(config):
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if (world > 1 or config.parallel == "fsdp") and not dist.is_initialized() and not config.dry_run:
+        dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
     bf16 = config.precision == "bf16" or (
         config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
@@ -538,7 +656,8 @@ def main(config):
     # 2 data and model
     without_data = config.dry_run and config.variant != "tiny" and not config.sources
     records, sources = (None, "") if without_data else build_records(config, rank)
-    model = build_model(config)
+    fsdp = config.parallel == "fsdp" and not config.dry_run
+    model = build_model(config, "meta" if fsdp and rank > 0 else "cpu")  # whole in one process only
     wording = Wording(
         model.config.coord_format(),
         () if config.objectives == "none" else tuple(config.objectives.split(",")),
@@ -569,13 +688,20 @@ def main(config):
         stage: examples_of(stage) for stage in config.stage_list
     }  # both, so that a stage without data is told now
     run = claim_run(config) if rank == 0 else Path(config.out)
+    if fsdp:
+        shard(model, device, dtype)
     model.to(device)
 
     # 3 stages
     for stage in config.stage_list:
         train_stage(config, stage, model, examples[stage], run, rank, world, device, dtype)
+        weights = (
+            get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            if fsdp
+            else None
+        )
         if rank == 0:
-            model.save_pretrained(run, stage=stage, trained_with=dataclasses.asdict(config))
+            model.save_pretrained(run, weights, stage=stage, trained_with=dataclasses.asdict(config))
 
     # 4 evaluation
     for path, images, _ in parse_sources(sources) if rank == 0 and config.evaluate else ():

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from data import read_coco
+from data import read_records
 from shapes import NAMES, caption, converse, describe, draw_scene, phrase, render, write_world
 
 
@@ -63,12 +63,8 @@ def test_the_world_on_disk_is_a_coco_folder(tmp_path):
         write_world(tmp_path / name, {"train": 12, "val": 3}, seed=5)
     assert (tmp_path / "a/instances_train.json").read_bytes() == (tmp_path / "b/instances_train.json").read_bytes()
     world = tmp_path / "a"
-    records, left_out = read_coco(
-        world / "instances_train.json",
-        world / "images",
-        world / "captions_train.json",
-        world / "conversations_train.json",
-    )
+    files = (f"{what}_train.json" for what in ("instances", "captions", "conversations"))
+    records, left_out = read_records([(world / file, world / "images", 1.0) for file in files])
     assert len(records) == 12 and not left_out
     assert all(
         record.captions and record.conversations and set(record.present) | set(record.absent) == set(NAMES)

@@ -61,7 +61,8 @@ def losses(run):
 
 
 def flags(options):
-    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
+    return [part for pair in pairs for part in pair if part]
 
 
 def test_warm_up_is_linear_and_the_rest_half_a_cosine():
@@ -139,21 +140,89 @@ def test_accumulation_changes_nothing(parts, tmp_path):
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "cut"), rel=1e-5)
 
 
+def torchrun(options, processes=2):
+    """Train in so many processes, which talk over gloo."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launcher, str(ROOT / "train.py"), *flags(options)]
+    subprocess.run(command, check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
 def test_two_processes_equal_one(parts, tmp_path):
-    """torchrun with two gloo processes: the losses of one process with the same global batch, to 1e-5."""
+    """The losses of one process with the same global batch, to 1e-5: with ddp, and in micro-batches split over both (fsdp)."""
     train.main(TrainConfig(**parts, out=str(tmp_path / "one")))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29541",
-        str(ROOT / "train.py"),
-    ]
-    subprocess.run(command + flags({**parts, "out": tmp_path / "two"}), check=True, capture_output=True, timeout=240)
+    torchrun({**parts, "out": tmp_path / "two"})
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    torchrun({**parts, "out": tmp_path / "split", "parallel": "fsdp", "micro_batch": 1})
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, split = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "split"))
+    assert all(torch.allclose(one[name], split[name], atol=1e-4) for name in one) and one.keys() == split.keys()
+
+
+def test_a_run_goes_on_with_another_number_of_processes(parts, tmp_path):
+    """Begun on two processes under fsdp and ended on one, and the other way: the losses of a run left alone."""
+    own = {**parts, "stages": "2", "steps": "6", "save_every": 3}
+    train.main(TrainConfig(**own, out=str(tmp_path / "whole")))
+    half = lambda name: shutil.rmtree(tmp_path / name / "state/2-6")  # noqa: E731 what a run killed after step 5 leaves
+    torchrun({**own, "out": tmp_path / "two", "parallel": "fsdp"})
+    half("two")
+    train.main(TrainConfig(**own, out=str(tmp_path / "two"), resume=True))
+    train.main(TrainConfig(**own, out=str(tmp_path / "one")))
+    half("one")
+    torchrun({**own, "out": tmp_path / "one", "parallel": "fsdp"} | {"resume": ""})
+    for name in ("two", "one"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5), name
+
+
+def test_recomputing_layers_changes_nothing(parts, tmp_path):
+    for recompute in (False, True):
+        train.main(TrainConfig(**parts, recompute=recompute, out=str(tmp_path / str(recompute))))
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
+
+
+def test_a_checkpoint_cut_short_is_not_one(parts, tmp_path, monkeypatch):
+    """Killed in the middle of writing, or with no room to write: the one before is gone on from, to the same bits."""
+    own = {**parts, "stages": "2", "steps": "6", "save_every": 2, "keep": 9}
+    train.main(TrainConfig(**own, out=str(tmp_path / "whole")))
+    assert sorted(path.name for path in (tmp_path / "whole/state").iterdir()) == ["2-2", "2-4", "2-6"]
+    killer = (  # dies when it has written a part of its second checkpoint
+        "import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import train\n"
+        "save, count = train.dcp.async_save, [0]\n"
+        "def dying(state, checkpoint_id, **how):\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 2:\n"
+        "        (checkpoint_id / '__0_0.distcp').parent.mkdir(); (checkpoint_id / '__0_0.distcp').write_bytes(b'half')\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return save(state, checkpoint_id=checkpoint_id, **how)\n"
+        "train.dcp.async_save = dying\n"
+        "train.main(train.parse_config(train.TrainConfig, sys.argv[1:]))\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    options = flags({**own, "out": tmp_path / "killed"})
+    done = subprocess.run([sys.executable, "-c", killer, str(ROOT), *options], env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in (tmp_path / "killed/state").iterdir()) == ["2-2", "2-4.tmp"]
+    full = (  # files may not grow beyond what the first checkpoint needs
+        "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import train\n"
+        "save, count = train.dcp.async_save, [0]\n"
+        "def limited(*state, **how):\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 2:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
+        "    return save(*state, **how)\n"
+        "train.dcp.async_save = limited\n"
+        "train.main(train.parse_config(train.TrainConfig, sys.argv[1:]))\n"
+    )
+    options = flags({**own, "out": tmp_path / "full"})
+    done = subprocess.run(
+        [sys.executable, "-c", full, str(ROOT), *options], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode and "cannot be written" in done.stderr and "--resume" in done.stderr
+    assert [path.name for path in (tmp_path / "full/state").iterdir()] == ["2-2"]
+    for name in ("killed", "full"):
+        train.main(TrainConfig(**own, out=str(tmp_path / name), resume=True))
+        assert losses(tmp_path / name) == losses(tmp_path / "whole"), name
+        whole, again = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", name))
+        assert all(torch.equal(whole[key], again[key]) for key in whole), name
 
 
 @pytest.mark.parametrize("kill_after", [3, 6])
@@ -201,8 +270,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path):
                 **{**parts, "lr": "1e-3,1e38", "steps": "2,9"}, grad_clip=1e38, out=str(tmp_path / "run"), save_every=1
             )
         )
-    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
-    assert all(math.isfinite(row) for row in losses(tmp_path / "run")) and state["step"] >= 1
+    assert all(math.isfinite(row) for row in losses(tmp_path / "run"))
+    (*_, last), steps = sorted((tmp_path / "run/state").iterdir()), len(losses(tmp_path / "run")) - 2
+    assert last.name == f"2-{steps}" and (last / ".metadata").is_file()
 
 
 def test_text_alone_trains_beside_images(parts, tmp_path):
