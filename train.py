@@ -43,6 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import evaluate
+import plan
 import prepare
 import shapes
 from checkpoint import read_json, write_json
@@ -158,6 +159,8 @@ class TrainConfig:
     recompute: bool = opt(
         False, "keep only each decoder layer's input for the backward pass, and compute the layer again"
     )
+    world_size: int = opt(0, "with --dry-run: how many processes to plan for [as started]")
+    device_memory: str = opt("", "with --dry-run: memory of a GPU, as 80GB; a step that does not fit is refused")
     workers: int = opt(2, "threads that read and prepare images, in each process")
     save_every: int = opt(200, "steps between checkpoints")
     keep: int = opt(2, "checkpoints to keep")
@@ -509,7 +512,9 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
     fsdp = config.parallel == "fsdp"
     parallel = model
     if world > 1 and not fsdp:
-        parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        parallel = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
     for layer in model.language_model.layers:
         layer.recompute = config.recompute
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 and not fsdp else nullcontext()
@@ -522,6 +527,7 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
     log = open_log(run, stage, first_step) if rank == 0 else None
     bar = tqdm(total=steps, initial=first_step, desc=f"stage {stage}", disable=rank != 0, mininterval=1.0)
     blurred = faces_blurred(config)
+    peak_flops, flops_done = plan.peak_flops(device), 0
     began = waited_since = time.time()
     waited = 0.0  # seconds that the device had to wait for data
     for step, micro_batches in enumerate(prefetched(make, first_step, steps, config.workers), start=first_step):
@@ -539,6 +545,8 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
             dist.all_reduce(totals)
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for i, (batch, _) in enumerate(micro_batches):
+            answers = int((batch["labels"] != IGNORE).sum())
+            flops_done += plan.step_flops(model.config, stage, *batch["input_ids"].shape, answers)
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             last = i == len(micro_batches) - 1
             if fsdp:
@@ -565,6 +573,7 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
         optimizer.zero_grad(set_to_none=True)
 
         if rank == 0:
+            flops_a_second = flops_done / (time.time() - began)  # of this process, since the start
             log.write(
                 json.dumps(
                     {
@@ -576,6 +585,8 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
                         "answer_tokens": int(totals),
                         "seconds": round(time.time() - began, 2),
                         "waited": round(waited, 2),
+                        "tflops": round(flops_a_second / 1e12, 3),
+                        "mfu": peak_flops and round(flops_a_second / peak_flops, 4),
                         "faces_blurred": blurred,
                     }
                 )
@@ -590,7 +601,11 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
     states.finish()
     bar.close()
     if rank == 0 and steps > first_step:
-        print(f"stage {stage}: waited for data {waited / (time.time() - began):.1%} of the time")
+        used = f", {flops_a_second / peak_flops:.1%} of the GPU's peak" if peak_flops else ""
+        print(
+            f"stage {stage}: {flops_a_second / 1e12:.3f} TFLOP/s in each process{used}; waited for data "
+            f"{waited / (time.time() - began):.1%} of the time"
+        )
     if world > 1:
         dist.barrier()
 
@@ -611,18 +626,53 @@ def open_log(run, stage, first_step):
     return open(path, "a", encoding="utf-8")
 
 
+def print_plan(config, stage, model, examples):
+    """Print what each process will hold in a step of a stage; refuse what --device-memory cannot."""
+    recipe, world = config.recipe(stage), config.world_size or int(os.environ.get("WORLD_SIZE", 1))
+    micro = config.micro_batch or math.ceil(recipe.batch / world)
+    on_gpu = bool(config.device_memory) or torch.cuda.is_available()
+    patches, bf16 = (
+        model.config.vision_config.num_patches,
+        config.precision == "bf16" or (config.precision == "auto" and on_gpu),
+    )
+    if examples:
+        rows = [examples.text_row(examples.records[index], epoch) for index, epoch in map(examples.order, range(64))]
+        length = max(len(row["input_ids"]) for row in rows)
+        answers = max(sum(label != IGNORE for label in row["labels"]) for row in rows)
+        basis = "the longest of 64 rows"
+    else:
+        asked = (plan.CAPTION, plan.CAPTION) if stage == 1 else (plan.QUESTION, plan.ANSWER)
+        length = min(plan.SYSTEM_TOKENS + patches + recipe.questions * asked[0], config.max_length)
+        answers, basis = recipe.questions * asked[1], "no data given: questions as App. B has them"
+
+    def plan_of(micro, parallel, recompute):
+        how = (parallel, world, bf16, recompute)
+        return plan.plan_step(model.config, stage, micro, length, micro * answers, *how)
+
+    planned = plan_of(micro, config.parallel, config.recompute)
+    print(f"  {micro} rows of {length} tokens ({basis}), {world} processes, {'bf16' if bf16 else 'fp32'}")
+    print(f"  each holds {planned}")
+    flops = plan.step_flops(model.config, stage, micro, length, micro * answers)
+    print(f"  {flops / 1e12:.2f} TFLOP forward and backward")
+    if not config.device_memory:
+        return
+    room = float(config.device_memory.upper().removesuffix("GB")) * 2**30
+    if not planned.fits(room):
+        remedy = plan.remedies(lambda *how: plan_of(*how).fits(room), micro, config.parallel, config.recompute, world)
+        raise ValueError(
+            f"stage {stage} needs {planned.total / 2**30:.0f} GiB a process; expected to fit into {config.device_memory}; "
+            + (f"add {remedy}" if remedy else "use more processes with --parallel fsdp, or larger GPUs")
+        )
+
+
 def dry_run(config, model, examples, stage):
     """Print what a stage would do."""
     recipe = config.recipe(stage)
-    learned = trainable(model, stage)
+    trainable(model, stage)
     print(f"\nstage {stage}: {recipe}")
     for name, count, learning in describe_parts(model):
         print(f"  {name:15} {count:>14,} parameters  {'trained' if learning else 'frozen'}")
-    weights = sum(p.numel() for p in model.parameters()) * 4
-    training = sum(p.numel() for p in learned.values()) * 12  # gradient and AdamW's two moments, fp32
-    print(
-        f"  memory: {weights / 2**30:.2f} GiB weights, {training / 2**30:.2f} GiB gradients and optimizer in fp32, and activations"
-    )
+    print_plan(config, stage, model, examples)
     if examples is None:
         return
     batch, ids = examples.batch(range(min(recipe.batch, 4)))
