@@ -7,6 +7,7 @@ checkpoints load strictly. What leaves the tower is what LLaVA uses: the patches
 class token and without `post_layernorm`. The last block is kept, so that a checkpoint can be written back, and not run.
 """
 
+import hashlib
 import io
 import math
 import os
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from checkpoint import build, open_tensors, read_config, sort_tensors
+from checkpoint import build, open_tensors, read_config, require_file, sort_tensors
 from coords import resized
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's training images, RGB in [0, 1]
@@ -272,6 +273,46 @@ class CLIPVisionTower(nn.Module):
             config = CLIPVisionConfig.from_dict(read_config(path))
             stored = sort_tensors(open_tensors(path), path)["vision_tower"]
         return build(lambda: cls(config), stored, path, dtype, device)
+
+
+def fingerprint(tower):
+    """Name a tower by its weights: sha256 over all of them, as float32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Features:
+    """What the frozen tower makes of every image of a data set, on disk: features.npy (images, P, Dv) in float16, mapped.
+
+    features.json names the tower (`fingerprint`), side and geometry it was made with, and the row of each image;
+    `prepare.py features` writes both.
+    """
+
+    def __init__(self, folder, side, geometry, tower=None):
+        about = read_config(folder, "features.json")
+        made = {"side": side, "geometry": geometry} | ({"tower": fingerprint(tower)} if tower else {})
+        for key, wanted in made.items():
+            if about[key] != wanted:
+                raise ValueError(
+                    f"{folder} was made with {key} {about[key]}; expected {wanted}, as in this run; make it anew: prepare.py features"
+                )
+        self.folder, self.places = folder, {name: place for place, name in enumerate(about["images"])}
+        self.rows = np.load(require_file(Path(folder) / "features.npy", "the features"), mmap_mode="r")
+
+    def place(self, image):
+        """The row of an image file; of none, None."""
+        place = image and self.places.get(os.path.abspath(image))
+        if image and place is None:
+            raise ValueError(
+                f"{self.folder} lacks {image}; expected every image of the run; make them: prepare.py features"
+            )
+        return place
+
+    def read(self, image):
+        """The patches (P, Dv) of an image file."""
+        return torch.from_numpy(self.rows[self.place(image)].astype(np.float32))
 
 
 def openai_tensors(stored, source):

@@ -161,6 +161,9 @@ def read_coco(instances, images):
             by_image[annotation["image_id"]].append(annotation)
     records = []
     for image in coco["images"]:
+        if leaves(image["file_name"]):
+            left_out["images whose path leaves their folder"] += 1
+            continue
         size, here = (image["width"], image["height"]), by_image[image["id"]]
         count = Counter(a["category_id"] for a in here)
         count.update(a["category_id"] for a in here if a.get("iscrowd"))
@@ -181,6 +184,11 @@ def read_coco(instances, images):
     return records, left_out
 
 
+def leaves(file_name):
+    """Say whether a file name leads out of the folder it is in."""
+    return Path(file_name).is_absolute() or ".." in Path(file_name).parts
+
+
 def row_problem(row):
     """Say why a row of a LLaVA-format file cannot be used, or None. Our own rows have `objective` and `box_px` as well."""
     try:
@@ -191,6 +199,8 @@ def row_problem(row):
         return f"has turns {[who for who, _ in said]}; expected human and gpt in turn"
     if not all(isinstance(text, str) for _, text in said) or not isinstance(row.get("image", ""), str):
         return "has a text or a file name that is none; expected strings"
+    if leaves(row.get("image", "")):
+        return f"names {row['image']}, which leaves the images folder"
     if "image" not in row and any("<image>" in text for _, text in said):
         return "speaks of an <image> and names none; expected an image, or text alone"
     if "objective" in row:
@@ -533,9 +543,12 @@ class Examples:
         max_length=2048,
         seed=0,
         skip_bad=False,
+        features=None,
     ):
         self.tokenizer, self.wording, self.template = tokenizer, wording, template
         self.questions, self.instruct_share, self.max_length, self.seed = questions, instruct_share, max_length, seed
+        self.skip_bad, self.unreadable = skip_bad, set()  # ids of images whose damage showed when they were drawn
+        self.vision, self.features = vision, features  # clip_vit.Features, or None: images are read
         self.prefix = encode_prefix(tokenizer, template, vision.num_patches)
         self.text_prefix = encode_prefix(tokenizer, template, 0)
         self.descriptions = {}
@@ -599,11 +612,23 @@ class Examples:
         return pack(self.prefix if record.image else self.text_prefix, segments, self.max_length)
 
     def row(self, index, epoch):
-        """Draw record `index` of epoch `epoch`: (packed row, image tensor or None, record)."""
-        record = self.records[index]
+        """Draw record `index` of epoch `epoch`: (packed row, image (3, S, S) or features (P, Dv) or None, record).
+
+        An image whose damage shows only when it is decoded stops the run; with skip_bad the next record takes its place.
+        """
+        record, fmt = self.records[index], self.wording.fmt
         row = self.text_row(record, epoch)
-        fmt = self.wording.fmt
-        return row, record.image and preprocess(open_image(record.image), fmt.side, fmt.geometry), record
+        if record.image is None:
+            return row, None, record
+        if self.features:
+            return row, self.features.read(record.image), record
+        try:
+            return row, preprocess(open_image(record.image), fmt.side, fmt.geometry), record
+        except ValueError as error:
+            if not self.skip_bad or len(self.unreadable) > len(self.records) // 100:
+                raise ValueError(f"{error}; or leave out up to one in a hundred with --skip-bad") from None
+            self.unreadable.add(record.id)
+            return self.row((index + 1) % len(self.records), epoch)
 
     def order(self, sample):
         """The `sample`-th draw of the run -> (index, epoch). An epoch's order is a function of (seed, epoch).
@@ -626,9 +651,10 @@ class Examples:
     def batch(self, samples):
         """Collate the given draws of the run; also gives their record ids."""
         rows, images, records = zip(*(self.row(*self.order(sample)) for sample in samples), strict=True)
-        pixels, side = [image for image in images if image is not None], self.wording.fmt.side
+        seen, side, v = [image for image in images if image is not None], self.wording.fmt.side, self.vision
+        nothing = torch.empty(0, v.num_patches, v.hidden_size) if self.features else torch.empty(0, 3, side, side)
         batch = collate(rows)
-        batch["pixel_values"] = torch.stack(pixels) if pixels else torch.empty(0, 3, side, side)
+        batch["pixel_values"] = torch.stack(seen) if seen else nothing
         return batch, [record.id for record in records]
 
 
@@ -701,7 +727,7 @@ def check_llava(rows, images):
 def image_problem(images, file_name, size=()):
     """Say what is wrong with an image file, or None; `size` is what the annotations say of it, if they do."""
     path = Path(images) / file_name
-    if not path.resolve().is_relative_to(Path(images).resolve()):
+    if leaves(file_name):
         return f"{file_name} leaves the images folder"
     try:
         found = open_image(path).size

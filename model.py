@@ -134,13 +134,14 @@ class LocVLM(nn.Module):
     def forward(self, pixel_values, input_ids, labels, segments, positions, reduction="mean"):
         """Next-token loss over the answer tokens (their mean, or their sum).
 
-        pixel_values  float (images, 3, S, S), normalised by clip_vit.preprocess
+        pixel_values  float (images, 3, S, S), normalised by clip_vit.preprocess; or what the tower made of them before,
+                      (images, P, Dv), see clip_vit.Features
         input_ids     long (B, T), right-padded; P copies of IMAGE_ID per image
         labels        long (B, T), equal to input_ids on the answers and IGNORE elsewhere
         segments, positions  long (B, T), see data.pack
         """
         with torch.no_grad():
-            patches = self.vision_tower(pixel_values)  # (images, P, Dv)
+            patches = self.vision_tower(pixel_values) if pixel_values.ndim == 4 else pixel_values  # (images, P, Dv)
         visual = self.adapter(patches)  # (images, P, D)
         x = self.language_model.embed_tokens(input_ids.clamp(min=0))  # (B, T, D)
         x = place_image(x, visual, input_ids)

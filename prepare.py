@@ -5,13 +5,15 @@
         --coco instances_train2017.json --images train2017_blurred --out prefcoco.json
     python prepare.py localize --prefcoco prefcoco.json --coco instances_train2017.json --out localize.json
     python prepare.py panoptic --json panoptic.json --masks PNG_FOLDER --out instances.json
+    torchrun --nproc-per-node 8 prepare.py features --vision clip-vit-large-patch14 --data localize.json@blurred --out features
 
     blur      images        -> images without human faces, before any training
     caption   instances     -> PRefCOCO-100K: a description by a visual LLM of every object alone of its category
     localize  PRefCOCO      -> Localize-Instruct-200K: conversations that LLaVA's trainers read, boxes beside the text
     panoptic  masks         -> COCO instances: boxes for images that nobody annotated, out of a segmenter's masks
+    features  images        -> what the frozen tower makes of them, for runs that read them more than once
 
-The two that take hours, blur and caption, may be killed at any moment: the same command again goes on from there, and
+Those that take hours, blur, caption and features, may be killed at any moment: the same command again goes on from there, and
 ends in the same files. Outputs appear under their names only when they are whole.
 """
 
@@ -39,7 +41,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from checkpoint import read_json, require_file, some, write_json, write_whole
-from clip_vit import open_image
+from clip_vit import CLIPVisionTower, fingerprint, open_image, preprocess
 from coords import GEOMETRIES, KINDS, CoordFormat
 from data import (
     LOC_ANSWER,
@@ -51,6 +53,7 @@ from data import (
     Wording,
     image_ids_of,
     loc_question,
+    parse_sources,
     read_coco,
     read_records,
 )
@@ -727,6 +730,57 @@ def boxes_from_panoptic(segments_info, png):
     ]
 
 
+# ----- features
+
+
+@torch.inference_mode()
+def features(data, out, vision, geometry="squash", batch=32):
+    """Keep on disk what a CLIP tower makes of every image of a mixture, for `train.py --features` (see clip_vit.Features).
+
+    data    FILE@IMAGES, several parted by commas, as train.py has it
+    vision  the tower's folder
+    Takes P x Dv x 2 bytes an image: half a megabyte at ViT-L/14 and 224 px. May be several processes, and several starts.
+    """
+    out, world, rank = Path(out), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if (out / "features.json").exists():
+        return print(f"{out} is complete") if rank == 0 else None
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    tower = CLIPVisionTower.from_pretrained(vision, device=device)
+    records, _ = read_records(parse_sources(data))
+    images = sorted({os.path.abspath(record.image) for record in records if record.image})
+    side, shape = tower.config.image_size, (len(images), tower.config.num_patches, tower.config.hidden_size)
+    about = {"tower": fingerprint(tower), "side": side, "geometry": geometry, "images": images}
+    begun, paths = out / "begun.json", [out / "features.npy", out / "done.npy"]
+    if world > 1:
+        end_with_parent()
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    if rank == 0 and begun.is_file():
+        if read_json(begun) != about:
+            raise ValueError(f"{out} was begun with another tower or other images; expected the same; change --out")
+    elif rank == 0:
+        require_new(out)
+        out.mkdir(parents=True)
+        for path, dtype, size in ((paths[0], np.float16, shape), (paths[1], bool, shape[:1])):
+            np.lib.format.open_memmap(path, "w+", dtype, size).flush()
+        write_json(begun, about)
+    if world > 1:
+        dist.barrier()
+    rows, done = (np.load(path, mmap_mode="r+") for path in paths)
+    mine = [place for place in range(rank, len(images), world) if not done[place]]
+    for start in tqdm(range(0, len(mine), batch), disable=None if rank == 0 else True):
+        places = mine[start : start + batch]
+        pixels = torch.stack([preprocess(open_image(images[place]), side, geometry) for place in places])
+        rows[places] = tower(pixels.to(device)).half().cpu().numpy()
+        rows.flush()  # before it is said to be done
+        done[places] = True
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        begun.rename(out / "features.json")
+        print(f"{out}: {len(images)} images, {rows.nbytes / 2**30:.2f} GiB")
+
+
 # ----- command line
 
 
@@ -783,6 +837,13 @@ def main(argv=None):
     sub.add_argument("--out", required=True, help="file to write")
     sub.add_argument("--stuff", action="store_true", help="boxes of stuff too, not only of things")
     sub.add_argument("--check", action="store_true", help="compare the boxes with those in the JSON")
+
+    sub = command(features)
+    sub.add_argument("--data", required=True, help="FILE@IMAGES, several parted by commas")
+    sub.add_argument("--vision", required=True, help="CLIP: HF folder, or OpenAI's .pt")
+    sub.add_argument("--geometry", choices=GEOMETRIES, default="squash", help="how an image becomes the tower's square")
+    sub.add_argument("--batch", type=int, default=32, help="images at a time")
+    sub.add_argument("--out", required=True, help="folder to write")
 
     options = vars(parser.parse_args(argv))
     for name in ("processes", "batch", "max_new_tokens", "limit"):

@@ -47,7 +47,7 @@ import plan
 import prepare
 import shapes
 from checkpoint import read_json, write_json
-from clip_vit import image_size
+from clip_vit import Features, image_size
 from coords import KINDS
 from data import IGNORE, Examples, Wording, image_ids_of, join_sources, marked, parse_sources, read_records
 from model import VARIANTS, LocVLM, describe_parts
@@ -120,6 +120,7 @@ class TrainConfig:
     images: str = opt("", "folder of the images of these three, or a zip of them")
     data: str = opt("", "more of such files, each with its images and how often to draw it: FILE@IMAGES*WEIGHT,...")
     exclude: str = opt("", "files that name COCO images not to train on: benchmarks, or lists of ids; parted by commas")
+    features: str = opt("", "folder that prepare.py features made: the tower is not run [images are read]")
     skip_bad: bool = opt(
         False, "leave out and count what is missing, unreadable or wrong, instead of refusing to start"
     )
@@ -314,11 +315,8 @@ def build_records(config, rank):
     records = records[: config.limit or None]
     bad = unreadable(records)
     records = [record for record in records if record.id not in bad]
-    wrong = {
-        what: count
-        for what, count in left_out.items()
-        if not what.startswith(("images that", "boxes where the box has no area"))
-    }
+    meant = ("images that --exclude", "boxes where the box has no area")  # the second occur in COCO itself
+    wrong = {what: count for what, count in left_out.items() if not what.startswith(meant)}
     if (bad or wrong) and not config.skip_bad:
         told = [*bad.values()][:3] + [f"{count} {what}" for what, count in wrong.items()]
         raise ValueError(
@@ -494,13 +492,12 @@ def shard(model, device, dtype):
     set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
-def train_stage(config, stage, model, examples, run, rank, world, device, dtype):
+def train_stage(config, stage, model, examples, run, states, rank, world, device, dtype):
     """Run one stage, from its beginning or from its last checkpoint."""
     recipe = config.recipe(stage)
     steps = recipe.steps or math.ceil(recipe.epochs * examples.epoch_length / recipe.batch)
     learned = trainable(model, stage)
     optimizer = make_optimizer(learned, config)
-    states = States(run, config.keep, world, rank)
     first_step = 0
     if config.resume and states.whole():
         at_stage, at_step = states.whole()[-1]
@@ -561,7 +558,6 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
         mean_loss = (loss_sum / totals).item()
         if not math.isfinite(mean_loss):
             ids = [i for _, ids in micro_batches for i in ids]
-            states.finish()
             raise FloatingPointError(
                 f"loss {mean_loss} at stage {stage}, step {step}, lr {lr:.3g}, process {rank}, images {ids}; the last checkpoint "
                 f"in {run} is good; lower --lr, or look at these images with data.py show"
@@ -588,6 +584,7 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
                         "tflops": round(flops_a_second / 1e12, 3),
                         "mfu": peak_flops and round(flops_a_second / peak_flops, 4),
                         "faces_blurred": blurred,
+                        "unreadable": len(examples.unreadable),
                     }
                 )
                 + "\n"
@@ -598,7 +595,6 @@ def train_stage(config, stage, model, examples, run, rank, world, device, dtype)
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             states.save(stage, step + 1, model, optimizer)
         waited_since = time.time()
-    states.finish()
     bar.close()
     if rank == 0 and steps > first_step:
         used = f", {flops_a_second / peak_flops:.1%} of the GPU's peak" if peak_flops else ""
@@ -683,7 +679,7 @@ def dry_run(config, model, examples, stage):
     )
     print("  " + marked(examples.tokenizer, row))
     if next(model.parameters()).device.type != "meta":
-        patches = model.vision_tower(batch["pixel_values"])
+        patches = batch["pixel_values"] if examples.features else model.vision_tower(batch["pixel_values"])
         print(
             f"  patches {tuple(patches.shape)} -> adapter -> {tuple(model.adapter(patches).shape)} -> LLaMA -> loss {model(**batch).item():.3f}"
         )
@@ -716,6 +712,12 @@ def main(config):
         config.neg_ratio,
     )
 
+    fmt = model.config.coord_format()
+    here = model.vision_tower if rank == 0 else None  # which has the weights, also under fsdp
+    features = Features(config.features, fmt.side, fmt.geometry, here) if config.features else None
+    for record in records if features else ():
+        features.place(record.image)  # refuses one that is not there, before training
+
     def examples_of(stage):
         return Examples(
             records,
@@ -728,6 +730,7 @@ def main(config):
             config.max_length,
             config.seed,
             config.skip_bad,
+            features,
         )
 
     if config.dry_run:
@@ -743,8 +746,12 @@ def main(config):
     model.to(device)
 
     # 3 stages
+    states = States(run, config.keep, world, rank)
     for stage in config.stage_list:
-        train_stage(config, stage, model, examples[stage], run, rank, world, device, dtype)
+        try:
+            train_stage(config, stage, model, examples[stage], run, states, rank, world, device, dtype)
+        finally:
+            states.finish()
         weights = (
             get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             if fsdp

@@ -392,6 +392,7 @@ def test_benchmarks_images_are_found_in_any_schema_and_excluded(coco, capsys):
     [
         ({"conversations": [{"from": "gpt", "value": "x"}]}, "human and gpt in turn"),
         ({"image": 7}, "expected strings"),
+        ({"image": "../1.png"}, "leaves the images folder"),
         ({"image": None}, "expected strings"),
         ({"objective": "loc", "names": ["cat"], "box_px": [[0, 0, 5, 5]], "descriptions": [None]}, "lacks its size"),
         ({"objective": "loc", "names": ["cat"], "box_px": [[0, 0, 5, 500]], "size": [9, 9]}, "inside it"),
@@ -404,6 +405,14 @@ def test_a_bad_row_is_named_by_check_and_left_out_and_counted(coco, damage, word
     assert problem.startswith("row 2: ") and words in problem
     records, left_out = data.read_llava(coco / "x.json", coco)
     assert len(records) == 2 and left_out.total() == 1 and words in next(iter(left_out))
+
+
+def test_an_image_of_two_hundred_megapixels_is_refused_by_its_head(tmp_path):
+    """Neither look decodes it: a small file can stand for gigabytes."""
+    Image.new("1", (20000, 10000)).save(tmp_path / "large.png")
+    for look in (open_image, image_size):
+        with pytest.raises(ValueError, match="large.png cannot be read.*decompression bomb"):
+            look(tmp_path / "large.png")
 
 
 def test_a_text_that_speaks_of_an_image_names_one(coco):

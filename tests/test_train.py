@@ -15,6 +15,8 @@ import torch
 from conftest import ROOT, TEXT, VISION
 from safetensors.torch import load_file
 
+import data
+import prepare
 import train
 from checkpoint import read_json, write_json, write_tensors
 from clip_vit import CLIPVisionTower
@@ -149,10 +151,11 @@ def torchrun(options, processes=2):
 
 def test_two_processes_equal_one(parts, tmp_path):
     """The losses of one process with the same global batch, to 1e-5: with ddp, and in micro-batches split over both (fsdp)."""
-    train.main(TrainConfig(**parts, out=str(tmp_path / "one")))
-    torchrun({**parts, "out": tmp_path / "two"})
+    own = {**parts, "steps": "20,20", "lr": "1e-3"}
+    train.main(TrainConfig(**own, out=str(tmp_path / "one")))
+    torchrun({**own, "out": tmp_path / "two"})
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    torchrun({**parts, "out": tmp_path / "split", "parallel": "fsdp", "micro_batch": 1})
+    torchrun({**own, "out": tmp_path / "split", "parallel": "fsdp", "micro_batch": 1})
     assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     one, split = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "split"))
     assert all(torch.allclose(one[name], split[name], atol=1e-4) for name in one) and one.keys() == split.keys()
@@ -275,6 +278,65 @@ def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path):
     assert last.name == f"2-{steps}" and (last / ".metadata").is_file()
 
 
+def test_damage_that_shows_only_when_decoded_is_told_or_stepped_over(parts, tmp_path, monkeypatch):
+    """An image with a whole head and end: the run stops by name, its checkpoint whole; with --skip-bad another takes its place."""
+    damaged, opened = json.loads(Path(parts["coco"]).read_text())["images"][0]["file_name"], data.open_image
+
+    def decode(path):
+        if Path(path).name == damaged:
+            raise ValueError(f"{path} cannot be read as an image")
+        return opened(path)
+
+    monkeypatch.setattr(data, "open_image", decode)
+    own = {**parts, "stages": "2", "steps": "8", "save_every": 1}
+    with pytest.raises(ValueError, match=f"{damaged} cannot be read.*--skip-bad"):
+        train.main(TrainConfig(**own, out=str(tmp_path / "stopped")))
+    train.main(TrainConfig(**own, skip_bad=True, out=str(tmp_path / "over")))
+    rows = [json.loads(line) for line in (tmp_path / "over/log.jsonl").read_text().splitlines()]
+    assert rows[-1]["unreadable"] == 1 and len(rows) == 8
+
+
+def test_features_on_disk_stand_in_for_images(parts, tmp_path):
+    """Nearly the losses of reading images (half precision); of another tower or geometry, or short of an image: refused."""
+    source = f"{parts['coco']}@{parts['images']}"
+    prepare.features(source, tmp_path / "features", parts["vision"])
+    train.main(TrainConfig(**parts, out=str(tmp_path / "images")))
+    train.main(TrainConfig(**parts, features=str(tmp_path / "features"), out=str(tmp_path / "read")))
+    assert losses(tmp_path / "read") == pytest.approx(losses(tmp_path / "images"), rel=5e-3)
+    with pytest.raises(ValueError, match="geometry squash; expected pad"):
+        train.main(TrainConfig(**parts, geometry="pad", features=str(tmp_path / "features"), out=str(tmp_path / "x")))
+    about = read_json(tmp_path / "features/features.json")
+    write_json(tmp_path / "features/features.json", {**about, "tower": "0"})
+    with pytest.raises(ValueError, match="made with tower 0"):
+        train.main(TrainConfig(**parts, features=str(tmp_path / "features"), out=str(tmp_path / "x")))
+    write_json(tmp_path / "features/features.json", {**about, "images": about["images"][:-1]})
+    with pytest.raises(ValueError, match="lacks .*expected every image"):
+        train.main(TrainConfig(**parts, features=str(tmp_path / "features"), out=str(tmp_path / "x")))
+
+
+def test_features_begun_are_gone_on_with(parts, tmp_path, monkeypatch):
+    """Stopped in the middle: what is done is not made again, and the files end the same."""
+    source = f"{parts['coco']}@{parts['images']}"
+    prepare.features(source, tmp_path / "whole", parts["vision"], batch=4)
+    made, preprocess = [], prepare.preprocess
+
+    def stopping(image, *how):
+        made.append(image)
+        if len(made) == 10:
+            raise KeyboardInterrupt
+        return preprocess(image, *how)
+
+    monkeypatch.setattr(prepare, "preprocess", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.features(source, tmp_path / "stopped", parts["vision"], batch=4)
+    with pytest.raises(FileNotFoundError, match="features.json"):
+        train.main(TrainConfig(**parts, features=str(tmp_path / "stopped"), out=str(tmp_path / "x")))
+    prepare.features(source, tmp_path / "stopped", parts["vision"], batch=4)
+    assert len(made) == 10 + 24 - 8
+    for name in ("features.npy", "features.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+
+
 def test_text_alone_trains_beside_images(parts, tmp_path):
     """Rows without an image, in batches with and without images; the adapter gets no gradient from those and keeps its weights."""
     rows = [
@@ -300,10 +362,11 @@ def test_bad_files_are_refused_or_left_out_and_counted(parts, tmp_path, capsys):
     first.write_bytes(first.read_bytes()[:200])
     second.unlink()
     instances["annotations"][-1]["bbox"] = [500, 0, 10, 10]
+    instances["images"][2]["file_name"] = "../images/" + instances["images"][2]["file_name"]
     write_json(tmp_path / "world/instances_train.json", instances)
     own = {key: str(value).replace(str(world), str(tmp_path / "world")) for key, value in parts.items()}
     own |= {"max_length": 400, "stages": "2", "steps": "2"}
-    with pytest.raises(ValueError, match="2 images and 1 annotations cannot be used.*--skip-bad"):
+    with pytest.raises(ValueError, match="2 images and 2 annotations cannot be used.*--skip-bad"):
         train.main(TrainConfig(**own, out=str(tmp_path / "refused")))
     assert not (tmp_path / "refused").exists()
     train.main(TrainConfig(**own, skip_bad=True, evaluate=False, out=str(tmp_path / "run")))
