@@ -284,15 +284,15 @@ def fingerprint(tower):
 
 
 class Features:
-    """What the frozen tower makes of every image of a data set, on disk: features.npy (images, P, Dv) in float16, mapped.
+    """What the frozen tower makes of every image or clip of a data set, on disk: features.npy (images, P, Dv), float16, mapped.
 
-    features.json names the tower (`fingerprint`), side and geometry it was made with, and the row of each image;
-    `prepare.py features` writes both.
+    features.json names the tower (`fingerprint`), side, geometry and frames of a clip it was made with, and the row of each
+    image; `prepare.py features` writes both.
     """
 
-    def __init__(self, folder, side, geometry, tower=None):
+    def __init__(self, folder, side, geometry, frames=0, tower=None):
         about = read_config(folder, "features.json")
-        made = {"side": side, "geometry": geometry} | ({"tower": fingerprint(tower)} if tower else {})
+        made = {"side": side, "geometry": geometry, "frames": frames} | ({"tower": fingerprint(tower)} if tower else {})
         for key, wanted in made.items():
             if about[key] != wanted:
                 raise ValueError(

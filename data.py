@@ -544,12 +544,14 @@ class Examples:
         seed=0,
         skip_bad=False,
         features=None,
+        frames=0,
     ):
         self.tokenizer, self.wording, self.template = tokenizer, wording, template
         self.questions, self.instruct_share, self.max_length, self.seed = questions, instruct_share, max_length, seed
         self.skip_bad, self.unreadable = skip_bad, set()  # ids of images whose damage showed when they were drawn
-        self.vision, self.features = vision, features  # clip_vit.Features, or None: images are read
-        self.prefix = encode_prefix(tokenizer, template, vision.num_patches)
+        self.features = features  # clip_vit.Features, or None: images are read
+        self.visual_size = frames + vision.num_patches, vision.hidden_size
+        self.prefix = encode_prefix(tokenizer, template, frames + vision.num_patches)
         self.text_prefix = encode_prefix(tokenizer, template, 0)
         self.descriptions = {}
         for record in records:
@@ -651,8 +653,8 @@ class Examples:
     def batch(self, samples):
         """Collate the given draws of the run; also gives their record ids."""
         rows, images, records = zip(*(self.row(*self.order(sample)) for sample in samples), strict=True)
-        seen, side, v = [image for image in images if image is not None], self.wording.fmt.side, self.vision
-        nothing = torch.empty(0, v.num_patches, v.hidden_size) if self.features else torch.empty(0, 3, side, side)
+        seen, side = [image for image in images if image is not None], self.wording.fmt.side
+        nothing = torch.empty(0, *self.visual_size) if self.features else torch.empty(0, 3, side, side)
         batch = collate(rows)
         batch["pixel_values"] = torch.stack(seen) if seen else nothing
         return batch, [record.id for record in records]

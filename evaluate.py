@@ -31,10 +31,11 @@ import torch
 from PIL import Image, ImageDraw
 
 import shapes
+import video
 from checkpoint import write_json, write_whole
 from clip_vit import MEAN, open_image
 from coords import fault, iou
-from data import LOC_PROMPTS, NEG_ANSWER, REV_PROMPTS, SIDE_PROMPTS, Record, Wording, article, loc_question, read_coco
+from data import LOC_PROMPTS, NEG_ANSWER, REV_PROMPTS, SIDE_PROMPTS, Record, Wording, article, loc_question, read_file
 from model import LocVLM, sha256
 
 PAPER = {  # LocVLM-B, percent
@@ -315,6 +316,11 @@ def blank(size):
     return Image.new("RGB", size, tuple(int(255 * m) for m in MEAN))
 
 
+def still(path):
+    """Open an image file; of a clip, the frame in its middle: what a model of images is shown."""
+    return video.read_frames(path, 1)[0] if video.is_clip(path) else open_image(path)
+
+
 def answer_all(model, items, batch, max_new_tokens, temperature, seed, blind):
     """Let the model answer: all questions about an image together, `batch` images at a time."""
     by_image = {}
@@ -323,7 +329,8 @@ def answer_all(model, items, batch, max_new_tokens, temperature, seed, blind):
     groups = list(by_image.values())
     for start in range(0, len(groups), batch):
         part = groups[start : start + batch]
-        images = [blank(group[0].record.size) if blind else open_image(group[0].record.image) for group in part]
+        records = [group[0].record for group in part]
+        images = [blank(r.size) if blind else r.image if model.config.frames else still(r.image) for r in records]
         answers = model.generate(
             images, [[item.question for item in group] for group in part], max_new_tokens, temperature, seed
         )
@@ -378,7 +385,7 @@ def overlay(items, path, wording):
         boxes = [(box_px, "lime") for box_px in truth] + [(box_px, "blue") for box_px in item.boxes_px]
         cards.append(
             draw(
-                open_image(item.record.image),
+                still(item.record.image),
                 boxes,
                 [("right: " if item.correct else "wrong: ") + item.question, "-> " + item.answer[:160]],
             )
@@ -388,9 +395,12 @@ def overlay(items, path, wording):
 
 
 def ask(model, image_path, question, out, max_new_tokens, temperature, seed):
-    """Answer one question about an image file; draw the question's boxes green and the answer's blue."""
-    image = open_image(image_path)
-    fmt = model.config.coord_format()
+    """Answer one question about an image or a clip; draw the question's boxes green and the answer's blue.
+
+    Of a clip, every frame that the model read is drawn.
+    """
+    frames = video.frames_of(image_path, model.config.frames) if model.config.frames else [still(image_path)]
+    image, fmt = frames[0], model.config.coord_format()
     shown = ""
 
     def show(row, text):
@@ -400,15 +410,19 @@ def ask(model, image_path, question, out, max_new_tokens, temperature, seed):
             print(text.removeprefix(shown), end="", flush=True)
             shown = text
 
-    [[answer]] = model.generate([image], [[question]], max_new_tokens, temperature, seed, on_text=show)
+    asked = frames if model.config.frames else image
+    [[answer]] = model.generate([asked], [[question]], max_new_tokens, temperature, seed, on_text=show)
     print(answer.removeprefix(shown))
     boxes = [(box_px, "lime") for box_px in fmt.decode_boxes(question, image.size)] + [
         (box_px, "blue") for box_px in fmt.decode_boxes(answer, image.size)
     ]
     for text, colour in ((question, "lime"), (answer, "blue")):
         boxes += [((x - 3, y - 3, x + 3, y + 3), colour) for x, y in fmt.decode_points(text, image.size)]
-    picture = draw(image, boxes, [question, "-> " + answer], width=max(448, image.width))
-    write_whole(out, lambda temporary: picture.save(temporary, "PNG"))
+    if len(frames) > 1:
+        contact_sheet([draw(frame, boxes, [f"frame {i}"]) for i, frame in enumerate(frames, start=1)], out)
+    else:
+        picture = draw(image, boxes, [question, "-> " + answer], width=max(448, image.width))
+        write_whole(out, lambda temporary: picture.save(temporary, "PNG"))
     print(f"written: {out}")
 
 
@@ -510,7 +524,7 @@ def main(argv=None):
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoder: a minute, then faster")
     parser.add_argument("--ask", help="a question of your own, about --image")
-    parser.add_argument("--image", help="image file to ask about")
+    parser.add_argument("--image", help="image file or clip to ask about")
     parser.add_argument("--out", help="where --ask draws (default: RUN/eval/ask.png)")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -533,10 +547,13 @@ def main(argv=None):
         )
     if args.coco and not args.images:
         parser.error("--coco without --images; expected the folder of its images")
-    if not args.coco:
+    if not args.coco and model.config.frames:
+        world = shapes.ensure_clips()
+        args.coco, args.images = world / "clips_val.json", world / "clips"
+    elif not args.coco:
         world = shapes.ensure_world()
         args.coco, args.images = world / "instances_val.json", world / "images"
-    records, left_out = read_coco(args.coco, args.images)
+    records, left_out = read_file(args.coco, args.images)
     records = records[: args.limit]
     wording = Wording(model.config.coord_format(), location=args.location)
     provenance = {

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import video
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,6 +32,7 @@ class LocVLMConfig:
     adapter: str = "linear"  # "linear" (LocVLM-B, LLaVA v1) or "mlp2x_gelu" (LocVLM-L, LLaVA v1.5)
     geometry: str = "squash"  # see coords.window
     kind: str = "ivb"  # see coords.CoordFormat
+    frames: int = 0  # of a clip that it reads at a time; 0: it reads images
 
     def __post_init__(self):
         if self.adapter not in ("linear", "mlp2x_gelu"):
@@ -38,6 +40,11 @@ class LocVLMConfig:
                 f"adapter {self.adapter!r}; expected 'linear' or 'mlp2x_gelu'; LLaVA calls it mm_projector_type"
             )
         self.coord_format()  # refuses a kind or geometry that is none
+
+    @property
+    def visual_tokens(self):
+        """What an image or a clip is to LLaMA: a token for each patch, after one for each frame (video.pool)."""
+        return self.frames + self.vision_config.num_patches
 
     def coord_format(self):
         return CoordFormat(self.kind, self.vision_config.image_size, self.geometry, self.vision_config.patch_size)
@@ -134,8 +141,8 @@ class LocVLM(nn.Module):
     def forward(self, pixel_values, input_ids, labels, segments, positions, reduction="mean"):
         """Next-token loss over the answer tokens (their mean, or their sum).
 
-        pixel_values  float (images, 3, S, S), normalised by clip_vit.preprocess; or what the tower made of them before,
-                      (images, P, Dv), see clip_vit.Features
+        pixel_values  float (images, 3, S, S), normalised by clip_vit.preprocess; or what the tower made of them before, or
+                      of clips, (images, P, Dv), see clip_vit.Features
         input_ids     long (B, T), right-padded; P copies of IMAGE_ID per image
         labels        long (B, T), equal to input_ids on the answers and IGNORE elsewhere
         segments, positions  long (B, T), see data.pack
@@ -151,7 +158,7 @@ class LocVLM(nn.Module):
     def generate(self, images, questions, max_new_tokens=64, temperature=0.0, seed=0, on_text=None):
         """Answer k questions about each image: list of lists of str -> list of lists of str.
 
-        images     list of PIL images, paths, or preprocessed (3, S, S) tensors
+        images     list of PIL images, paths, or preprocessed (3, S, S) tensors; with config.frames, of clips, see `see`
         questions  a list for each image; the lists may differ in length
         on_text    called with (number of the question over all images, its answer so far) as tokens come
         Each image goes through the tower and LLaMA once; its keys and values serve all its questions. Greedy at
@@ -161,18 +168,12 @@ class LocVLM(nn.Module):
             raise ValueError(
                 f"{len(images)} images and {len(questions)} lists of questions; expected one list of questions per image"
             )
-        llama, tokenizer, fmt = self.language_model, self.tokenizer, self.config.coord_format()
+        llama, tokenizer = self.language_model, self.tokenizer
         rows = [image for image, asked in enumerate(questions) for _ in asked]
         if not rows:
             return [[] for _ in questions]
         device = llama.embed_tokens.weight.device
-        images = [
-            image
-            if torch.is_tensor(image)
-            else preprocess(image if hasattr(image, "resize") else open_image(image), fmt.side, fmt.geometry)
-            for image in images
-        ]
-        visual = self.adapter(self.vision_tower(torch.stack(images).to(device, self.adapter.linear_1.weight.dtype)))
+        visual = self.adapter(self.see(images))  # (images, P, D)
 
         prefix = encode_prefix(tokenizer, "v1", visual.shape[1])
         input_ids = torch.tensor([prefix] * len(images), device=device)
@@ -190,6 +191,25 @@ class LocVLM(nn.Module):
         answers = llama.generate(prompts, *sampling, prefix=cache, on_token=on_text and on_token)
         answers = iter(tokenizer.decode(ids).strip() for ids in answers)
         return [[next(answers) for _ in asked] for asked in questions]
+
+    def see(self, images):
+        """Run the tower: images -> (images, P, Dv); or clips -> (clips, frames + P, Dv), a token of a frame before those of a place.
+
+        A clip is a path that video.read_frames takes, a list of PIL frames, or one still PIL image.
+        """
+        fmt, weight = self.config.coord_format(), self.adapter.linear_1.weight
+        if self.config.frames:
+            clips = [video.frames_of(clip, self.config.frames) for clip in images]
+            return torch.stack(
+                [video.encode(self.vision_tower, frames, fmt.side, fmt.geometry) for frames in clips]
+            ).to(weight)
+        pixels = [
+            image
+            if torch.is_tensor(image)
+            else preprocess(image if hasattr(image, "resize") else open_image(image), fmt.side, fmt.geometry)
+            for image in images
+        ]
+        return self.vision_tower(torch.stack(pixels).to(weight))
 
     # ----- on disk
 
@@ -270,7 +290,8 @@ class LocVLM(nn.Module):
                 f"{ours['tokenizer_sha256'][:12]}); its ids mean other words; put the right file there"
             )
         geometry = ours.get("geometry") or foreign_geometry(folder, config)
-        return cls.join(tower, adapter, llama, tokenizer, geometry=geometry, kind=ours.get("kind", "ivb"))
+        how = {"geometry": geometry, "kind": ours.get("kind", "ivb"), "frames": ours.get("frames", 0)}
+        return cls.join(tower, adapter, llama, tokenizer, **how)
 
     def save_pretrained(self, folder, state_dict=None, **notes):
         """Write a llava-hf folder: weights, config, tokenizer, image processor, chat template. `transformers` opens it.
@@ -308,6 +329,7 @@ class LocVLM(nn.Module):
             "adapter": c.adapter,
             "geometry": c.geometry,
             "kind": c.kind,
+            "frames": c.frames,
             "n_bins": c.coord_format().n_bins,
             "template": "v1",
             "vocab_size": vocab_size,

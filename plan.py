@@ -110,7 +110,7 @@ def plan_step(config, stage, rows, length, answers, parallel="ddp", world=1, bf1
             model = LocVLM(config)
         finally:
             torch.set_default_dtype(before)
-        model.language_model.requires_grad_(stage == 2)
+        model.language_model.requires_grad_(stage in (2, 4))
         for layer in model.language_model.layers:
             layer.recompute = recompute
         learned = [p for p in model.parameters() if p.requires_grad]
@@ -127,7 +127,7 @@ def plan_step(config, stage, rows, length, answers, parallel="ddp", world=1, bf1
     wrapped = [*model.vision_tower.encoder.layers[:-1], *model.language_model.layers]
     root = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for part in wrapped for p in part.parameters())
     # whole at a time: the root, a layer and the one fetched ahead; while summing, a layer's gradients, here and in float32
-    sums = (root + layer + 4 * layer // dtype.itemsize) if stage == 2 else 0
+    sums = (root + layer + 4 * layer // dtype.itemsize) if stage in (2, 4) else 0
     return Plan(
         4 * everything // world,
         8 * learning // world,
@@ -145,7 +145,7 @@ def step_flops(config, stage, rows, length, answers):
     learns; attention as if nothing were masked. What --recompute does twice is not counted.
     """
     v, t = config.vision_config, config.text_config
-    passes = 3 if stage == 2 else 2
+    passes = 3 if stage in (2, 4) else 2
     patches = v.num_patches + 1
     tower = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
     tower = (2 * tower + 4 * patches * v.hidden_size) * (v.num_hidden_layers - 1) + 6 * v.patch_size**2 * v.hidden_size

@@ -37,6 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import video
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
@@ -733,33 +734,44 @@ def boxes_from_panoptic(segments_info, png):
 # ----- features
 
 
-@torch.inference_mode()
-def features(data, out, vision, geometry="squash", batch=32):
-    """Keep on disk what a CLIP tower makes of every image of a mixture, for `train.py --features` (see clip_vit.Features).
+def features(data, out, vision, geometry="squash", frames=0, batch=32):
+    """Keep on disk what a CLIP tower makes of every image or clip of a mixture, for `train.py --features` (clip_vit.Features).
 
     data    FILE@IMAGES, several parted by commas, as train.py has it
     vision  the tower's folder
+    frames  of a clip, which is pooled to frames + P tokens (video.pool); 0: images, P tokens
     Takes P x Dv x 2 bytes an image: half a megabyte at ViT-L/14 and 224 px. May be several processes, and several starts.
     """
-    out, world, rank = Path(out), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if (out / "features.json").exists():
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if (Path(out) / "features.json").exists():
         return print(f"{out} is complete") if rank == 0 else None
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     tower = CLIPVisionTower.from_pretrained(vision, device=device)
     records, _ = read_records(parse_sources(data))
-    images = sorted({os.path.abspath(record.image) for record in records if record.image})
-    side, shape = tower.config.image_size, (len(images), tower.config.num_patches, tower.config.hidden_size)
-    about = {"tower": fingerprint(tower), "side": side, "geometry": geometry, "images": images}
-    begun, paths = out / "begun.json", [out / "features.npy", out / "done.npy"]
     if world > 1:
         end_with_parent()
         dist.init_process_group("gloo", timeout=timedelta(days=30))
-    if rank == 0 and begun.is_file():
-        if read_json(begun) != about:
+    write_features(records, out, tower, geometry, frames, batch, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+@torch.inference_mode()
+def write_features(records, out, tower, geometry, frames=0, batch=32, rank=0, world=1):
+    """Write the features of all records' images, this process those of every world-th; what is done already stays."""
+    out, device = Path(out), next(tower.parameters()).device
+    images = sorted({os.path.abspath(record.image) for record in records if record.image})
+    side, patches = tower.config.image_size, tower.config.num_patches
+    about = {"tower": fingerprint(tower), "side": side, "geometry": geometry, "frames": frames, "images": images}
+    begun, paths = out / "begun.json", [out / "features.npy", out / "done.npy"]
+    last = next((path for path in (begun, out / "features.json") if path.is_file()), None)
+    if rank == 0 and last:
+        if read_json(last) != about:
             raise ValueError(f"{out} was begun with another tower or other images; expected the same; change --out")
     elif rank == 0:
         require_new(out)
         out.mkdir(parents=True)
+        shape = (len(images), frames + patches, tower.config.hidden_size)
         for path, dtype, size in ((paths[0], np.float16, shape), (paths[1], bool, shape[:1])):
             np.lib.format.open_memmap(path, "w+", dtype, size).flush()
         write_json(begun, about)
@@ -767,18 +779,22 @@ def features(data, out, vision, geometry="squash", batch=32):
         dist.barrier()
     rows, done = (np.load(path, mmap_mode="r+") for path in paths)
     mine = [place for place in range(rank, len(images), world) if not done[place]]
-    for start in tqdm(range(0, len(mine), batch), disable=None if rank == 0 else True):
+    batch = 1 if frames else batch
+    for start in tqdm(range(0, len(mine), batch), desc="features", disable=None if rank == 0 else True):
         places = mine[start : start + batch]
-        pixels = torch.stack([preprocess(open_image(images[place]), side, geometry) for place in places])
-        rows[places] = tower(pixels.to(device)).half().cpu().numpy()
+        if frames:
+            seen = video.encode(tower, video.read_frames(images[places[0]], frames), side, geometry).unsqueeze(0)
+        else:
+            pixels = torch.stack([preprocess(open_image(images[place]), side, geometry) for place in places])
+            seen = tower(pixels.to(device))
+        rows[places] = seen.half().cpu().numpy()
         rows.flush()  # before it is said to be done
         done[places] = True
     if world > 1:
         dist.barrier()
-        dist.destroy_process_group()
-    if rank == 0:
+    if rank == 0 and begun.is_file():
         begun.rename(out / "features.json")
-        print(f"{out}: {len(images)} images, {rows.nbytes / 2**30:.2f} GiB")
+        print(f"{out}: {len(images)} images or clips, {rows.nbytes / 2**30:.2f} GiB")
 
 
 # ----- command line
@@ -842,6 +858,7 @@ def main(argv=None):
     sub.add_argument("--data", required=True, help="FILE@IMAGES, several parted by commas")
     sub.add_argument("--vision", required=True, help="CLIP: HF folder, or OpenAI's .pt")
     sub.add_argument("--geometry", choices=GEOMETRIES, default="squash", help="how an image becomes the tower's square")
+    sub.add_argument("--frames", type=int, default=0, help="of a clip; 0: images")
     sub.add_argument("--batch", type=int, default=32, help="images at a time")
     sub.add_argument("--out", required=True, help="folder to write")
 

@@ -46,6 +46,7 @@ import evaluate
 import plan
 import prepare
 import shapes
+import video
 from checkpoint import read_json, write_json
 from clip_vit import Features, image_size
 from coords import KINDS
@@ -70,15 +71,21 @@ PRESETS = {
     "tiny": {
         1: Recipe(batch=32, lr=3e-3, warmup_ratio=0.1, steps=150),
         2: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=300, questions=6),
+        3: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=100, questions=6),
+        4: Recipe(batch=16, lr=5e-4, warmup_ratio=0.1, steps=100, questions=6),
     },
-    # stage 1 as LLaVA v1; stage 2 of Sec. 4.1, warm-up ratio 0.3 as printed there
+    # stage 1 as LLaVA v1; stage 2 of Sec. 4.1, warm-up ratio 0.3 as printed there; video as Video-ChatGPT
     "paper": {
         1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
         2: Recipe(batch=64, lr=2e-5, warmup_ratio=0.3, epochs=10),
+        3: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3),
+        4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3),
     },
     "llava": {
         1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
         2: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3),
+        3: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3),
+        4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3),
     },
 }
 
@@ -93,8 +100,10 @@ class TrainConfig:
     """Options of a run. Where a value may differ by stage, give one, or one for each stage: --steps 300,600"""
 
     out: str = opt("runs/default", "folder of the run")
-    stages: typing.Literal["1", "2", "1,2"] = opt(
-        "1,2", "1: adapter only, on captions; 2: adapter and LLaMA, on questions"
+    stages: typing.Literal["1", "2", "1,2", "3", "4"] = opt(
+        "1,2",
+        "1: adapter only, on captions; 2: adapter and LLaMA, on questions; from a model of these, on clips: 3: adapter only, on "
+        "conversations (Vid-B); 4: adapter and LLaMA, on the objectives too (Vid-B+)",
     )
     resume: bool = opt(False, "continue the run where its last checkpoint left it")
     dry_run: bool = opt(False, "print parts, shapes, an example and memory; train and write nothing")
@@ -125,6 +134,7 @@ class TrainConfig:
         False, "leave out and count what is missing, unreadable or wrong, instead of refusing to start"
     )
     limit: int = opt(0, "use the first so many images only [all]")
+    frames: int = opt(0, "in stages 3 and 4: frames of a clip [tiny: 8; else the paper's 100 and 8]")
     # what is asked
     objectives: typing.Literal["none", "loc", "loc,neg", "loc,neg,rev", "neg", "rev", "loc,rev", "neg,rev"] = opt(
         "loc,neg,rev", "the paper's: LocPred, NegPred, RevLoc"
@@ -179,12 +189,22 @@ class TrainConfig:
             )
         if self.sources:
             parse_sources(self.sources)
+        if self.frames_of_clip and not (self.init_from or self.dry_run):
+            raise ValueError(
+                f"stage {self.stages} without --init-from; expected the run of stage 2 to go on from; give it"
+            )
 
     @property
     def sources(self):
         """The annotation files, as `data.parse_sources` reads them; empty: the shapes world."""
         files = (self.coco, self.captions, self.llava)
         return join_sources(self.data, self.images, *files) if self.data or any(files) else ""
+
+    @property
+    def frames_of_clip(self):
+        """How many frames of a clip the model reads; 0 in the stages on images."""
+        default = 8 if self.variant == "tiny" or self.stages == "4" else 100
+        return (self.frames or default) if self.stages in ("3", "4") else 0
 
     @property
     def stage_list(self):
@@ -256,10 +276,10 @@ def lr_at(step, steps, lr, warmup_ratio):
 
 
 def trainable(model, stage):
-    """Freeze and thaw: the adapter learns in both stages, LLaMA in stage 2, the vision tower never. Gives what learns."""
+    """Freeze and thaw: the adapter learns in all stages, LLaMA in 2 and 4, the vision tower never. Gives what learns."""
     model.vision_tower.requires_grad_(False)
     model.adapter.requires_grad_(True)
-    model.language_model.requires_grad_(stage == 2)
+    model.language_model.requires_grad_(stage in (2, 4))
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -282,7 +302,7 @@ def keep_freed_memory():
 def build_model(config, device="cpu"):
     """The model that a run starts from; on the meta device its shapes alone."""
     torch.manual_seed(config.seed)
-    kind_and_geometry = {"kind": config.kind, "geometry": config.geometry}
+    kind_and_geometry = {"kind": config.kind, "geometry": config.geometry, "frames": config.frames_of_clip}
     if config.init_from:
         model = LocVLM.from_pretrained(config.init_from, config.vision or None, device=device)
         model.config = dataclasses.replace(model.config, **kind_and_geometry)
@@ -298,19 +318,21 @@ def build_model(config, device="cpu"):
 
 
 def build_records(config, rank):
-    """Read the records to train on; the shapes world is written first where it is wanted and not there.
+    """Read the records to train on; the shapes world, or the moving one, is written first where it is wanted and not there.
 
     What is wrong with the files is told before anything is trained: refused, or left out with --skip-bad.
     """
     sources = config.sources
     if not sources:
+        moving = config.frames_of_clip > 0
+        ensure, kinds = (shapes.ensure_clips, "clips") if moving else (shapes.ensure_world, "instances,captions")
         if rank == 0:
-            shapes.ensure_world()
+            ensure()
         if dist.is_initialized():
             dist.barrier()
-        folder = shapes.ensure_world()
-        files = (folder / f"{what}_train.json" for what in ("instances", "captions", "conversations"))
-        sources = join_sources("", folder / "images", *files)
+        folder = ensure()
+        files = (folder / f"{what}_train.json" for what in (kinds + ",conversations").split(","))
+        sources = join_sources("", folder / ("clips" if moving else "images"), *files)
     records, left_out = read_records(parse_sources(sources), image_ids_of(config.exclude))
     records = records[: config.limit or None]
     bad = unreadable(records)
@@ -343,6 +365,8 @@ def unreadable(records):
     """Look at every image file without decoding it: {record id: what is wrong}."""
 
     def look(record):
+        if record.image and video.is_clip(record.image):
+            return None  # read when its features are made
         try:
             size = image_size(record.image) if record.image else record.size
         except (FileNotFoundError, ValueError) as error:
@@ -713,8 +737,14 @@ def main(config):
     )
 
     fmt = model.config.coord_format()
-    here = model.vision_tower if rank == 0 else None  # which has the weights, also under fsdp
-    features = Features(config.features, fmt.side, fmt.geometry, here) if config.features else None
+    here, frames, folder = model.vision_tower if rank == 0 else None, config.frames_of_clip, config.features
+    if frames and not folder and records and not config.dry_run:  # clips are always read as features, made once
+        folder = f"{config.out}-features"
+        if rank == 0:
+            prepare.write_features(records, folder, here, fmt.geometry, frames)
+        if world > 1:
+            dist.barrier()
+    features = Features(folder, fmt.side, fmt.geometry, frames, here) if folder else None
     for record in records if features else ():
         features.place(record.image)  # refuses one that is not there, before training
 
@@ -731,6 +761,7 @@ def main(config):
             config.seed,
             config.skip_bad,
             features,
+            frames,
         )
 
     if config.dry_run:
