@@ -805,5 +805,5 @@ def main(config):
 if __name__ == "__main__":
     try:
         main(parse_config(TrainConfig))
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
