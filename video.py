@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence
 
-from checkpoint import require_file, write_whole
+from checkpoint import require_file
 from clip_vit import open_image, preprocess
 
 RULES = ("segments", "linspace")
@@ -282,18 +282,8 @@ def encode(tower, frames, side, geometry="squash", chunk=8):
     return tokens.clone()  # an adapter that learns from it could not save what inference mode made
 
 
-def write_features(path, tokens):
-    """Keep what `encode` gave as an .npy in float16, like clip_vit.Features."""
-
-    def write(temporary):
-        with open(temporary, "wb") as file:  # to a name, np.save would add a suffix
-            np.save(file, tokens.cpu().float().numpy().astype(np.float16))
-
-    write_whole(path, write)
-
-
 def read_features(path):
-    """Read pooled features, ours (.npy) or Video-ChatGPT's (.pkl), temporal tokens first: float32 (T + P, Dv).
+    """Read what `pool` gave before, saved by np.save (.npy) or by Video-ChatGPT (.pkl): float32 (T + P, Dv).
 
     Of a pickle nothing is built but the one array. Raises FileNotFoundError, or ValueError naming the file.
     """
@@ -306,7 +296,7 @@ def read_features(path):
 
 
 class FloatArray(pickle.Unpickler):
-    """Read the pickle of a numpy array of floats; what numpy would call to build it is taken down and not called."""
+    """Read the pickle of a numpy array of floats: what it calls of numpy is noted down, not called."""
 
     class Call:
         def __init__(self, *args):
@@ -323,16 +313,18 @@ class FloatArray(pickle.Unpickler):
 
     def read(self):
         array = self.load()
-        if len(array.args) == 4:  # _frombuffer, pickle's protocol 5
+        if not isinstance(array, self.Call):
+            raise ValueError(f"it holds {type(array).__name__}, not an array")
+        if len(array.args) == 4:  # _frombuffer, of pickle's protocol 5
             data, dtype, shape, order = array.args
         else:
             _, shape, dtype, order, data = array.state
-        data = data.args[0].encode("latin1") if isinstance(data, self.Call) else data  # protocol 2 and before
         if dtype.args[0] not in ("f2", "f4", "f8"):
             raise ValueError(f"it holds {dtype.args[0]}, not floats")
-        return np.frombuffer(data, dtype.state[1] + dtype.args[0]).reshape(
-            shape, order="F" if order in (True, "F") else "C"
-        )
+        if isinstance(data, self.Call):  # of protocol 2 and before
+            data = data.args[0].encode("latin1")
+        array = np.frombuffer(data, dtype.state[1] + dtype.args[0])
+        return array.reshape(shape, order="F" if order in (True, "F") else "C")
 
 
 # ----- looking
