@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import video
 from torch import nn
 from torch.nn import functional as F
 
+import video
 from checkpoint import build, open_tensors, read_config, read_json, sort_tensors, write_json, write_tensors, write_whole
 from clip_vit import MEAN, STD, CLIPVisionConfig, CLIPVisionTower, open_image, preprocess
 from coords import CoordFormat

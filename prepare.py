@@ -37,10 +37,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import video
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+import video
 from checkpoint import read_json, require_file, some, write_json, write_whole
 from clip_vit import CLIPVisionTower, fingerprint, open_image, preprocess
 from coords import GEOMETRIES, KINDS, CoordFormat
@@ -632,14 +632,21 @@ def conversation(objective, record, turns):
 # ----- panoptic
 
 
-def panoptic(segments, masks, out, stuff=False, check=False):
+def panoptic(segments, out, masks=None, stuff=False, check=False):
     """Make COCO instances of panoptic masks, as SEEM, Mask2Former and OneFormer write them (Sec. 3.4, weak supervision).
 
-    --json is COCO's panoptic file, or one of a video: annotations [{file_name, segments_info}], categories, no images.
+    --json is COCO's panoptic file, or one of a video: annotations [{file_name, segments_info}], categories, no images; or a
+    folder of such, CLIP.json with its masks in CLIP/ beside it, which makes a file of clips (Pseudo-ActNet).
     Boxes are those of the masks; categories are the things, with --stuff all. --check lists each bbox in segments_info
     that its mask does not bear out, and fails if there is one.
     """
     require_new(out)
+    if Path(segments).is_dir():
+        content = clips_from_panoptic(segments, stuff)
+        write_json(out, content)
+        return print(f"{out}: {len(content['annotations'])} boxes in {len(content['videos'])} clips")
+    if not masks:
+        raise ValueError(f"--json {segments} without --masks; expected the folder of its PNGs; add it")
     content = read_panoptic(segments)
     frames, images = content["annotations"], {image["id"]: image for image in content.get("images", ())}
     paths = [Path(masks) / Path(frame["file_name"]).with_suffix(".png") for frame in frames]
@@ -729,6 +736,51 @@ def boxes_from_panoptic(segments_info, png):
         }
         for segment in segments_info
     ]
+
+
+def clips_from_panoptic(folder, stuff=False):
+    """Make the content of a clips_*.json (see data.read_clips) of a folder of panoptic JSONs: CLIP.json, its masks in CLIP/ (App. C).
+
+    Boxes are those of the masks, and so is the size: a segmenter may have looked at smaller frames. Categories are the
+    things, with `stuff` all.
+    """
+    paths = sorted(Path(folder).glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(f"no JSON in {folder}; expected a panoptic one for each clip; check the folder")
+    categories, videos, annotations = {}, [], []
+    for path in paths:
+        content = read_panoptic(path)
+        wanted = {c["id"]: c for c in content["categories"] if stuff or c.get("isthing", 1)}
+        for key, category in wanted.items():
+            if categories.setdefault(key, category)["name"] != category["name"]:
+                raise ValueError(
+                    f"{path}: category {key} is {category['name']}, {categories[key]['name']} before; "
+                    "expected one list of categories in all files; get them of one segmenter"
+                )
+        masks = [path.with_suffix("") / Path(a["file_name"]).with_suffix(".png").name for a in content["annotations"]]
+        if missing := [mask.name for mask in masks if not mask.is_file()]:
+            raise FileNotFoundError(
+                f"{len(missing)} masks are not in {path.with_suffix('')} ({some(missing)}); expected one a frame; copy them"
+            )
+        sizes = set()
+        for index, (frame, mask) in enumerate(zip(content["annotations"], map(open_image, masks), strict=True)):
+            sizes.add(mask.size)
+            try:
+                boxes = boxes_from_panoptic(frame["segments_info"], mask)
+            except ValueError as error:
+                raise ValueError(f"{masks[index]}: {error}") from None
+            annotations += [
+                {"video_id": path.stem, "frame": index, "track_id": box.pop("id"), **box}
+                for box in boxes
+                if box["category_id"] in wanted
+            ]
+        if len(sizes) != 1:
+            raise ValueError(
+                f"{path} has masks of sizes {sorted(sizes)}; expected one size a clip; get them of one version"
+            )
+        (width, height) = sizes.pop()
+        videos.append({"id": path.stem, "file_name": path.stem, "width": width, "height": height, "frames": len(masks)})
+    return {"videos": videos, "annotations": annotations, "categories": list(categories.values())}
 
 
 # ----- features
@@ -848,8 +900,8 @@ def main(argv=None):
     sub.add_argument("--seed", type=int, default=0, help="of wording and order")
 
     sub = command(panoptic)
-    sub.add_argument("--json", required=True, dest="segments", help="panoptic JSON")
-    sub.add_argument("--masks", required=True, help="folder of its PNGs")
+    sub.add_argument("--json", required=True, dest="segments", help="panoptic JSON, or a folder of one a clip")
+    sub.add_argument("--masks", help="folder of its PNGs")
     sub.add_argument("--out", required=True, help="file to write")
     sub.add_argument("--stuff", action="store_true", help="boxes of stuff too, not only of things")
     sub.add_argument("--check", action="store_true", help="compare the boxes with those in the JSON")

@@ -48,6 +48,20 @@ def sample(total, count, rule="segments"):
     raise ValueError(f"rule {rule!r}; expected {' or '.join(RULES)}; choose one")
 
 
+def is_clip(path):
+    """Say whether a path is a clip's, and not a still image's: a folder, or a file whose name says so."""
+    return Path(path).is_dir() or Path(path).suffix.lower() not in IMAGES or Path(path).suffix.lower() == ".gif"
+
+
+def frames_of(clip, count):
+    """Bring what a model is asked about to `count` PIL frames: a path, a list of frames, or one still image again and again."""
+    if isinstance(clip, Image.Image):
+        return [clip] * count
+    if isinstance(clip, list | tuple):
+        return [clip[i] for i in sample(len(clip), count)]
+    return read_frames(clip, count)
+
+
 def read_frames(path, count, rule="segments"):
     """Read `count` frames of a clip, as `sample` chooses them: list of PIL RGB images, upright, each of its own size.
 

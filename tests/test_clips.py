@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from checkpoint import read_json
-from clips_draft import clips_from_panoptic, find_clips, read_clips, static_objects
-from data import merge
+from data import find_clips, merge, read_clips, static_objects
+from prepare import clips_from_panoptic, panoptic
 from shapes import NAMES, write_clips
 
 
@@ -259,7 +259,8 @@ def test_the_moving_shapes_are_read_as_they_were_drawn(moving):
 def test_masks_make_the_records_that_boxes_make(moving):
     """Pseudo-ActNet's way: a folder of panoptic JSONs, through the masks, gives the same objects, present and absent."""
     of_boxes = {r.id: r for r in read_clips(moving / "clips_train.json", moving / "clips")[0]}
-    of_masks, left_out = read_clips(moving / "panoptic_train", moving / "clips")
+    panoptic(moving / "panoptic_train", moving / "masks.json")
+    of_masks, left_out = read_clips(moving / "masks.json", moving / "clips")
     assert [r.id for r in of_masks] == [f"{i:012d}" for i in (1, 5, 9, 13)] and not left_out
     assert of_masks == [of_boxes[r.id] for r in of_masks]
 
