@@ -171,7 +171,7 @@ def test_a_video_file_without_pyav_names_what_to_install(tmp_path, monkeypatch):
         (".mp4", "mpeg4", {"bf": "2"}),
         (".mkv", "mpeg4", {"bf": "2"}),
         (".avi", "mpeg4", {"bf": "2"}),
-        (".mpg", "mpeg2video", {"bf": "2"}),  # its packets lie: it is decoded whole
+        (".mpg", "mpeg2video", {"bf": "2"}),  # without an index: a seek lands where it lands
         (".webm", "libvpx", {}),
         (".webm", "libvpx-vp9", {}),
         (".mp4", "libx264", {"x264-params": "open-gop=1:keyint=6:min-keyint=6:bframes=3:b-adapt=0:scenecut=0"}),
