@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import video
 from checkpoint import read_json, require_file, some
 from clip_vit import CLIPVisionConfig, open_image, preprocess
 from coords import CoordFormat, fault
@@ -271,7 +272,7 @@ def read_captions(path, images):
 
 
 def read_file(path, images):
-    """Read an annotation file of any kind; its content says which: (list of Records, Counter of what was left out)."""
+    """Read an annotation file of any kind, of images or clips; its content says which: (Records, Counter of what was left out)."""
     content = read_json(require_file(path, "an annotation file"))
     if isinstance(content, list):
         of_clips = content and isinstance(content[0], dict) and content[0].keys() & {"video", "video_id"}
@@ -495,7 +496,7 @@ def read_records(sources, exclude=()):
         records += [replace(record, weight=weight) for record in read]
         left_out += left
     merged = merge(records)
-    kept = [record for record in merged if coco_id(record.image) not in exclude]
+    kept = [record for record in merged if coco_id(record.image) not in exclude or video.is_clip(record.image)]
     if len(kept) < len(merged):
         left_out["images that --exclude lists"] = len(merged) - len(kept)
     return kept, left_out

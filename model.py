@@ -215,7 +215,7 @@ class LocVLM(nn.Module):
 
     @classmethod
     def from_parts(
-        cls, vision, llm, adapter="linear", geometry="squash", kind="ivb", dtype=torch.float32, device="cpu"
+        cls, vision, llm, adapter="linear", geometry="squash", kind="ivb", frames=0, dtype=torch.float32, device="cpu"
     ):
         """Put together a pretrained tower and a pretrained LLaMA, by their paths.
 
@@ -228,7 +228,7 @@ class LocVLM(nn.Module):
         else:
             stored = sort_tensors(open_tensors(adapter), adapter)
             made = load_adapter(stored["adapter"], tower, llama, adapter, dtype, device)
-        return cls.join(tower, made, llama, Tokenizer(llm), geometry=geometry, kind=kind)
+        return cls.join(tower, made, llama, Tokenizer(llm), geometry=geometry, kind=kind, frames=frames)
 
     @classmethod
     def join(cls, tower, adapter, llama, tokenizer, **config):

@@ -632,7 +632,7 @@ def conversation(objective, record, turns):
 # ----- panoptic
 
 
-def panoptic(segments, out, masks=None, stuff=False, check=False):
+def panoptic(segments, masks, out, stuff=False, check=False):
     """Make COCO instances of panoptic masks, as SEEM, Mask2Former and OneFormer write them (Sec. 3.4, weak supervision).
 
     --json is COCO's panoptic file, or one of a video: annotations [{file_name, segments_info}], categories, no images; or a

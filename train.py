@@ -3,7 +3,7 @@
     torchrun train.py                                         the shapes world and the tiny model, both stages, then evaluation
     torchrun train.py --variant b --stages 1 --preset llava --vision clip-vit-large-patch14 --llm vicuna-7b-v1.3 \\
         --llava chat.json --images CC3M/images --out runs/b1
-    torchrun --nproc-per-node 8 train.py --variant b --stages 2 --preset paper --init-from runs/b1 \\
+    torchrun --nproc-per-node 8 train.py --variant b --stages 2 --preset paper --init-from runs/b1 --parallel fsdp \\
         --coco instances_train2017.json --images train2017 --llava llava_instruct_80k.json --out runs/b2
 
 A run is a folder: train.json (these options), log.jsonl (an object per step), state/ (to --resume from, on any number of
@@ -753,7 +753,7 @@ def main(config):
             records,
             model.tokenizer,
             model.config.vision_config,
-            wording,
+            dataclasses.replace(wording, objectives=()) if stage == 3 else wording,  # Vid-B: conversations alone
             "plain" if stage == 1 else "v1",
             config.recipe(stage).questions,
             config.instruct_share,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TEXT, VISION
+from PIL import Image
 from safetensors.torch import load_file
 
 import data
@@ -22,7 +23,7 @@ from checkpoint import read_json, write_json, write_tensors
 from clip_vit import CLIPVisionTower
 from llama import Llama
 from model import LocVLM
-from shapes import write_world
+from shapes import write_clips, write_world
 from train import TrainConfig, lr_at, parse_config
 
 
@@ -335,6 +336,51 @@ def test_features_begun_are_gone_on_with(parts, tmp_path, monkeypatch):
     assert len(made) == 10 + 24 - 8
     for name in ("features.npy", "features.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+
+
+@pytest.fixture(scope="session")
+def clips(parts, tmp_path_factory):
+    """Flags for a run on 12 clips of the moving world, from a model of images."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_clips(folder, {"train": 12, "val": 4}, frames=4)
+    train.main(TrainConfig(**{**parts, "stages": "2", "steps": "2"}, out=str(folder / "images")))
+    data = ",".join(f"{folder}/{what}_train.json@{folder}/clips" for what in ("clips", "conversations"))
+    own = {"data": data, "init_from": str(folder / "images"), "frames": 4, "steps": "4", "batch": "4", "questions": "3"}
+    return {**own, "lr": "1e-2", "max_length": 400}
+
+
+def test_clips_train_the_adapter_alone_in_stage_three_and_llama_too_in_stage_four(clips, tmp_path):
+    """Vid-B and Vid-B+, from a model of images; what comes out reads clips, and stays a model that can be saved and asked."""
+    before = load_file(Path(clips["init_from"]) / "model.safetensors")
+    for stage, moves in (("3", {"multi_modal_projector"}), ("4", {"multi_modal_projector", "language_model"})):
+        run = tmp_path / stage
+        train.main(TrainConfig(**clips, stages=stage, evaluate=False, out=str(run)))
+        after = load_file(run / "model.safetensors")
+        changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
+        assert changed == moves and losses(run)[-1] < losses(run)[0]
+    model = LocVLM.from_pretrained(run)
+    (clip,) = sorted((Path(clips["data"].split("@")[1].split(",")[0])).glob("*0001"))[:1]
+    [[answer]] = model.generate([clip], [["Is there a circle in the image?"]], max_new_tokens=4)
+    assert model.config.frames == 4 and model.config.visual_tokens == 4 + 4 and isinstance(answer, str)
+    frames = [Image.open(path) for path in sorted(clip.iterdir())]
+    assert model.generate([frames], [["Is there a circle in the image?"]], max_new_tokens=4) == [[answer]]
+
+
+def test_a_run_on_clips_resumes_to_the_same_bits(clips, tmp_path):
+    own = {**clips, "stages": "4", "save_every": 2, "evaluate": False}
+    train.main(TrainConfig(**own, out=str(tmp_path / "whole")))
+    train.main(TrainConfig(**own, out=str(tmp_path / "again")))
+    shutil.rmtree(tmp_path / "again/state/4-4")
+    train.main(TrainConfig(**own, resume=True, out=str(tmp_path / "again")))
+    whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "again") and all(
+        torch.equal(whole[k], again[k]) for k in whole
+    )
+
+
+def test_stage_three_without_a_model_to_go_on_from_is_refused(clips):
+    with pytest.raises(ValueError, match="without --init-from"):
+        TrainConfig(stages="3")
 
 
 def test_text_alone_trains_beside_images(parts, tmp_path):
