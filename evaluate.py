@@ -419,7 +419,7 @@ def ask(model, image_path, question, out, max_new_tokens, temperature, seed):
     for text, colour in ((question, "lime"), (answer, "blue")):
         boxes += [((x - 3, y - 3, x + 3, y + 3), colour) for x, y in fmt.decode_points(text, image.size)]
     if len(frames) > 1:
-        contact_sheet([draw(frame, boxes, [f"frame {i}"]) for i, frame in enumerate(frames, start=1)], out)
+        video.sheet(frames, out, boxes, [f"frame {i}" for i in range(1, len(frames) + 1)])
     else:
         picture = draw(image, boxes, [question, "-> " + answer], width=max(448, image.width))
         write_whole(out, lambda temporary: picture.save(temporary, "PNG"))

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import data
+import evaluate
 import prepare
 import train
 from checkpoint import read_json, write_json, write_tensors
@@ -364,6 +365,13 @@ def test_clips_train_the_adapter_alone_in_stage_three_and_llama_too_in_stage_fou
     assert model.config.frames == 4 and model.config.visual_tokens == 4 + 4 and isinstance(answer, str)
     frames = [Image.open(path) for path in sorted(clip.iterdir())]
     assert model.generate([frames], [["Is there a circle in the image?"]], max_new_tokens=4) == [[answer]]
+    evaluate.ask(model, clip, "What is at location (1, 1, 20, 20) in image?", tmp_path / "sheet.png", 4, 0.0, 0)
+    assert Image.open(tmp_path / "sheet.png").width > 2 * frames[0].width
+    world = clip.parent.parent
+    asked = ["--coco", str(world / "clips_val.json"), "--images", str(clip.parent), "--max-new-tokens", "4"]
+    for a_model in (run, clips["init_from"]):  # the model of images sees the frame in the middle
+        evaluate.main([str(a_model), "--task", "hal", *asked])
+        assert read_json(Path(a_model) / "eval/hal.json")["questions"] > 4
 
 
 def test_a_run_on_clips_resumes_to_the_same_bits(clips, tmp_path):
