@@ -2,8 +2,9 @@
 
     python data.py show --coco instances.json --images FOLDER     examples as the model will read them
     python data.py check --coco instances.json --images FOLDER    what is missing, unreadable or wrong, before training
+    python data.py overlap --data FILE@IMAGES pope.json ...       how many images to train on are in benchmarks
 
-A `Record` keeps what is known of an image: its objects with box_px, absent categories, captions, conversations. Text
+A `Record` keeps what is known of an image or a clip: its objects with box_px, absent categories, captions, conversations. Text
 is written only when an example is drawn, so the representation, the objectives and the wording are flags of a run.
 One row holds the image once and k question/answer segments behind it (`|` marks what carries loss):
 
@@ -271,14 +272,20 @@ def read_captions(path, images):
     ]
 
 
+def of_clips(content):
+    """Say whether an annotation file's content is about clips."""
+    if isinstance(content, list):
+        return bool(content and isinstance(content[0], dict) and content[0].keys() & {"video", "video_id"})
+    return "videos" in content
+
+
 def read_file(path, images):
     """Read an annotation file of any kind, of images or clips; its content says which: (Records, Counter of what was left out)."""
     content = read_json(require_file(path, "an annotation file"))
-    if isinstance(content, list):
-        of_clips = content and isinstance(content[0], dict) and content[0].keys() & {"video", "video_id"}
-        return read_clips(path, images) if of_clips else read_llava(path, images)
-    if "videos" in content:
+    if of_clips(content):
         return read_clips(path, images)
+    if isinstance(content, list):
+        return read_llava(path, images)
     annotations = content.get("annotations")
     if isinstance(annotations, list) and annotations and "caption" in annotations[0]:
         return read_captions(path, images), Counter()
@@ -876,6 +883,8 @@ def marked(tokenizer, row):
 def check(path, images):
     """List every problem of an annotation file and its images: one line each, none if it is clean. Opens every image."""
     content = read_json(require_file(path, "an annotation file"))
+    if of_clips(content):
+        return check_clips(path, images)
     if isinstance(content, list):
         return check_llava(content, images)
     coco = read_instances(path)
@@ -906,6 +915,18 @@ def check_llava(rows, images):
             opened.add(row["image"])
             problem = image_problem(images, row["image"], tuple(row.get("size", ())))
         problems += [f"row {index}: {problem}"] if problem else []
+    return problems
+
+
+def check_clips(path, folder):
+    """The same of annotated clips; of each, one frame is read."""
+    records, left_out = read_clips(path, folder)
+    problems = [f"{count} {what}" for what, count in left_out.items()]
+    for clip in {record.image for record in records}:
+        try:
+            video.read_frames(clip, 1)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(str(error))
     return problems
 
 

@@ -138,8 +138,10 @@ def plan_step(config, stage, rows, length, answers, parallel="ddp", world=1, bf1
     )
 
 
-def step_flops(config, stage, rows, length, answers):
+def step_flops(config, stage, rows, length, answers, tower=True):
     """Operations of a forward and backward pass: rows of one image and `length` tokens each, `answers` tokens in all.
+
+    tower  whether it is run, or its features read
 
     Two for each weight and token, once forward, once for the gradient that passes through, once for the weight's own where it
     learns; attention as if nothing were masked. What --recompute does twice is not counted.
@@ -147,14 +149,17 @@ def step_flops(config, stage, rows, length, answers):
     v, t = config.vision_config, config.text_config
     passes = 3 if stage in (2, 4) else 2
     patches = v.num_patches + 1
-    tower = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
-    tower = (2 * tower + 4 * patches * v.hidden_size) * (v.num_hidden_layers - 1) + 6 * v.patch_size**2 * v.hidden_size
+    block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
+    a_patch = (2 * block + 4 * patches * v.hidden_size) * (
+        v.num_hidden_layers - 1
+    ) + 6 * v.patch_size**2 * v.hidden_size
     adapter = 2 * 2 * v.hidden_size * t.hidden_size + (config.adapter != "linear") * 3 * 2 * t.hidden_size**2
     heads, kv_heads = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
     layer = 2 * t.hidden_size * (heads + kv_heads) + 3 * t.hidden_size * t.intermediate_size
     layers = (passes * 2 * layer + 3 * 4 * length * heads) * t.num_hidden_layers
     head = passes * 2 * t.hidden_size * t.vocab_size * answers
-    return rows * (patches * tower + v.num_patches * adapter + length * layers) + head
+    seeing = tower * patches * a_patch + config.visual_tokens * adapter
+    return rows * (seeing + length * layers) + head
 
 
 def remedies(fits, micro_batch, parallel, recompute, world):

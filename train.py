@@ -1,10 +1,11 @@
-"""Train a LocVLM: stage 1 the adapter, stage 2 the adapter and LLaMA; the vision tower stays frozen (Sec. 3.1, 4.1).
+"""Train a LocVLM: stage 1 the adapter, stage 2 the adapter and LLaMA, on clips again as stages 3 and 4 (Sec. 3.1, 3.5, 4.1).
 
     torchrun train.py                                         the shapes world and the tiny model, both stages, then evaluation
     torchrun train.py --variant b --stages 1 --preset llava --vision clip-vit-large-patch14 --llm vicuna-7b-v1.3 \\
         --llava chat.json --images CC3M/images --out runs/b1
     torchrun --nproc-per-node 8 train.py --variant b --stages 2 --preset paper --init-from runs/b1 --parallel fsdp \\
         --coco instances_train2017.json --images train2017 --llava llava_instruct_80k.json --out runs/b2
+    torchrun train.py --stages 4 --init-from runs/default --out runs/video    clips: the moving shapes
 
 A run is a folder: train.json (these options), log.jsonl (an object per step), state/ (to --resume from, on any number of
 processes), and the model itself (`LocVLM.from_pretrained(run)`). What is drawn at a step depends on the seed and the step
@@ -567,7 +568,8 @@ def train_stage(config, stage, model, examples, run, states, rank, world, device
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for i, (batch, _) in enumerate(micro_batches):
             answers = int((batch["labels"] != IGNORE).sum())
-            flops_done += plan.step_flops(model.config, stage, *batch["input_ids"].shape, answers)
+            size = (*batch["input_ids"].shape, answers)
+            flops_done += plan.step_flops(model.config, stage, *size, tower=not examples.features)
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             last = i == len(micro_batches) - 1
             if fsdp:
@@ -652,7 +654,7 @@ def print_plan(config, stage, model, examples):
     micro = config.micro_batch or math.ceil(recipe.batch / world)
     on_gpu = bool(config.device_memory) or torch.cuda.is_available()
     patches, bf16 = (
-        model.config.vision_config.num_patches,
+        model.config.visual_tokens,
         config.precision == "bf16" or (config.precision == "auto" and on_gpu),
     )
     if examples:
@@ -794,7 +796,7 @@ def main(config):
     # 4 evaluation
     for path, images, _ in parse_sources(sources) if rank == 0 and config.evaluate else ():
         held_out = path.replace("_train", "_val")
-        if "instances" in path and held_out != path and Path(held_out).is_file():
+        if Path(path).name.startswith(("instances", "clips")) and held_out != path and Path(held_out).is_file():
             data = ["--coco", held_out, "--images", images]
             evaluate.main([str(run), "--task", "all", *data, "--limit", "200"])
     if world > 1:

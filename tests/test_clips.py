@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from PIL import Image
 
 from checkpoint import read_json
-from data import find_clips, merge, read_clips, static_objects
+from data import check, find_clips, merge, read_clips, static_objects
 from prepare import clips_from_panoptic, panoptic
 from shapes import NAMES, write_clips
 
@@ -254,6 +255,17 @@ def test_the_moving_shapes_are_read_as_they_were_drawn(moving):
     assert moved > 3 and sum(len(r.objects) for r in records) > 16
     talks, left_out = read_clips(moving / "conversations_train.json", moving / "clips")
     assert not left_out and len(merge(records + talks)) == 16 and all(r.conversations for r in merge(records + talks))
+
+
+def test_check_opens_every_clip(moving, tmp_path):
+    assert check(moving / "clips_train.json", moving / "clips") == []
+    shutil.copytree(moving / "clips", tmp_path / "clips")
+    first, second, *_ = sorted((tmp_path / "clips").iterdir())
+    for frame in first.iterdir():
+        frame.write_bytes(frame.read_bytes()[:99])
+    shutil.rmtree(second)
+    problems = check(moving / "clips_train.json", tmp_path / "clips")
+    assert len(problems) == 2 and "are not in" in problems[0] and "cannot be read" in problems[1]
 
 
 def test_masks_make_the_records_that_boxes_make(moving):
