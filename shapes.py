@@ -348,7 +348,7 @@ def draw_clip(rng, frames=8):
         shapes.append(replace(shape, box_px=box_px))
     tracks = [[shape.box_px] * frames for shape in shapes]
     for number in rng.sample(range(len(shapes)), len(shapes)):  # whoever comes first has most room to move
-        does = rng.choices(("stays", "moves", "comes or goes"), (4, 5, 1))[0]
+        does = rng.choices(("stays", "moves", "comes or goes"), (4, 3, 3))[0]
         if does == "moves":
             others = tracks[:number] + tracks[number + 1 :]
             tracks[number] = draw_way(shapes[number].box_px, others, scene.size, frames, rng) or tracks[number]

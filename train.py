@@ -73,7 +73,7 @@ PRESETS = {
         1: Recipe(batch=32, lr=3e-3, warmup_ratio=0.1, steps=150),
         2: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=300, questions=6),
         3: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=100, questions=6),
-        4: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=220, questions=6),
+        4: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=260, questions=6),
     },
     # stage 1 as LLaVA v1; stage 2 of Sec. 4.1, warm-up ratio 0.3 as printed there; video as Video-ChatGPT
     "paper": {
