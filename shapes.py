@@ -353,8 +353,8 @@ def draw_clip(rng, frames=8):
             others = tracks[:number] + tracks[number + 1 :]
             tracks[number] = draw_way(shapes[number].box_px, others, scene.size, frames, rng) or tracks[number]
         elif does == "comes or goes":
-            at = rng.randrange(1, frames)
-            there = rng.choice((range(at), range(at, frames), range(at, at + 1)))
+            at = rng.randrange(max(1, frames // 3), frames - frames // 3)  # about the middle
+            there = rng.choices((range(at), range(at, frames), range(at, at + 1)), (4, 4, 1))[0]
             tracks[number] = [box_px if i in there else None for i, box_px in enumerate(tracks[number])]
     return Clip(Scene(scene.size, tuple(shapes), scene.background), tuple(map(tuple, tracks)))
 
