@@ -138,9 +138,9 @@ def box_problem(bbox, size):
     return fault((x1, y1, max(x1, x2 - 0.02), max(y1, y2 - 0.02)), size) and f"is outside its image of size {size}"
 
 
-def read_instances(path):
-    """Read a COCO instances JSON; refuse another schema by name."""
-    coco = read_json(require_file(path, "COCO's instances_*.json"))
+def read_instances(path, content=None):
+    """Read a COCO instances JSON, or take its content; refuse another schema by name."""
+    coco = read_json(require_file(path, "COCO's instances_*.json")) if content is None else content
     lacking = [
         key
         for key in ("images", "annotations", "categories")
@@ -153,14 +153,14 @@ def read_instances(path):
     return coco
 
 
-def read_coco(instances, images):
+def read_coco(instances, images, content=None):
     """Read a COCO folder: list of Records in the order of the file, and a Counter of what was left out and why.
 
-    instances  instances_*.json (or its content); an annotation may carry our extra key "description"
+    instances  instances_*.json (content: what is in it, where it was read already); an annotation may carry our extra key "description"
     images     folder of the image files, or a zip of them
     Annotations without a usable box are left out and counted; iscrowd=1 counts as many of its category.
     """
-    coco = instances if isinstance(instances, dict) else read_instances(instances)
+    coco = read_instances(instances, content)
     names = {category["id"]: category["name"] for category in coco["categories"]}
     left_out, by_image = Counter(), {image["id"]: [] for image in coco["images"]}
     for annotation in coco["annotations"]:
@@ -226,13 +226,13 @@ def row_problem(row):
     return None
 
 
-def read_llava(path, images):
+def read_llava(path, images, content=None):
     """Read a LLaVA-format JSON: list of Records, one a row, and a Counter of the rows that were left out and why.
 
     Rows without an image are text alone. Rows that prepare.py wrote (`objective`) give objects and absent categories, so
     that their text is written anew in the representation of the run.
     """
-    rows = read_json(require_file(path, "LLaVA-format JSON"))
+    rows = read_json(require_file(path, "LLaVA-format JSON")) if content is None else content
     if not isinstance(rows, list):
         raise ValueError(f"{path} is a JSON {type(rows).__name__}; expected LLaVA's list of rows; convert it")
     records, left_out = [], Counter()
@@ -259,9 +259,8 @@ def read_llava(path, images):
     return records, left_out
 
 
-def read_captions(path, images):
-    """Read captions_*.json of COCO: a Record with its captions for each image that has some."""
-    coco = read_json(require_file(path, "COCO's captions_*.json"))
+def read_captions(coco, images):
+    """Read the content of COCO's captions_*.json: a Record with its captions for each image that has some."""
     told = {}
     for annotation in coco["annotations"]:
         told.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
@@ -283,13 +282,13 @@ def read_file(path, images):
     """Read an annotation file of any kind, of images or clips; its content says which: (Records, Counter of what was left out)."""
     content = read_json(require_file(path, "an annotation file"))
     if of_clips(content):
-        return read_clips(path, images)
+        return read_clips(path, images, content=content)
     if isinstance(content, list):
-        return read_llava(path, images)
+        return read_llava(path, images, content)
     annotations = content.get("annotations")
     if isinstance(annotations, list) and annotations and "caption" in annotations[0]:
-        return read_captions(path, images), Counter()
-    return read_coco(path, images)
+        return read_captions(content, images), Counter()
+    return read_coco(path, images, content)
 
 
 # ----- clips
@@ -361,14 +360,14 @@ def with_clips(records, path, folder):
     )
 
 
-def read_clips(path, folder, side=224):
+def read_clips(path, folder, side=224, content=None):
     """Read annotations of clips: list of Records, and a Counter of what was left out and why; the content says which:
 
     clips_*.json                    of shapes.py and `prepare.py panoptic`: videos, categories, annotations, a box a frame
     VideoInstruct_Dataset.json      Video-ChatGPT's [{q, a, video_id}], or [{id, video, conversations}] of its converter
     folder                          of the clips, found by name with any ending; side  of the model's square
     """
-    content = read_json(require_file(path, "annotations of clips"))
+    content = read_json(require_file(path, "annotations of clips")) if content is None else content
     if isinstance(content, list):
         return read_talks(content, path, folder)
     for key, needs in CLIP_KEYS.items():
@@ -884,10 +883,10 @@ def check(path, images):
     """List every problem of an annotation file and its images: one line each, none if it is clean. Opens every image."""
     content = read_json(require_file(path, "an annotation file"))
     if of_clips(content):
-        return check_clips(path, images)
+        return check_clips(path, images, content)
     if isinstance(content, list):
         return check_llava(content, images)
-    coco = read_instances(path)
+    coco = read_instances(path, content)
     names = {category["id"] for category in coco["categories"]}
     sizes, problems = {}, []
     for image in coco["images"]:
@@ -918,9 +917,9 @@ def check_llava(rows, images):
     return problems
 
 
-def check_clips(path, folder):
+def check_clips(path, folder, content):
     """The same of annotated clips; of each, one frame is read."""
-    records, left_out = read_clips(path, folder)
+    records, left_out = read_clips(path, folder, content=content)
     problems = [f"{count} {what}" for what, count in left_out.items()]
     for clip in {record.image for record in records}:
         try:

@@ -359,7 +359,8 @@ def build_records(config, rank):
 
 def faces_blurred(config):
     """Say whether every folder of images was made by `prepare.py blur`; None for the shapes world, which has no faces."""
-    return all(prepare.blurred(images) for _, images, _ in parse_sources(config.sources)) if config.sources else None
+    folders = {images for _, images, _ in parse_sources(config.sources)} if config.sources else ()
+    return all(map(prepare.blurred, folders)) if folders else None
 
 
 def unreadable(records):
@@ -730,15 +731,15 @@ def main(config):
     records, sources = (None, "") if without_data else build_records(config, rank)
     fsdp = config.parallel == "fsdp" and not config.dry_run
     model = build_model(config, "meta" if fsdp and rank > 0 else "cpu")  # whole in one process only
+    fmt = model.config.coord_format()
     wording = Wording(
-        model.config.coord_format(),
+        fmt,
         () if config.objectives == "none" else tuple(config.objectives.split(",")),
         config.location,
         config.words,
         config.neg_ratio,
     )
 
-    fmt = model.config.coord_format()
     here, frames, folder = model.vision_tower if rank == 0 else None, config.frames_of_clip, config.features
     if frames and not folder and records and not config.dry_run:  # clips are always read as features, made once
         folder = f"{config.out}-features"
