@@ -1,4 +1,4 @@
-"""Ask a trained model the paper's questions and count (Sec. 4; supplement E, H). One function per measure.
+"""Ask a trained model the paper's questions and write what it says and what that counts (Sec. 4; supplement E, H).
 
     python evaluate.py runs/default --task all                      on the held-out shapes
     python evaluate.py runs/b2 --task spatial --coco instances_train2017.json --images train2017
@@ -17,14 +17,10 @@ and TASK.png (boxes on pictures: truth green, prediction blue; successes above, 
 
 import argparse
 import json
-import math
 import random
-import re
 import subprocess
 import sys
 import textwrap
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,288 +28,18 @@ from PIL import Image, ImageDraw
 
 import shapes
 import video
+from benchmarks import PAPER, TASKS
 from checkpoint import write_json, write_whole
 from clip_vit import MEAN, open_image
-from coords import fault, iou
-from data import LOC_PROMPTS, NEG_ANSWER, REV_PROMPTS, SIDE_PROMPTS, Record, Wording, article, loc_question, read_file
+from data import NEG_ANSWER, Wording, read_file
 from model import LocVLM, sha256
-
-PAPER = {  # LocVLM-B, percent
-    "spatial": {
-        "across": 69.5,
-        "across left": 79.7,
-        "across right": 59.2,
-        "along": 65.4,
-        "along above": 64.2,
-        "along below": 65.9,
-        "icl across": 76.5,
-        "icl along": 74.1,
-    },
-    "hal": {"accuracy": 88.3},
-}
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-
-
-@dataclass
-class Item:
-    """One question about one image, what the answer should be, and what it was."""
-
-    id: str
-    record: Record
-    question: str
-    truth: dict
-    answer: str = ""
-    correct: bool = False
-    boxes_px: tuple = ()  # what the answer locates, original pixels
-
-
-# ----- the tasks: items from records, and the judgement of one item
-
-
-def locpred_items(records, wording, rng):
-    """LocPred for every object that is alone of its category."""
-    return [
-        Item(f"{r.id}:{o.name}", r, loc_question(o.name, wording, rng), {"name": o.name, "box_px": o.box_px})
-        for r in records
-        for o in r.objects
-        if wording.can_place(o.box_px, r.size)
-    ]
-
-
-def judge_locpred(item, wording):
-    """Right if the first box reaches IoU 0.5 with the truth; for points, if the first one lies in the true box."""
-    box_px = item.truth["box_px"]
-    if wording.location == "point":
-        points_px = wording.fmt.decode_points(item.answer, item.record.size)
-        item.boxes_px = tuple((x - 2, y - 2, x + 2, y + 2) for x, y in points_px[:1])
-        item.correct = (
-            bool(points_px) and box_px[0] <= points_px[0][0] <= box_px[2] and box_px[1] <= points_px[0][1] <= box_px[3]
-        )
-    else:
-        item.boxes_px = tuple(wording.fmt.decode_boxes(item.answer, item.record.size)[:1])
-        item.truth["iou"] = iou(item.boxes_px[0], box_px) if item.boxes_px else 0.0
-        item.correct = item.truth["iou"] >= 0.5
-
-
-def locpred_metrics(items):
-    found = [item for item in items if item.boxes_px]
-    return {
-        "acc@0.5": mean(item.correct for item in items),
-        "mean IoU": mean(item.truth.get("iou", 0.0) for item in items),
-        "no box": mean(not item.boxes_px for item in items),
-        "box outside image": mean(bool(fault(item.boxes_px[0], item.record.size)) for item in found),
-    }
-
-
-def negpred_items(records, wording, rng):
-    """NegPred: as many absent categories as there are unique objects, at least one an image."""
-    return [
-        Item(f"{r.id}:{name}", r, loc_question(name, wording, rng), {"name": name})
-        for r in records
-        for name in rng.sample(r.absent, min(len(r.absent), max(1, len(r.objects))))
-    ]
-
-
-def judge_negpred(item, wording):
-    item.boxes_px = tuple(wording.fmt.decode_boxes(item.answer, item.record.size)[:1])
-    item.correct = "no such object" in item.answer.lower()
-
-
-def negpred_metrics(items):
-    return {"accuracy": mean(item.correct for item in items), "gave a box": mean(bool(item.boxes_px) for item in items)}
-
-
-def revloc_items(records, wording, rng):
-    """RevLoc for every object that is alone of its category. What may be named: every category of the data."""
-    return [
-        Item(
-            f"{r.id}:{o.name}",
-            r,
-            rng.choice(REV_PROMPTS).format(loc=wording.place(o.box_px, r.size)),
-            {"name": o.name, "box_px": o.box_px, "names": sorted(r.present + r.absent)},
-        )
-        for r in records
-        for o in r.objects
-        if wording.can_place(o.box_px, r.size)
-    ]
-
-
-def first_named(text, names):
-    """Give the category that a text names first, the longest where several start there; None if it names none.
-
-    >>> first_named("There is a wine glass on the table", ["glass", "table", "wine glass"])
-    'wine glass'
-    """
-    found = [
-        (match.start(), -len(name), name)
-        for name in names
-        if (match := re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE))
-    ]
-    return min(found)[2] if found else None
-
-
-def judge_revloc(item, wording):
-    item.truth["named"] = first_named(item.answer, item.truth["names"])
-    item.correct = item.truth["named"] == item.truth["name"]
-
-
-def revloc_metrics(items):
-    return {
-        "name accuracy": mean(item.correct for item in items),
-        "named nothing": mean(item.truth["named"] is None for item in items),
-    }
-
-
-def spatial_triplets(records, rng, axis):
-    """COCO-Spatial (App. E): images with three objects, each alone of its category, whose centres avoid the central 20 %.
-
-    axis 0: left and right halves; 1: above and below. Gives (record, obj_1, obj_2, obj_3, side of obj_1): obj_1 lies on
-    one side, obj_2 and obj_3 on the other. One triplet an image, drawn at random.
-    """
-    words = (("left", "right"), ("above", "below"))[axis]
-    for record in records:
-        centres = [((o.box_px[axis] + o.box_px[axis + 2]) / 2 / record.size[axis], o) for o in record.objects]
-        halves = [[o for c, o in centres if c <= 0.4], [o for c, o in centres if c >= 0.6]]
-        choices = [side for side in (0, 1) if halves[side] and len(halves[1 - side]) >= 2]
-        if choices:
-            side = rng.choice(choices)
-            yield record, rng.choice(halves[side]), *rng.sample(halves[1 - side], 2), words[side]
-
-
-def spatial_items(records, wording, rng):
-    """Direct and in-context questions (App. E). In context, `verbatim` has the paper's examples, which answer about the
-    other object than was asked for; `consistent` has them answer what was asked, in random order."""
-    items = []
-    for axis, name in enumerate(("across", "along")):
-        ask = SIDE_PROMPTS[name]
-        says = "The {} is located to the {} of the {}." if name == "across" else "The {} is located {} the {}."
-        for record, a, b, c, side in spatial_triplets(records, rng, axis):
-            other = OPPOSITE[side]
-
-            def question(first, second, ask=ask):
-                return ask.format(obj_1=f"the {first.name}", obj_2=f"the {second.name}")
-
-            # where obj_2 lies, seen from obj_1
-            items.append(
-                Item(
-                    f"{record.id}:{name}:direct",
-                    record,
-                    question(a, b),
-                    {"setting": name, "word": other, "objects": [a.name, b.name]},
-                )
-            )
-            examples = [
-                f"Q: {question(a, b)} A: {says.format(b.name, other, a.name)}",
-                f"Q: {question(b, a)} A: {says.format(a.name, side, b.name)}",
-            ]
-            rng.shuffle(examples)
-            final = f"Q: {question(c, a)}"
-            items.append(
-                Item(
-                    f"{record.id}:{name}:icl",
-                    record,
-                    " ".join([*examples, final]),
-                    {"setting": f"icl {name}", "word": side, "objects": [c.name, a.name]},
-                )
-            )
-            if name == "across":
-                examples = [
-                    f"Q: {question(a, b)} A: {says.format(a.name, side, b.name)}",
-                    f"Q: {question(b, a)} A: {says.format(b.name, other, a.name)}",
-                ]
-                items.append(
-                    Item(
-                        f"{record.id}:{name}:icl verbatim",
-                        record,
-                        " ".join([*examples, final]),
-                        {"setting": "icl verbatim", "word": side, "objects": [c.name, a.name]},
-                    )
-                )
-    return items
-
-
-def judge_spatial(item, wording):
-    """Right if the word is in the answer (the paper's rule); `strict`: and its opposite is not."""
-    words = set(re.findall(r"[a-z]+", item.answer.lower()))
-    item.correct = item.truth["word"] in words
-    item.truth["strict"] = item.correct and OPPOSITE[item.truth["word"]] not in words
-    item.truth["opposite"] = OPPOSITE[item.truth["word"]] in words
-
-
-def spatial_metrics(items):
-    metrics = {}
-    for setting in dict.fromkeys(item.truth["setting"] for item in items):
-        here = [item for item in items if item.truth["setting"] == setting]
-        metrics[setting] = mean(item.correct for item in here)
-        for word in sorted({item.truth["word"] for item in here}):
-            metrics[f"{setting} {word}"] = mean(item.correct for item in here if item.truth["word"] == word)
-        metrics[f"{setting} strict"] = mean(item.truth["strict"] for item in here)
-        metrics[f"{setting} neither word"] = mean(not item.correct and not item.truth["opposite"] for item in here)
-        if setting == "icl verbatim":  # read as its own examples answer: about obj_3
-            metrics["icl verbatim, as its examples answer"] = mean(item.truth["opposite"] for item in here)
-        metrics[f"{setting} questions"] = len(here)
-    return metrics
-
-
-def hal_items(records, wording, rng):
-    """Hal-COCO: is there a ...? for two categories present in an image and two that are not (one and one where there is one)."""
-    items = []
-    for r in records:
-        count = min(2, len(r.present), len(r.absent))
-        for label, names in (("yes", rng.sample(r.present, count)), ("no", rng.sample(r.absent, count))):
-            items += [
-                Item(f"{r.id}:{name}", r, f"Is there {article(name)} in the image?", {"label": label, "name": name})
-                for name in names
-            ]
-    return items
-
-
-def says_no(answer):
-    """POPE's reading of an answer: no if its first sentence holds No, no or not; else yes, even where it is empty.
-
-    >>> says_no("No, there is none."), says_no("There is not. Yes"), says_no("Yes. No doubt"), says_no("")
-    (True, True, False, False)
-    """
-    return bool({"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split(" ")))
-
-
-def judge_hal(item, wording):
-    item.correct = says_no(item.answer) == (item.truth["label"] == "no")
-
-
-def hal_metrics(items):
-    """Accuracy, precision, recall, F1 and yes ratio, all from one confusion matrix."""
-    count = Counter((item.truth["label"], not says_no(item.answer)) for item in items)
-    tp, fp, fn = count["yes", True], count["no", True], count["yes", False]
-    return {
-        "accuracy": mean(item.correct for item in items),
-        "precision": tp / (tp + fp) if tp + fp else 0.0,
-        "recall": tp / (tp + fn) if tp + fn else 0.0,
-        "F1": 2 * tp / (2 * tp + fp + fn) if tp else 0.0,
-        "says yes": (tp + fp) / len(items) if items else 0.0,
-    }
-
-
-TASKS = {
-    "locpred": (locpred_items, judge_locpred, locpred_metrics, LOC_PROMPTS),
-    "negpred": (negpred_items, judge_negpred, negpred_metrics, LOC_PROMPTS),
-    "revloc": (revloc_items, judge_revloc, revloc_metrics, REV_PROMPTS),
-    "spatial": (spatial_items, judge_spatial, spatial_metrics, tuple(SIDE_PROMPTS.values())),
-    "hal": (hal_items, judge_hal, hal_metrics, ("Is there {a/an object} in the image?",)),
-}
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values) if values else math.nan
-
 
 # ----- asking
 
 
-def blank(size):
+def blank():
     """An image without content: CLIP's mean colour."""
-    return Image.new("RGB", size, tuple(int(255 * m) for m in MEAN))
+    return Image.new("RGB", (224, 224), tuple(int(255 * m) for m in MEAN))
 
 
 def still(path):
@@ -325,12 +51,12 @@ def answer_all(model, items, batch, max_new_tokens, temperature, seed, blind):
     """Let the model answer: all questions about an image together, `batch` images at a time."""
     by_image = {}
     for item in items:
-        by_image.setdefault(item.record.id, []).append(item)
+        by_image.setdefault(item.image, []).append(item)
     groups = list(by_image.values())
     for start in range(0, len(groups), batch):
         part = groups[start : start + batch]
-        records = [group[0].record for group in part]
-        images = [blank(r.size) if blind else r.image if model.config.frames else still(r.image) for r in records]
+        files = [group[0].image for group in part]
+        images = [blank() if blind else path if model.config.frames else still(path) for path in files]
         answers = model.generate(
             images, [[item.question for item in group] for group in part], max_new_tokens, temperature, seed
         )
@@ -377,15 +103,11 @@ def overlay(items, path, wording):
     shown = [item for item in items if item.correct][:4] + [item for item in items if not item.correct][:4]
     cards = []
     for item in shown:
-        truth = (
-            [item.truth["box_px"]]
-            if "box_px" in item.truth
-            else [o.box_px for o in item.record.objects if o.name in item.truth.get("objects", ())]
-        )
+        truth = [item.truth["box_px"]] if "box_px" in item.truth else item.truth.get("boxes_px", [])
         boxes = [(box_px, "lime") for box_px in truth] + [(box_px, "blue") for box_px in item.boxes_px]
         cards.append(
             draw(
-                still(item.record.image),
+                still(item.image),
                 boxes,
                 [("right: " if item.correct else "wrong: ") + item.question, "-> " + item.answer[:160]],
             )
@@ -460,27 +182,17 @@ def table(task, metrics, count):
 
 
 def run_task(task, model, records, wording, args, provenance):
-    make, judge, summarise, prompts = TASKS[task]
-    items = make(records, wording, random.Random(f"{args.seed} {task}"))
+    asked = TASKS[task]
+    items = asked.items(records, wording, random.Random(f"{args.seed} {task}"))
     if not items:
         print(f"\n{task}: none of {len(records)} images has a question for it")
         return
     answer_all(model, items, args.batch, args.max_new_tokens, args.temperature, args.seed, args.blind)
     for item in items:
-        judge(item, wording)
-    metrics = summarise(items)
+        asked.judge(item, wording)
+    metrics = asked.metrics(items)
     folder = Path(args.run) / ("eval_blind" if args.blind else "eval")
-    rows = [
-        {
-            "id": i.id,
-            "image": str(i.record.image),
-            "question": i.question,
-            "answer": i.answer,
-            "correct": i.correct,
-            **{k: v for k, v in i.truth.items() if k != "names"},
-        }
-        for i in items
-    ]
+    rows = [vars(item) | {"image": str(item.image)} for item in items]
     write_whole(
         folder / f"{task}.jsonl",
         lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"),
@@ -492,7 +204,7 @@ def run_task(task, model, records, wording, args, provenance):
             "metrics": metrics,
             "questions": len(items),
             "paper": PAPER.get(task),
-            "prompts": prompts,
+            "prompts": asked.prompts,
             **provenance,
         },
     )

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+import benchmarks
 import evaluate
-from coords import CoordFormat
-from data import Object, Record, Wording
-from evaluate import (
+from benchmarks import (
+    TASKS,
     Item,
     first_named,
     hal_metrics,
@@ -21,6 +21,8 @@ from evaluate import (
     spatial_metrics,
     spatial_triplets,
 )
+from coords import CoordFormat
+from data import Object, Record, Wording
 from shapes import write_world
 
 WORDING = Wording(CoordFormat("ivb", 224))
@@ -28,7 +30,7 @@ RECORD = Record("1", "x.png", (224, 224), (Object("cup", (0, 0, 100, 100)),), ("
 
 
 def judged(judge, answer, **truth):
-    item = Item("1", RECORD, "?", truth, answer)
+    item = Item("1", RECORD.image, RECORD.size, "?", truth, answer)
     judge(item, WORDING)
     return item
 
@@ -41,13 +43,13 @@ def test_locpred_counts_iou_of_the_first_box():
     assert not judged(judge_locpred, "There is no such object in the image", box_px=box_px).correct
     assert not judged(judge_locpred, "(200, 200, 210, 210) or (0, 0, 100, 100)", box_px=box_px).correct
     items = [judged(judge_locpred, text, box_px=box_px) for text in ("(0, 0, 100, 100)", "no", "(0, 0, 300, 50)")]
-    metrics = evaluate.locpred_metrics(items)
+    metrics = benchmarks.locpred_metrics(items)
     assert metrics["acc@0.5"] == 1 / 3 and metrics["no box"] == 1 / 3 and metrics["box outside image"] == 1 / 2
     assert metrics["mean IoU"] == pytest.approx((1 + 0 + 5000 / 20000) / 3)
 
 
 def test_points_count_inside_the_true_box():
-    item = Item("1", RECORD, "?", {"box_px": (0, 0, 100, 100)}, "It is located at (50, 99)")
+    item = Item("1", RECORD.image, RECORD.size, "?", {"box_px": (0, 0, 100, 100)}, "It is located at (50, 99)")
     judge_locpred(item, Wording(CoordFormat("ivb", 224), location="point"))
     assert item.correct
 
@@ -92,7 +94,7 @@ def test_spatial_questions_read_as_in_the_paper():
         (),
     )
     items = {item.truth["setting"]: item for item in spatial_items([record], WORDING, random.Random(0))}
-    second = items["across"].truth["objects"][1]
+    second = next(o.name for o in record.objects if o.box_px == items["across"].truth["boxes_px"][1])
     assert (
         items["across"].question == f"Which side of the dog is the {second} located?"
         and items["across"].truth["word"] == "right"
@@ -149,7 +151,7 @@ def test_real_photos_give_questions_for_every_task(real):
 
     folder = real("coco-sample")
     records, left_out = read_coco(folder / "annotations/instances_train2017.json", folder / "images")
-    counts = {task: len(make(records, WORDING, random.Random(0))) for task, (make, *_) in evaluate.TASKS.items()}
+    counts = {task: len(asked.items(records, WORDING, random.Random(0))) for task, asked in TASKS.items()}
     assert not left_out and len(records) == 178 and all(count > 50 for count in counts.values()), counts
     assert counts["locpred"] == counts["revloc"] == sum(len(r.objects) for r in records)
 
@@ -170,7 +172,7 @@ def test_a_run_is_evaluated_from_the_command_line(tmp_path, make_model, blind):
     ]
     evaluate.main(flags + ["--blind"] * blind)
     folder = tmp_path / "run" / ("eval_blind" if blind else "eval")
-    first = {task: (folder / f"{task}.json").read_text() for task in evaluate.TASKS}
+    first = {task: (folder / f"{task}.json").read_text() for task in TASKS}
     for task, text in first.items():
         result = json.loads(text)
         assert (
@@ -184,7 +186,7 @@ def test_a_run_is_evaluated_from_the_command_line(tmp_path, make_model, blind):
         assert len((folder / f"{task}.jsonl").read_text().splitlines()) == result["questions"]
         assert (folder / f"{task}.png").exists()
     evaluate.main(flags + ["--blind"] * blind)
-    assert first == {task: (folder / f"{task}.json").read_text() for task in evaluate.TASKS}
+    assert first == {task: (folder / f"{task}.json").read_text() for task in TASKS}
 
 
 def test_a_question_of_ones_own_is_answered_and_drawn(tmp_path, make_model, capsys):
