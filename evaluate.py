@@ -29,10 +29,10 @@ from PIL import Image, ImageDraw
 import shapes
 import video
 from benchmarks import PAPER, TASKS
-from checkpoint import write_json, write_whole
+from checkpoint import sha256, write_json, write_whole
 from clip_vit import MEAN, open_image
 from data import NEG_ANSWER, Wording, read_file
-from model import LocVLM, sha256
+from model import LocVLM
 
 # ----- asking
 
