@@ -42,6 +42,7 @@ class Item:
     answer: str = ""
     correct: bool | None = None
     boxes_px: list = field(default_factory=list)  # what the answer locates, original pixels
+    mirrored: bool = False  # the picture is flipped left to right when it is loaded
 
 
 def item_of(record, name, question, truth):
@@ -293,6 +294,21 @@ TASKS = {
     "spatial": Task(spatial_items, judge_spatial, spatial_metrics, tuple(SIDE_PROMPTS.values())),
     "hal": Task(hal_items, judge_hal, hal_metrics, ("Is there {a/an object} in the image?",)),
 }
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A public benchmark: how its own files are read, and its answers counted."""
+
+    read: Callable  # (questions, answers or None, images, **options) -> (items, {reason: count left out})
+    judge: Callable  # (item, wording): sets item.correct
+    metrics: Callable  # items -> {name: share or count}
+    prompts: tuple = ()
+    files: str = ""
+    submission: Callable | None = None  # items -> JSON in the official format
+
+
+BENCHMARKS = {}
 
 
 def mean(values):
