@@ -22,7 +22,6 @@ TASK.parts until all is: a run that was killed goes on from there, on any number
 import argparse
 import copy
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -34,9 +33,9 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -46,7 +45,7 @@ from tqdm import tqdm
 
 import shapes
 import video
-from benchmarks import BENCHMARKS, PAPER, TASKS, Benchmark, Task
+from benchmarks import BENCHMARKS, PAPER, PAPER_ROWS, TASKS, Benchmark, Task
 from checkpoint import (
     end_with_parent,
     open_journal,
@@ -64,6 +63,10 @@ from checkpoint import (
 from clip_vit import MEAN, has_image, open_image
 from data import NEG_ANSWER, Wording, coco_id, image_ids, image_ids_of, join_sources, parse_sources, read_file
 from model import LocVLM, LocVLMConfig
+from scores import ask_judge, judge_requests, read_judgements
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 # ----- what is asked
 
@@ -83,12 +86,12 @@ def read_jobs(args, wording, frames):
     """Read what is asked, before any model is: a list of Jobs. Refuses what is missing by name."""
     if args.task in BENCHMARKS:
         task = BENCHMARKS[args.task]
-        options = {key: value for key in ("split", "short") if (value := getattr(args, key))}
-        answers = Path(args.answers) if args.answers else None
-        items, left_out = task.read(Path(args.questions), answers, Path(args.images), **options)
+        files = [Path(path) for path in (args.questions, args.answers) if path]
+        given = {"split": args.split, "short": args.short, "seed": args.seed, "wording": wording}
+        options = {key: value for key, value in given.items() if key in task.options and value is not None}
+        items, left_out = task.read(files[0], files[1] if args.answers else None, Path(args.images), **options)
         first = set(list(dict.fromkeys(item.image for item in items))[: args.limit])
-        items = [item for item in items if item.image in first]
-        jobs = [Job(args.task, task, items, dict(left_out), [args.questions, *[args.answers] * bool(answers)])]
+        jobs = [Job(args.task, task, [item for item in items if item.image in first], dict(left_out), files)]
     else:
         if not args.coco:
             world = shapes.ensure_clips() if frames else shapes.ensure_world()
@@ -114,7 +117,7 @@ def read_jobs(args, wording, frames):
 def require_images(jobs, folder):
     """Refuse to begin where images are missing."""
     paths = {item.image for job in jobs for item in job.items if item.image}
-    missing = sorted(str(path) for path in paths if not (path.exists() if video.is_clip(path) else has_image(path)))
+    missing = sorted(path.name for path in paths if not (path.exists() if video.is_clip(path) else has_image(path)))
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(paths)} images are not in {folder} ({some(missing)}); expected all; check --images"
@@ -145,16 +148,22 @@ def still(path, mirrored=False):
     return ImageOps.mirror(image) if mirrored else image
 
 
+def by_picture(items):
+    """Put items that are asked about the same picture together: (path, mirrored) -> items."""
+    pictures = {}
+    for item in items:
+        pictures.setdefault((item.image, item.mirrored), []).append(item)
+    return pictures
+
+
 def batches(items, size):
     """Split items into batches of up to `size` questions, those of a picture together: its prefix is read once.
 
     Questions of a length go together, so that little of a batch is padding. What is in a batch depends on the items and
-    the size alone, not on who answers it: in bfloat16 the company of a question can change its answer.
+    the size alone, not on their order or on who asks them: in bfloat16 the company of a question can change its answer.
     """
-    pictures = {}
-    for item in items:
-        pictures.setdefault((item.image, item.mirrored), []).append(item)
-    pieces = [group[i : i + size] for group in pictures.values() for i in range(0, len(group), size)]
+    groups = by_picture(sorted(items, key=lambda item: item.id)).values()
+    pieces = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
     pieces.sort(key=lambda piece: max(len(item.question) for item in piece))
     batch = []
     for piece in pieces:
@@ -168,12 +177,9 @@ def batches(items, size):
 
 def answers_to(batch, model, blind, decoding):
     """Let the model answer a batch: id -> answer."""
-    pictures = {}
-    for item in batch:
-        pictures.setdefault((item.image, item.mirrored), []).append(item)
-    images = []
+    pictures, images = by_picture(batch), []
     for path, mirrored in pictures:
-        if blind:
+        if blind or not path:
             images.append(blank())
         elif model.config.frames:
             frames = video.frames_of(path, model.config.frames)
@@ -188,12 +194,13 @@ def answers_to(batch, model, blind, decoding):
     }
 
 
-def answer_all(items, size, ask, parts, options, processes, fresh=False):
+def answer_all(items, size, asker, parts, options, processes, fresh=False):
     """Have all items answered, this process every world-th batch: (how many were asked now, in how many seconds).
 
-    ask      batch -> {id: answer}
-    parts    folder of journals; those of a run that was killed are gone on with where its options were these
-    options  all that answers depend on, as JSON
+    asker      gives the function batch -> {id: answer}; called where something is to be asked
+    parts      folder of journals; those of a run that was killed are gone on with where its options were these
+    options    all that answers depend on, as JSON; rank 0's count
+    processes  (rank, world, function that waits for all)
     Rank 0 ends with an answer in each item; the folder stays until its caller has written them elsewhere.
     """
     rank, world, wait = processes
@@ -205,23 +212,16 @@ def answer_all(items, size, ask, parts, options, processes, fresh=False):
     pending = [batch for batch in batches(items, size) if batch[0].id not in done]
     if rank == 0 and done:
         print(f"{len(done)} of {len(items)} questions are answered in {parts}: going on from there")
-    began = time.time()
+    mine = pending[rank::world]
     with open_journal(parts / f"part-{rank}.jsonl") as journal:
-        for batch in tqdm(pending[rank::world], desc=parts.stem, disable=None if rank == 0 else True):
+        ask, began = asker() if mine else None, time.perf_counter()
+        for batch in tqdm(mine, desc=parts.stem, disable=None if rank == 0 else True):
             write_line(journal, {"answers": ask(batch)})
     wait()
     if rank == 0:
-        join(
-            items,
-            [
-                pair
-                for path in parts.glob("part-*.jsonl")
-                for row in read_journal(path)
-                for pair in row["answers"].items()
-            ],
-            parts,
-        )
-    return sum(map(len, pending)), time.time() - began
+        rows = [row["answers"] for path in parts.glob("part-*.jsonl") for row in read_journal(path)]
+        join(items, [pair for row in rows for pair in row.items()], parts)
+    return sum(map(len, pending)), time.perf_counter() - began
 
 
 def begin(parts, options, fresh):
@@ -257,24 +257,20 @@ def join(items, pairs, source):
         item.answer = answers[item.id]
 
 
-def read_answers(path):
-    """Read rows with id and answer, JSON lines: list of (id, answer)."""
-    pairs = []
-    for number, line in enumerate(
-        require_file(path, "rows with id and answer").read_text("utf-8").split("\n"), start=1
-    ):
+def read_rows(path, texts):
+    """Read JSON lines whose values under the keys `texts` are text: list of dicts."""
+    rows = []
+    for number, line in enumerate(require_file(path, "JSON lines").read_text("utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             row = None
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("id", "answer")):
-            raise ValueError(
-                f"{path}: line {number} is {line[:80]}; expected JSON with the texts id and answer; mend it"
-            )
-        pairs.append((row["id"], row["answer"]))
-    return pairs
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in texts):
+            raise ValueError(f"{path}: line {number} is {line[:80]}; expected JSON with the texts {texts}; mend it")
+        rows.append(row)
+    return rows
 
 
 # ----- pictures
@@ -317,7 +313,8 @@ def overlay(items, path):
     for item in shown:
         truth = [item.truth["box_px"]] if "box_px" in item.truth else item.truth.get("boxes_px", [])
         boxes = [(box_px, "lime") for box_px in truth] + [(box_px, "blue") for box_px in item.boxes_px]
-        lines = [("right: " if item.correct else "wrong: ") + item.question[:400], "-> " + item.answer[:160]]
+        mark = "" if item.correct is None else "right: " if item.correct else "wrong: "
+        lines = [mark + item.question[:400], "-> " + item.answer[:160]]
         cards.append(draw(still(item.image, item.mirrored), boxes, lines))
     if cards:
         contact_sheet(cards, path)
@@ -371,30 +368,36 @@ def git_commit():
 def trained_on(run, given=""):
     """The COCO ids of the images that a run has seen: (files that name them, ids), or None where that is not known.
 
-    given  the files, parted by commas; else those that train.py noted in the run, and in the one it began with
+    given  the files, parted by commas; else those that train.py noted in the run, and in those it went on from
     """
     if given:
         return given.split(","), image_ids_of(given)
-    path = Path(run) / "config.json"
-    notes = read_json(path).get("locvlm", {}).get("trained_with") if path.is_file() else None
-    if not notes:
-        return None
-    files = [notes["coco"], notes["captions"], notes["llava"]]
-    if notes["data"] or any(files):
-        files = [path for path, _, _ in parse_sources(join_sources(notes["data"], notes["images"], *files))]
-    else:  # the shapes world
-        files = sorted(map(str, Path("data/moving" if notes["stages"] in "34" else "data/shapes").glob("*_train.json")))
-    before = trained_on(notes["init_from"]) if notes["init_from"] else None
-    if not files or not all(map(os.path.isfile, files)):
-        return None
-    ids = set()
-    for path in files:
-        try:
-            ids |= image_ids(path)
-        except ValueError:  # it names no COCO image
-            continue
-    ids -= image_ids_of(notes["exclude"])
-    return ([*files, *before[0]], ids | before[1]) if before else (files, ids)
+    files, ids, visited = [], set(), set()
+    while run and Path(run).resolve() not in visited:
+        visited.add(Path(run).resolve())
+        path = Path(run) / "config.json"
+        notes = read_json(path).get("locvlm", {}).get("trained_with") if path.is_file() else None
+        if not notes:
+            break
+        own = [notes["coco"], notes["captions"], notes["llava"]]
+        if notes["data"] or any(own):
+            own = [path for path, _, _ in parse_sources(join_sources(notes["data"], notes["images"], *own))]
+        else:
+            world = "data/moving" if notes["stages"] in ("3", "4") else "data/shapes"
+            own = sorted(map(str, Path(world).glob("*_train.json")))
+        if not own or not all(map(os.path.isfile, own)):
+            return None
+        files, run = files + own, notes["init_from"]
+        ids |= set().union(*map(named_by, own)) - image_ids_of(notes["exclude"])
+    return (files, ids) if files else None
+
+
+def named_by(path):
+    """The COCO ids of a file's images; none where it names none, as chat.json of CC3M."""
+    try:
+        return image_ids(path)
+    except ValueError:
+        return set()
 
 
 def contamination(items, seen):
@@ -405,23 +408,29 @@ def contamination(items, seen):
     return {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]}
 
 
-def write_results(job, items, folder, wording, about):
+def write_results(job, items, folder, wording, about, args):
     """Judge the answers and write what they count, the rows, pictures, and what others want of them."""
     for item in items:
         job.task.judge(item, wording)
     metrics = job.task.metrics(items)
+    judged, judge = judge_of(job, items, folder, args)
+    metrics |= judged
     keys = ("id", "image", "size", "question", "answer", "correct", "boxes_px", "mirrored", "truth")
     rows = [{key: getattr(item, key) for key in keys} | {"image": item.image and str(item.image)} for item in items]
     write_rows(folder / f"{job.name}.jsonl", rows)
-    if getattr(job.task, "submission", None):
+    if job.name in BENCHMARKS and job.task.submission:
         write_json(folder / f"{job.name}.submission.json", job.task.submission(items))
     counted = {
         "task": job.name,
-        "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
+        "metrics": {
+            name: value if value == value else None for name, value in metrics.items()
+        },  # NaN: no such question
         "questions": len(items),
         "images": len({item.image for item in items}),
         "left_out": job.left_out,
+        "judge": judge,
         "paper": PAPER.get(job.name),
+        "paper_rows": PAPER_ROWS.get(job.name, []),
         "prompts": list(job.task.prompts),
         "questions_sha256": questions_sha256(items),
         "answers_sha256": answers_sha256(items),
@@ -434,6 +443,37 @@ def write_results(job, items, folder, wording, about):
 def write_rows(path, rows):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def of_clips(job):
+    """Say whether a job asks about clips and has answers in words: what the paper lets a language model judge (Tab. 6, 7)."""
+    return all("answer" in item.truth and item.image and video.is_clip(item.image) for item in job.items)
+
+
+def judge_of(job, items, folder, args):
+    """Let a language model judge answers about clips: (its figures, what it was), ({}, None) where none is asked.
+
+    Its requests are written for any run. What it said is kept row by row, so that no answer is judged twice.
+    """
+    if not of_clips(job):
+        return {}, None
+    write_rows(folder / f"{job.name}.requests.jsonl", judge_requests(items, args.judge_model))
+    if args.judgements:
+        rows = read_rows(args.judgements, ("custom_id",))
+        return read_judgements(rows, items), {"model": args.judge_model, "file": args.judgements}
+    if not args.judge_url:
+        return {}, None
+    said, path = {item.id: item.answer for item in items}, folder / f"{job.name}.judgements.jsonl"
+    with open_journal(path) as journal:
+        kept = [
+            r for r in read_journal(path) if (said.get(r["custom_id"]), args.judge_model) == (r["answer"], r["model"])
+        ]
+        key = os.environ.get("OPENAI_API_KEY")
+        for row in tqdm(ask_judge(args.judge_url, key, args.judge_model, items, kept), desc="judge", disable=None):
+            kept.append(row | {"answer": said[row["custom_id"]], "model": args.judge_model})
+            write_line(journal, kept[-1])
+    write_rows(path, kept)
+    return read_judgements(kept, items), {"model": args.judge_model, "url": args.judge_url}
 
 
 def told(left_out):
@@ -456,6 +496,8 @@ def table(job, run, folders):
     print(" " * 42 + "".join(f"{title:>10}" for title in columns))
     for name in dict.fromkeys(name for title, figures in columns.items() if title != "paper" for name in figures):
         print(f"  {name:40}" + "".join(f"{shown(figures.get(name)):>10}" for figures in columns.values()).rstrip())
+    for model, figures in PAPER_ROWS.get(job.name, ()) if job.name not in PAPER else ():
+        print(f"  paper, {model}: " + ", ".join(f"{name} {value} %" for name, value in figures.items()))
 
 
 def shown(value):
@@ -471,80 +513,74 @@ def shown(value):
 def parse(argv):
     """Read the command line, and refuse what does not go together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="run folder, or any checkpoint that LocVLM.from_pretrained takes")
-    parser.add_argument("--vision", help="folder of the CLIP tower, for an original LLaVA that does not hold it")
-    parser.add_argument(
-        "--task", choices=(*TASKS, "all", *BENCHMARKS), default="all", help="what to measure (default: all five)"
-    )
+    add = parser.add_argument
+    add("run", help="run folder, or any checkpoint that LocVLM.from_pretrained takes")
+    add("--vision", help="folder of the CLIP tower, for an original LLaVA that does not hold it")
+    add("--task", choices=(*TASKS, "all", *BENCHMARKS), default="all", help="what to measure (default: all five)")
 
-    group = parser.add_argument_group("questions")
-    group.add_argument(
-        "--coco",
-        help="instances_*.json (default: the held-out shapes, written to data/shapes where they are not there)",
-    )
-    group.add_argument("--questions", help="a benchmark's file of questions")
-    group.add_argument("--answers", help="its file of answers, where that is another one")
-    group.add_argument("--images", help="folder of the images or clips")
-    group.add_argument("--split", help="of a benchmark whose file holds several")
-    group.add_argument("--short", action="store_true", help="ask for a word or a phrase, as LLaVA-1.5's are asked")
-    group.add_argument("--location", choices=("box", "point"), default="box", help="what a location is (default: box)")
-    group.add_argument("--limit", type=int, help="use the first so many images only")
+    add = parser.add_argument_group("questions").add_argument
+    add("--coco", help="instances_*.json (default: the held-out shapes, written to data/shapes if they are not there)")
+    add("--questions", help="a benchmark's file of questions")
+    add("--answers", help="its file of answers, where that is another one")
+    add("--images", help="folder of the images or clips")
+    add("--split", help="of a benchmark whose file holds several")
+    add("--short", action="store_true", help="ask for a single word or phrase, as LLaVA-1.5 is asked")
+    add("--location", choices=("box", "point"), default="box", help="what a location is (default: box)")
+    add("--limit", type=int, help="use the first so many images only")
 
     group = parser.add_argument_group("answers")
-    which = group.add_mutually_exclusive_group()
-    which.add_argument("--blind", action="store_true", help="blank the images: what language alone achieves")
-    which.add_argument("--with-blind", action="store_true", help="ask with the images and without, and print both")
-    which.add_argument("--score", help="ask nothing: judge the answers of this file, rows as TASK.jsonl has them")
-    group.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="0 is greedy, the paper samples at 0.2; each question draws by itself, from seed and text (default: 0)",
-    )
-    group.add_argument("--seed", type=int, default=0, help="of questions and of sampling (default: 0)")
-    group.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
-    group.add_argument(
-        "--batch", type=int, default=128, help="questions at a time, those of an image together (default: 128)"
-    )
-    group.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)"
-    )
-    group.add_argument("--compile", action="store_true", help="torch.compile the decoder: a minute, then faster")
-    group.add_argument("--fresh", action="store_true", help="ask everything again, whatever a killed run has left")
-    group.add_argument(
-        "--trained-on",
-        default="",
-        help="files that name the images trained on, parted by commas (default: the run's own)",
-    )
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    either("--blind", action="store_true", help="blank the images: what language alone achieves")
+    either("--with-blind", action="store_true", help="ask with the images and without, and print both")
+    either("--score", help="ask nothing: judge the answers in this file, rows as TASK.jsonl has them")
+    add("--temperature", type=float, default=0.0, help="0 is greedy, the paper samples at 0.2 (default: 0)")
+    add("--seed", type=int, default=0, help="of questions, and of sampling, with a question's text (default: 0)")
+    add("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
+    add("--batch", type=int, default=128, help="questions at a time, those of an image together (default: 128)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--compile", action="store_true", help="torch.compile the decoder: a minute, then faster")
+    add("--fresh", action="store_true", help="ask everything again, whatever a killed run has left")
+    add("--trained-on", default="", help="files that name the images trained on, by commas (default: the run's own)")
 
-    group = parser.add_argument_group("a question of your own")
-    group.add_argument("--ask", help="a question, about --image")
-    group.add_argument("--image", help="image file or clip to ask about")
-    group.add_argument("--out", help="where --ask draws (default: RUN/eval/ask.png)")
+    group = parser.add_argument_group("a language model as judge of answers about clips")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    either("--judgements", help="its replies to TASK.requests.jsonl: JSON lines with custom_id and response")
+    either("--judge-url", help="ask it: https://host/v1, with the key that OPENAI_API_KEY holds")
+    add("--judge-model", default="gpt-3.5-turbo", help="its name (default: gpt-3.5-turbo, the paper's)")
+
+    add = parser.add_argument_group("a question of your own").add_argument
+    add("--ask", help="a question, about --image")
+    add("--image", help="image file or clip to ask about")
+    add("--out", help="where --ask draws (default: RUN/eval/ask.png)")
     args = parser.parse_args(argv)
 
-    known = inspect.signature(BENCHMARKS[args.task].read).parameters if args.task in BENCHMARKS else ()
-    benchmark = f"--task {args.task}"
-    for wrong, complaint in (
+    task, asked = f"--task {args.task}", BENCHMARKS.get(args.task)
+    takes, files = (
+        ((*asked.options, "answers" if "answers:" in asked.files else ""), asked.files) if asked else ((), "")
+    )
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    refused = [
         (bool(args.ask) != bool(args.image), "--ask and --image; expected both or none"),
-        (args.ask and int(os.environ.get("WORLD_SIZE", 1)) > 1, "--ask in several processes; expected one"),
+        (several and (args.ask or args.score), "--ask or --score in several processes; expected one"),
         (args.coco and not args.images, "--coco without --images; expected the folder of its images"),
-        (known and not (args.questions and args.images), f"{benchmark} without --questions FILE --images FOLDER"),
-        (known and args.coco, f"{benchmark} with --coco; expected --questions, the benchmark's own file"),
-        (not known and args.questions, f"--questions with {benchmark}; expected one of {', '.join(BENCHMARKS)}"),
-        (not known and args.images and not args.coco, "--images without --coco; expected the annotations"),
-        *(
-            (getattr(args, name) and name not in known, f"--{name} with {benchmark}, which has none; leave it out")
-            for name in ("answers", "split", "short")
-        ),
+        (asked and args.coco, f"{task} with --coco; expected --questions FILE --images FOLDER"),
+        (asked and not args.questions, f"{task} without --questions FILE; expected {files}"),
+        (asked and not args.images, f"{task} without --images; expected the folder of its images"),
+        (not asked and args.questions, f"{task} with --questions; expected one of {', '.join(BENCHMARKS)}"),
+        (not asked and args.images and not args.coco, "--images without --coco; expected the annotations"),
+        (args.judgements and args.with_blind, "--judgements with --with-blind; expected the replies about one run"),
         (args.score and args.task == "all", "--score with --task all; expected the task that its rows are of"),
-        (args.score and int(os.environ.get("WORLD_SIZE", 1)) > 1, "--score in several processes; expected one"),
-        *(
-            (getattr(args, name) is not None and getattr(args, name) < 1, f"--{name.replace('_', '-')} below 1")
-            for name in ("limit", "batch", "max_new_tokens")
-        ),
         (not 0 <= args.temperature < math.inf, f"--temperature {args.temperature}; expected 0 or more"),
-    ):
+    ]
+    for name in ("answers", "split", "short"):
+        refused.append(
+            (getattr(args, name) and name not in takes, f"{task} with --{name}, which it has not; leave it out")
+        )
+    for name in ("limit", "batch", "max_new_tokens"):
+        refused.append(
+            (getattr(args, name) is not None and getattr(args, name) < 1, f"--{name.replace('_', '-')} below 1")
+        )
+    for wrong, complaint in refused:
         if wrong:
             parser.error(complaint)
     return args
@@ -560,28 +596,36 @@ def start_processes():
     return dist.get_rank(), world, dist.barrier
 
 
-def wording_of(config, location):
-    """How questions are put to a model: its coordinates, and its medium where it reads clips."""
-    medium = {"medium": "video"} if config.frames and "medium" in {f.name for f in fields(Wording)} else {}
-    return Wording(config.coord_format(), location=location, **medium)
-
-
-def model_config(args):
-    """Read a checkpoint's config and check its shapes, but read no weights: (LocVLMConfig, tokenizer)."""
+def read_config_of(args):
+    """Read a checkpoint's config and check its shapes, but read no weights: (LocVLMConfig, what pins its tokenizer)."""
     if args.score and not (Path(args.run) / "config.json").is_file():
-        print(f"{args.run} holds no model: its boxes are read as {LocVLMConfig().coord_format()}")
+        print(f"{args.run} holds no model: boxes are read as {LocVLMConfig().coord_format()}")
         return LocVLMConfig(), None
     hollow = LocVLM.from_pretrained(args.run, args.vision, device="meta")
-    return hollow.config, hollow.tokenizer
+    return hollow.config, sha256(hollow.tokenizer.path)
+
+
+def score(args, jobs, wording, about):
+    """Judge answers that are there. Those of a run's own rows stay its results; others go to RUN/eval_scored."""
+    [job] = jobs
+    join(job.items, [(row["id"], row["answer"]) for row in read_rows(args.score, ("id", "answer"))], args.score)
+    folder, rows = Path(args.run) / "eval_scored", Path(args.score)
+    about |= {"scored": {"file": str(rows), "sha256": sha256(rows)}}
+    if rows.name == f"{job.name}.jsonl" and rows.with_suffix(".json").is_file():
+        before = read_json(rows.with_suffix(".json"))
+        ours = {"questions_sha256": questions_sha256(job.items), "answers_sha256": answers_sha256(job.items)}
+        if before.items() >= ours.items():
+            folder, about = rows.parent, before | {key: about[key] for key in ("git_commit", "torch")}
+    write_results(job, job.items, folder, wording, about, args)
+    columns = {"ours": "eval", "blind": "eval_blind"}
+    table(job, args.run, columns if folder.name in columns.values() else {"scored": folder.name, **columns})
 
 
 def main(argv=None):
     args = parse(argv)
-    rank, world, wait = start_processes()
+    rank, world, wait = processes = start_processes()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0) if world > 1 else 0}" if torch.cuda.is_available() else "cpu"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        args.dtype or ("fp32" if device == "cpu" else "bf16")
-    ]
+    dtype = DTYPES[args.dtype or ("fp32" if device == "cpu" else "bf16")]
     decoding = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
 
     @cache
@@ -592,107 +636,76 @@ def main(argv=None):
 
     if args.ask:
         out = args.out or Path(args.run) / "eval" / "ask.png"
-        return ask(model(), args.image, args.ask, out, args.max_new_tokens, args.temperature, args.seed)
+        return ask(model(), args.image, args.ask, out, **decoding)
 
-    # 1 read, and refuse, before weights are
-    config, tokenizer = model_config(args)
-    wording = wording_of(config, args.location)
+    # 1 read the questions, and refuse what is wrong with them before the weights are read
+    config, tokenizer_sha256 = read_config_of(args)
+    wording = Wording(config.coord_format(), location=args.location, medium="video" if config.frames else "image")
     if rank > 0:
-        wait()  # until rank 0 has written the shapes world, if it is wanted
+        wait()  # until rank 0 has written the shapes world, where that is wanted
     jobs = read_jobs(args, wording, config.frames)
     if rank == 0:
         wait()
     require_images(jobs, args.images)
+    if (args.judgements or args.judge_url) and not all(map(of_clips, jobs)):
+        raise ValueError(f"a judge for --task {args.task}; expected questions about clips, with answers; leave it out")
+    if args.judgements:
+        require_file(args.judgements, "the judge's replies")
+    spoken = {"template": "v1", "geometry": config.geometry, "kind": config.kind, "frames": config.frames}
     about = {
         "run": str(args.run),
-        "data": str(jobs[0].files[0]) if jobs else None,
+        "data_sha256": {str(path): sha256(path) for job in jobs[:1] if rank == 0 for path in job.files},
         "split": args.split,
-        "template": "v1",
         "short": args.short,
-        "geometry": config.geometry,
-        "kind": config.kind,
+        **spoken,
         "location": args.location,
-        "frames": config.frames,
+        "seed": args.seed,
         "no_object_answer": NEG_ANSWER,
         "git_commit": git_commit(),
         "torch": torch.__version__,
     }
     if args.score:
         return score(args, jobs, wording, about)
+    answering = {  # with the questions, all that answers depend on
+        **spoken,
+        "weights_sha256": weights_sha256(args.run) if rank == 0 else None,
+        "vision_sha256": weights_sha256(args.vision) if args.vision and rank == 0 else None,
+        "tokenizer_sha256": tokenizer_sha256,
+        "dtype": str(dtype).removeprefix("torch."),
+        "decoding": decoding,
+        "batch": args.batch,
+        "compile": args.compile,
+        "device": torch.cuda.get_device_name(device) if device != "cpu" else platform.machine(),
+        "images_folder": str(args.images),
+    }
+    seen = trained_on(args.run, args.trained_on) if rank == 0 else None
     if rank == 0:
-        answering = {
-            "weights_sha256": weights_sha256(args.run),
-            "vision_sha256": weights_sha256(args.vision) if args.vision else None,
-            "tokenizer_sha256": sha256(tokenizer.path),
-            "dtype": str(dtype).removeprefix("torch."),
-            "decoding": decoding,
-            "batch": args.batch,
-            "compile": args.compile,
-            "device": torch.cuda.get_device_name(device) if device != "cpu" else platform.machine(),
-        }
-        seen = trained_on(args.run, args.trained_on)
-        files = {str(path): sha256(path) for job in jobs for path in job.files}
-        print(f"{args.run} on {about['data']}" + (f", {world} processes" if world > 1 else ""))
+        print(f"{args.run} on {', '.join(about['data_sha256'])}" + (f" in {world} processes" if world > 1 else ""))
 
     # 2 ask, and write
     for job in jobs:
         for blind in (True, False) if args.with_blind else (args.blind,):
-            items, folder, options = (
-                copy.deepcopy(job.items),
-                Path(args.run) / ("eval_blind" if blind else "eval"),
-                None,
-            )
+            items = copy.deepcopy(job.items)  # judging marks them
+            folder = Path(args.run) / ("eval_blind" if blind else "eval")
+            parts, how = folder / f"{job.name}.parts", answering | {"blind": blind}
+            options = {"questions_sha256": questions_sha256(items), **how}
+
+            def asker(blind=blind):
+                return partial(answers_to, model=model(), blind=blind, decoding=decoding)
+
+            asked, seconds = answer_all(items, args.batch, asker, parts, options, processes, args.fresh)
             if rank == 0:
-                how = {key: about[key] for key in ("template", "geometry", "kind", "frames")}
-                options = {
-                    "questions": questions_sha256(items),
-                    "images": str(args.images),
-                    "blind": blind,
-                    **answering,
-                    **how,
-                }
-            asked, seconds = answer_all(
-                items,
-                args.batch,
-                lambda batch, blind=blind: answers_to(batch, model(), blind, decoding),
-                folder / f"{job.name}.parts",
-                options,
-                (rank, world, wait),
-                args.fresh,
-            )
-            if rank == 0:
-                ran = {
-                    "blind": blind,
-                    "contamination": contamination(items, seen),
-                    "data_sha256": {str(path): files[str(path)] for path in job.files},
-                    "world_size": world,
-                    "asked": asked,
-                    "seconds": round(seconds, 2),
-                    "questions_per_second": round(asked / seconds, 2) if asked else None,
-                }
-                write_results(job, items, folder, wording, {**about, **answering, **ran})
-                shutil.rmtree(folder / f"{job.name}.parts")
+                speed = {"seconds": round(seconds, 2), "questions_per_second": round(asked / seconds, 2)}
+                trained = contamination(items, seen)
+                ran = {"contamination": trained, "world_size": world, "asked": asked, **speed}
+                write_results(job, items, folder, wording, {**about, **how, **ran}, args)
+                shutil.rmtree(parts)
         if rank == 0:
             table(job, args.run, {"ours": "eval", "blind": "eval_blind"})
+            if trained != "unknown" and trained["images"]:
+                print(f"  {trained['images']} of the {trained['of']} images were trained on")
     if world > 1:
-        wait()
         dist.destroy_process_group()
-
-
-def score(args, jobs, wording, about):
-    """Judge answers that are there. Those of a run's own rows stay its results; others go to RUN/eval_scored."""
-    [job] = jobs
-    join(job.items, read_answers(args.score), args.score)
-    folder, rows = Path(args.run) / "eval_scored", Path(args.score)
-    about |= {"scored": {"file": str(rows), "sha256": sha256(rows)}}
-    if rows.name == f"{job.name}.jsonl" and rows.with_suffix(".json").is_file():
-        before = read_json(rows.with_suffix(".json"))
-        ours = {"questions_sha256": questions_sha256(job.items), "answers_sha256": answers_sha256(job.items)}
-        if before.items() >= ours.items():
-            folder, about = rows.parent, before | {key: about[key] for key in ("git_commit", "torch")}
-    write_results(job, job.items, folder, wording, about)
-    columns = {"ours": "eval", "blind": "eval_blind"}
-    table(job, args.run, columns if folder.name in columns.values() else {"scored": folder.name, **columns})
 
 
 if __name__ == "__main__":

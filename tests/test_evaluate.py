@@ -1,14 +1,25 @@
 """Every published figure has a hand-counted case."""
 
+import copy
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import ROOT
+from PIL import ImageOps
 
 import benchmarks
 import evaluate
 from benchmarks import (
     TASKS,
+    Benchmark,
     Item,
     first_named,
     hal_metrics,
@@ -20,6 +31,7 @@ from benchmarks import (
     spatial_metrics,
     spatial_triplets,
 )
+from checkpoint import read_json, sha256, write_json
 from coords import CoordFormat
 from data import Object, Record, Wording
 from shapes import write_world
@@ -155,10 +167,10 @@ def test_real_photos_give_questions_for_every_task(real):
     assert counts["locpred"] == counts["revloc"] == sum(len(r.objects) for r in records)
 
 
-def result_of(folder, task):
+def result_of(folder, task, timed=True):
     """A result without what differs from one run to the next."""
     result = json.loads((folder / f"{task}.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert result.pop("seconds") >= 0 and result.pop("questions_per_second", None) != 0
+    assert not timed or result.pop("seconds") >= 0 and result.pop("questions_per_second") >= 0
     return {key: value for key, value in result.items() if key not in ("asked", "world_size")}
 
 
@@ -210,3 +222,363 @@ def test_a_question_of_ones_own_is_answered_and_drawn(tmp_path, make_model, caps
         ]
     )
     assert "ask.png" in capsys.readouterr().out and (tmp_path / "run/eval/ask.png").exists()
+
+
+# ----- asking: several processes, a kill, answers made elsewhere
+
+
+@pytest.fixture
+def run(make_model, tmp_path):
+    """A run folder and a world of 12 images: the words of a command line that evaluates it on locpred."""
+    write_world(tmp_path / "world", {"val": 12})
+    make_model().save_pretrained(tmp_path / "run")
+    return command(tmp_path / "run", tmp_path / "world")
+
+
+def command(run, world, task="locpred"):
+    data = ["--coco", str(world / "instances_val.json"), "--images", str(world / "images")]
+    return [str(run), "--task", task, *data, "--max-new-tokens", "6", "--batch", "4"]
+
+
+def copy_of(words, folder):
+    """The same command for a copy of its run."""
+    shutil.copytree(words[0], folder)
+    return [str(folder), *words[1:]]
+
+
+def start(words, **environment):
+    """Start evaluate.py in a process of its own, whose sums are made in the same order as here."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
+    return subprocess.Popen([sys.executable, ROOT / "evaluate.py", *words], env=environment, stdout=subprocess.PIPE)
+
+
+def rows_of(words, task="locpred", folder="eval"):
+    return (Path(words[0]) / folder / f"{task}.jsonl").read_bytes()
+
+
+def test_killed_and_resumed_on_two_processes_equals_one(run, tmp_path):
+    """kill -9 after a batch, a torn line, then two processes: the rows of a run left alone, to the byte, and fewer asked."""
+    evaluate.main(run)
+    whole = result_of(Path(run[0]) / "eval", "locpred")
+    killed = copy_of(run, tmp_path / "killed")
+    shutil.rmtree(Path(killed[0]) / "eval")
+    process = start(killed)
+    part = Path(killed[0]) / "eval/locpred.parts/part-0.jsonl"
+    deadline = time.time() + 60
+    while process.poll() is None and time.time() < deadline and not (part.exists() and part.read_bytes().count(b"\n")):
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert part.read_bytes().count(b"\n") >= 1 and not (Path(killed[0]) / "eval/locpred.json").exists()
+    with open(part, "ab") as file:
+        file.write(b'{"answers": {"1')
+    two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29561"}  # what torchrun tells its processes
+    processes = [start(killed, **two, RANK=str(rank)) for rank in (0, 1)]
+    printed, _ = processes[0].communicate(timeout=120)
+    assert processes[0].returncode == processes[1].wait(timeout=120) == 0
+    assert rows_of(killed) == rows_of(run) and b"going on from there" in printed
+    again = json.loads((Path(killed[0]) / "eval/locpred.json").read_text())
+    assert again["world_size"] == 2 and 0 < again["asked"] < again["questions"] == whole["questions"]
+    assert {**whole, "run": killed[0]} == result_of(Path(killed[0]) / "eval", "locpred")
+    assert not part.parent.exists()
+
+
+def test_a_journal_of_other_options_is_begun_anew(run, capsys):
+    parts = Path(run[0]) / "eval/locpred.parts"
+    write_json(parts / "options.json", {"decoding": {"seed": 7}})
+    (parts / "part-3.jsonl").write_text('{"answers": {"none of ours": "x"}}\n')
+    evaluate.main(run)
+    assert "begun with other" in capsys.readouterr().out and not parts.exists()
+
+
+def ten():
+    return [Item(str(i), Path(f"{i // 3}.png"), None, "?" * (i + 1), {}) for i in range(10)]
+
+
+def test_batches_keep_a_picture_together_and_do_not_depend_on_order():
+    items = ten()
+    cut = [[item.id for item in batch] for batch in evaluate.batches(items, 4)]
+    assert cut == [["0", "1", "2"], ["3", "4", "5"], ["6", "7", "8", "9"]]
+    assert cut == [[item.id for item in batch] for batch in evaluate.batches(items[::-1], 4)]
+    small = [[item.id for item in batch] for batch in evaluate.batches(items, 2)]
+    assert max(map(len, small)) == 2 and sorted(sum(small, [])) == [str(i) for i in range(10)], "a picture is cut"
+
+
+def test_answers_are_joined_by_id_and_what_is_wrong_is_named(tmp_path, monkeypatch):
+    """Journals of two processes; then an id that is missing, doubled or unknown."""
+    options, alone = {"seed": 0}, (0, 1, lambda: None)
+    parts = tmp_path / "t.parts"
+
+    def asker():
+        return lambda batch: {item.id: item.id + "!" for item in batch}
+
+    items = ten()
+    assert evaluate.answer_all(items, 3, asker, parts, options, alone)[0] == 10
+    assert [item.answer for item in items] == [f"{i}!" for i in range(10)]
+    assert evaluate.answer_all(ten(), 3, None, parts, options, alone)[0] == 0, "all is there: the model is not wanted"
+    rows = (parts / "part-0.jsonl").read_text().splitlines(keepends=True)
+    (parts / "part-1.jsonl").write_text(rows[0])
+    with pytest.raises(ValueError, match=r"3 ids occur twice \(0, 1, 2\)"):
+        evaluate.answer_all(ten(), 3, asker, parts, options, alone)
+    (parts / "part-1.jsonl").write_text('{"answers": {"else": ""}}\n')
+    with pytest.raises(ValueError, match=r"1 ids belong to no question \(else\)"):
+        evaluate.answer_all(ten(), 3, asker, parts, options, alone)
+    with pytest.raises(ValueError, match=r"10 ids are missing \(0, 1, 2, 3, 4 and 5 more\)"):
+        evaluate.join(ten(), [], "x")
+    assert evaluate.answer_all(ten(), 3, asker, parts, options, alone, fresh=True)[0] == 10
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with evaluate.open_journal(parts / "part-0.jsonl"), pytest.raises(ValueError, match="written by another run"):
+        evaluate.answer_all(ten(), 3, asker, parts, {"seed": 1}, alone)
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(run, tmp_path):
+    sampled = [*run, "--temperature", "0.9", "--seed", "3"]
+    other = copy_of(sampled, tmp_path / "other")
+    evaluate.main(sampled)
+    evaluate.main([*other, "--batch", "7"])
+    assert rows_of(sampled) == rows_of(other)
+    evaluate.main([*other, "--batch", "7", "--seed", "4"])
+    assert rows_of(sampled) != rows_of(other)
+
+
+def test_a_result_says_what_it_was_made_of(run, tmp_path, make_model):
+    """What the loader reads is hashed and nothing else; the images trained on are counted where the run says which."""
+    folder, world = Path(run[0]), Path(run[4]).parent
+    (folder / "pytorch_model.bin").write_text("the loader prefers the other")
+    notes = {"coco": str(world / "instances_val.json"), "captions": "", "llava": "", "data": "", "stages": "2"}
+    notes |= {"images": str(world / "images"), "exclude": "", "init_from": ""}
+    config = read_json(folder / "config.json")
+    evaluate.main([*run, "--limit", "5"])
+    assert result_of(folder / "eval", "locpred")["contamination"] == "unknown"
+    write_json(folder / "config.json", {**config, "locvlm": {**config["locvlm"], "trained_with": notes}})
+    evaluate.main([*run, "--limit", "5"])
+    result = result_of(folder / "eval", "locpred")
+    assert result["contamination"] == {"images": 5, "of": 5, "files": [notes["coco"]]}
+    assert result["weights_sha256"] == {n: sha256(folder / n) for n in ("config.json", "model.safetensors")}
+    assert result["data_sha256"] == {notes["coco"]: sha256(notes["coco"])} and result["images"] == 5
+    assert result["template"] == "v1" and result["geometry"] == "squash" and result["kind"] == "ivb"
+    assert result["decoding"] == {"max_new_tokens": 6, "temperature": 0.0, "seed": 0} and result["dtype"] == "float32"
+    assert {"torch", "device", "git_commit", "split", "location", "batch", "paper", "left_out"} <= result.keys()
+    (tmp_path / "ids.txt").write_text("COCO_val2014_000000000009.jpg\n")
+    evaluate.main([*run, "--limit", "5", "--trained-on", str(tmp_path / "ids.txt")])
+    assert result_of(folder / "eval", "locpred")["contamination"]["images"] == 0
+    write_json(
+        folder / "config.json", {**config, "locvlm": {**config["locvlm"], "trained_with": {**notes, "coco": "gone"}}}
+    )
+    evaluate.main([*run, "--limit", "5"])
+    assert result_of(folder / "eval", "locpred")["contamination"] == "unknown"
+
+
+def test_the_blind_baseline_and_the_paper_stand_beside_ours(run, capsys):
+    words = [word if word != "locpred" else "hal" for word in run]
+    evaluate.main([*words, "--with-blind"])
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if "ours" in line).split() == ["ours", "blind", "paper"]
+    accuracy = next(line for line in lines if line.startswith("  accuracy")).split()
+    ours, blind = (result_of(Path(words[0]) / folder, "hal") for folder in ("eval", "eval_blind"))
+    assert accuracy == ["accuracy", f"{100 * ours['metrics']['accuracy']:.1f}", "%"] + [
+        f"{100 * blind['metrics']['accuracy']:.1f}", "%", "88.3", "%",
+    ]  # fmt: skip
+    assert blind["blind"] and not ours["blind"]
+    evaluate.main([*words, "--limit", "3"])
+    assert " blind " not in capsys.readouterr().out, "of other questions"
+
+
+def test_answers_are_scored_without_a_model_in_any_order(run, tmp_path, monkeypatch, capsys):
+    evaluate.main(run)
+    folder = Path(run[0]) / "eval"
+    before, rows = result_of(folder, "locpred"), [json.loads(line) for line in rows_of(run).splitlines()]
+    assert list(rows[0]) == "id image size question answer correct boxes_px mirrored truth".split()
+    monkeypatch.setattr(evaluate, "weights_sha256", None)
+    made = evaluate.LocVLM.from_pretrained
+    only_shapes = lambda folder, vision, device: made(folder, vision, device=device)  # noqa: E731
+    monkeypatch.setattr(evaluate.LocVLM, "from_pretrained", only_shapes)
+    evaluate.main([*run, "--score", str(folder / "locpred.jsonl")])
+    assert result_of(folder, "locpred") == before, "a run's own answers stay its own"
+
+    def score(rows, name="elsewhere.jsonl"):
+        evaluate.write_rows(tmp_path / name, rows)
+        evaluate.main([*run, "--score", str(tmp_path / name)])
+        return result_of(Path(run[0]) / "eval_scored", "locpred", timed=False)
+
+    scored = score(rows[::-1])
+    assert scored["metrics"] == before["metrics"] and "weights_sha256" not in scored and scored["scored"]["sha256"]
+    right = [
+        {"id": row["id"], "answer": f"It is located at {WORDING.place(row['truth']['box_px'], row['size'])}"}
+        for row in rows
+    ]
+    write_json(tmp_path / "none" / "x.json", 0)
+    evaluate.write_rows(tmp_path / "right.jsonl", right)
+    evaluate.main(
+        [str(tmp_path / "none"), *run[1:], "--score", str(tmp_path / "right.jsonl")]
+    )  # as LocVLM-B writes boxes
+    result = json.loads((tmp_path / "none/eval_scored/locpred.json").read_text())
+    assert result["metrics"]["acc@0.5"] == 1 and "holds no model" in capsys.readouterr().out
+    hostile = [
+        "",
+        "9" * 10**6,
+        "(nan, nan, nan, nan)",
+        "(\u0663, \u0664, 5, 6)",
+        "(0, 0, 0, 0)",
+        "x" * 10**6,
+        "\ud83d\ude00\u2028(",
+        "(1e999, 0, 1, 1)",
+    ]
+    assert (
+        score([{**row, "answer": hostile[i % len(hostile)]} for i, row in enumerate(rows)])["metrics"]["acc@0.5"] == 0
+    )
+    for wrong, message in (
+        (rows[1:], r"1 ids are missing"),
+        (rows + rows[:2], r"2 ids occur twice"),
+        ([*rows, {"id": "else", "answer": ""}], r"1 ids belong to no question \(else\)"),
+        ([{**rows[0], "answer": 5}, *rows[1:]], r"line 1 is .*; expected JSON with the texts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score(wrong)
+
+
+# ----- public benchmarks
+
+
+@pytest.fixture
+def fake(run, tmp_path, monkeypatch):
+    """A benchmark of two questions about a picture and its mirror image, and the command line that asks them."""
+    images = Path(run[4]).parent / "images"
+    image = sorted(images.iterdir())[0]
+    write_json(tmp_path / "questions.json", ["Is there a circle in the image?", "What is it?"])
+
+    def read(questions, answers, images, split="val"):
+        texts = read_json(questions)
+        truth = {"answer": split}
+        items = [
+            Item(f"{n}-{mirrored}", image, None, text, dict(truth), mirrored=mirrored)
+            for n, text in enumerate(texts)
+            for mirrored in (False, True)
+        ]
+        return items, {"questions of clips that are not there": 3}
+
+    def judge(item, wording):
+        item.correct = None
+
+    def metrics(items):
+        return {"exact": float("nan"), "questions of split " + items[0].truth["answer"]: len(items)}
+
+    files = "questions: questions.json"
+    benchmark = Benchmark(read, judge, metrics, ("{question}",), files, lambda items: [i.id for i in items], ("split",))
+    monkeypatch.setitem(evaluate.BENCHMARKS, "fake", benchmark)
+    return [run[0], "--task", "fake", "--questions", str(tmp_path / "questions.json"), "--images", str(images)]
+
+
+def test_a_benchmark_is_asked_from_its_own_files(fake, monkeypatch, capsys):
+    seen = []
+    generate = evaluate.LocVLM.generate
+    monkeypatch.setattr(
+        evaluate.LocVLM,
+        "generate",
+        lambda self, images, *a, **k: seen.extend(images) or generate(self, images, *a, **k),
+    )
+    evaluate.main([*fake, "--split", "testB"])
+    folder = Path(fake[0]) / "eval"
+    result = result_of(folder, "fake")
+    assert result["metrics"] == {"exact": None, "questions of split testB": 4} and result["split"] == "testB"
+    assert result["left_out"] == {"questions of clips that are not there": 3} and result["images"] == 1
+    assert read_json(folder / "fake.submission.json") == ["0-False", "0-True", "1-False", "1-True"]
+    assert [path.name for path in sorted(folder.iterdir())] == [
+        "fake.json",
+        "fake.jsonl",
+        "fake.png",
+        "fake.submission.json",
+    ]
+    out = capsys.readouterr().out
+    assert (
+        "fake: 4 questions about 1 images; left out: 3 questions of clips" in out
+        and out.splitlines()[-2].split()[-1] == "-"
+    )
+    assert len(seen) == 2 and ImageOps.mirror(seen[0]).tobytes() == seen[1].tobytes() != seen[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--task", "gqa-like"], "invalid choice"),
+        (
+            ["--task", "fake"],
+            "--task fake without --questions FILE; expected questions: questions.json",
+        ),
+        (["--task", "fake", "--coco", "x", "--images", "y"], "with --coco"),
+        (["--task", "fake", "--questions", "x", "--images", "y", "--short"], "with --short"),
+        (["--task", "fake", "--questions", "x", "--images", "y", "--answers", "z"], "with --answers"),
+        (["--task", "hal", "--questions", "x"], "--task hal with --questions"),
+        (["--task", "hal", "--split", "val"], "--task hal with --split"),
+        (["--images", "x"], "--images without --coco"),
+        (["--coco", "x"], "--coco without --images"),
+        (["--score", "x"], "--score with --task all"),
+        (["--blind", "--with-blind"], "not allowed with"),
+        (["--ask", "Where?"], "--ask and --image"),
+        (["--batch", "0"], "--batch below 1"),
+        (["--temperature", "nan"], "--temperature nan"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words, message, fake, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["no run is read", *words])
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_missing_is_told_before_the_weights_are_read(run, fake, monkeypatch):
+    made = evaluate.LocVLM.from_pretrained
+    only_shapes = lambda folder, vision, device: made(folder, vision, device=device)  # noqa: E731
+    monkeypatch.setattr(evaluate.LocVLM, "from_pretrained", only_shapes)
+    with pytest.raises(ValueError, match="a judge for --task fake"):
+        evaluate.main([*fake, "--judgements", "x"])
+    sorted((Path(run[4]).parent / "images").iterdir())[0].unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 1 images are not in .* \(000001000001.png\)"):
+        evaluate.main(fake)
+    with pytest.raises(FileNotFoundError, match=r"1 of 8 images are not in"):
+        evaluate.main(run)
+
+
+def test_a_judge_is_asked_once_about_each_answer(run, tmp_path, monkeypatch):
+    """Requests for any run about clips; replies from a file or an address; what was said of the same answer is kept."""
+    clip = tmp_path / "clips" / "a"
+    clip.mkdir(parents=True)
+    shutil.copy(sorted((Path(run[4]).parent / "images").iterdir())[0], clip / "1.png")
+    items = [Item(str(i), clip, None, f"What is it, {i}?", {"answer": "dog"}) for i in range(3)]
+    read = lambda questions, answers, images: (copy.deepcopy(items), {})  # noqa: E731
+    task = Benchmark(read, lambda item, wording: None, lambda items: {"exact": 0.0}, files="questions: any")
+    monkeypatch.setitem(evaluate.BENCHMARKS, "clips-qa", task)
+    (tmp_path / "q.json").write_text("[]")
+    words = [run[0], "--task", "clips-qa", "--questions", str(tmp_path / "q.json"), "--images", str(tmp_path / "clips")]
+    words += ["--max-new-tokens", "3"]
+    evaluate.main(words)
+    folder = Path(run[0]) / "eval"
+    requests = [json.loads(line) for line in (folder / "clips-qa.requests.jsonl").read_text().splitlines()]
+    assert [row["custom_id"] for row in requests] == ["0", "1", "2"] and result_of(folder, "clips-qa")["judge"] is None
+    reply = {"body": {"choices": [{"message": {"content": "{'pred': 'yes', 'score': 4}"}}]}}
+    evaluate.write_rows(tmp_path / "replies.jsonl", [{"custom_id": i, "response": reply} for i in ("2", "0")])
+    own = str(folder / "clips-qa.jsonl")
+    evaluate.main([*words, "--score", own, "--judgements", str(tmp_path / "replies.jsonl"), "--judge-model", "gpt-x"])
+    result = result_of(folder, "clips-qa")
+    assert result["judge"] == {"model": "gpt-x", "file": str(tmp_path / "replies.jsonl")} and result["weights_sha256"]
+    assert result["metrics"]["judge accuracy"] == 1 and result["metrics"]["judge missing"] == 1
+    asked = []
+
+    def ask_judge(url, key, model, items, done):
+        assert (url, key, model) == ("http://localhost/v1", "secret", "gpt-x")
+        for item in items:
+            if item.id not in {row["custom_id"] for row in done}:
+                asked.append(item.id)
+                yield {"custom_id": item.id, "response": reply}
+                if len(asked) == 2:
+                    raise ValueError("no more")
+
+    monkeypatch.setattr(evaluate, "ask_judge", ask_judge)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    by_address = [*words, "--score", own, "--judge-url", "http://localhost/v1", "--judge-model", "gpt-x"]
+    with pytest.raises(ValueError, match="no more"):
+        evaluate.main(by_address)
+    for _ in range(2):
+        evaluate.main(by_address)
+    result = result_of(folder, "clips-qa")
+    assert asked == ["0", "1", "2"] and result["metrics"]["judge missing"] == 0
+    assert result["judge"] == {"model": "gpt-x", "url": "http://localhost/v1"} and "secret" not in json.dumps(result)
