@@ -103,7 +103,7 @@ def read_jobs(args, wording, frames):
             items = TASKS[name].items(records, wording, random.Random(f"{args.seed} {name}"))
             jobs.append(Job(name, TASKS[name], items, dict(left_out), [args.coco]))
     for job in [job for job in jobs if not job.items]:
-        print(f"{job.name}: no image of {job.files[0]} has a question for it" + told(job.left_out))
+        print(f"{job.name}: no image of {job.files[0]} has a question for it")
     jobs = [job for job in jobs if job.items]
     for job in jobs:
         if doubled := [i for i, count in Counter(item.id for item in job.items).items() if count > 1]:
@@ -159,14 +159,11 @@ def by_picture(items):
 def batches(items, size):
     """Split items into batches of up to `size` questions, those of a picture together: its prefix is read once.
 
-    Questions of a length go together, so that little of a batch is padding. What is in a batch depends on the items and
-    the size alone, not on their order or on who asks them: in bfloat16 the company of a question can change its answer.
+    What is in a batch depends on the items and the size alone, not on their order or on who asks them: in bfloat16 the
+    company of a question can change its answer.
     """
-    groups = by_picture(sorted(items, key=lambda item: item.id)).values()
-    pieces = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
-    pieces.sort(key=lambda piece: max(len(item.question) for item in piece))
-    batch = []
-    for piece in pieces:
+    batch, groups = [], by_picture(sorted(items, key=lambda item: item.id)).values()
+    for piece in (group[i : i + size] for group in groups for i in range(0, len(group), size)):
         if len(batch) + len(piece) > size:
             yield batch
             batch = []
@@ -476,10 +473,6 @@ def judge_of(job, items, folder, args):
     return read_judgements(kept, items), {"model": args.judge_model, "url": args.judge_url}
 
 
-def told(left_out):
-    return "".join(f"; left out: {count} {reason}" for reason, count in left_out.items() if count)
-
-
 def table(job, run, folders):
     """Print a task's figures: a column for each result of the same questions, and the paper's where it has them."""
     asked, columns = questions_sha256(job.items), {}
@@ -492,7 +485,9 @@ def table(job, run, folders):
         columns["paper"] = {name: value / 100 for name, value in PAPER[job.name].items()}
     of_paper = f" (paper: LocVLM-B{' on COCO' if job.name in TASKS else ''})" if job.name in PAPER else ""
     images = len({item.image for item in job.items})
-    print(f"\n{job.name}: {len(job.items)} questions about {images} images{told(job.left_out)}{of_paper}")
+    print(f"\n{job.name}: {len(job.items)} questions about {images} images{of_paper}")
+    for reason, count in job.left_out.items():
+        print(f"  left out: {count} {reason}")
     print(" " * 42 + "".join(f"{title:>10}" for title in columns))
     for name in dict.fromkeys(name for title, figures in columns.items() if title != "paper" for name in figures):
         print(f"  {name:40}" + "".join(f"{shown(figures.get(name)):>10}" for figures in columns.values()).rstrip())
