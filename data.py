@@ -587,6 +587,7 @@ class Wording:
     location: str = "box"  # or "point"
     words: str = "name"  # what names an object: "name", "description" or "mixed" (half and half)
     neg_ratio: float = 1.0  # absent objects asked for, per object that is there
+    medium: str = "image"  # or "video": what a question about a clip calls it
 
     def place(self, box_px, size):
         """Write a location as text."""

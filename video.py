@@ -309,7 +309,14 @@ def read_features(path):
         return torch.from_numpy(array.astype(np.float32))
 
 
-class FloatArray(pickle.Unpickler):
+class PlainPickle(pickle.Unpickler):
+    """Read a pickle of lists, dicts, texts and numbers; one that wants anything else built is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it wants {module}.{name}, which could run any code, so it is not run")
+
+
+class FloatArray(PlainPickle):
     """Read the pickle of a numpy array of floats: what it calls of numpy is noted down, not called."""
 
     class Call:
@@ -323,7 +330,7 @@ class FloatArray(pickle.Unpickler):
         known = ("ndarray", "dtype", "_reconstruct", "_frombuffer", "encode")
         if name in known and module.split(".")[0] in ("numpy", "_codecs"):
             return self.Call
-        raise pickle.UnpicklingError(f"it wants {module}.{name}, which could run any code, so it is not run")
+        return super().find_class(module, name)
 
     def read(self):
         array = self.load()
