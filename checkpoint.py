@@ -6,10 +6,13 @@ contents when asked, `sort_tensors` says which part of a LLaVA each name belongs
 piece of one tensor is in memory at a time beside what is kept.
 """
 
+import hashlib
 import json
 import os
 import pickle
 import re
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -71,33 +74,51 @@ class Stored:
 
 def open_tensors(path):
     """Open a checkpoint folder, or one .safetensors, .bin, .pt or .pth file: name -> Stored. No contents are read yet."""
+    stored = {}
+    files, weight_map = find_weights(path)
+    for file in files:
+        stored.update(open_file(file))
+    if absent := sorted(weight_map.keys() - stored.keys()):
+        raise ValueError(
+            f"{path}: the index lists {some(absent)}; expected them in the shards it names; the files are of two versions: "
+            "download them again"
+        )
+    return stored
+
+
+def find_weights(path):
+    """Find the files that hold a checkpoint's weights: (their paths, tensor name -> file where an index says it, else {})."""
     path = Path(path)
     if path.is_file():
-        return open_file(path)
+        return [path], {}
     for name in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin"):
         index = path / f"{name}.index.json"
         if index.is_file():
             weight_map = read_json(require_file(index, "the list of shards")).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no weight_map; expected tensor name -> file; download it again")
-            stored = {}
-            for shard in sorted(set(weight_map.values())):
-                stored.update(open_file(require_file(path / shard, f"every shard that {index.name} lists")))
-            absent = sorted(weight_map.keys() - stored.keys())
-            if absent:
-                raise ValueError(
-                    f"{index} lists {some(absent)}; expected them in the shards it names; the files are of two versions: "
-                    "download them again"
-                )
-            return stored
+            expected = f"every shard that {index.name} lists"
+            return [require_file(path / shard, expected) for shard in sorted(set(weight_map.values()))], weight_map
         if (path / name).is_file():
-            return open_file(path / name)
+            return [path / name], {}
     shards = sorted(path.glob("*-of-*.safetensors")) + sorted(path.glob("*-of-*.bin"))
     hint = f"; {shards[0].name} is there, its *.index.json is not" if shards else ""
     raise FileNotFoundError(
         f"no weights in {path}{hint}; expected model.safetensors, pytorch_model.bin, or shards with their index; "
         "check the path, or complete the download"
     )
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(path):
+    """What pins a model: file name -> sha256 of its config and weights. A path may be a single file."""
+    files = [] if Path(path).is_file() else [Path(path) / "config.json"]
+    files += find_weights(path)[0]
+    return {file.name: sha256(require_file(file, "a model: config.json beside its weights")) for file in files}
 
 
 def open_file(path):
@@ -323,3 +344,52 @@ def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
     total = sum(tensor.nbytes for tensor in tensors.values())
     write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     path.unlink(missing_ok=True)
+
+
+# ----- what a kill may interrupt
+
+
+def read_journal(path):
+    """The objects of a file of JSON lines; a last line that a kill cut short is not there."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else ()
+    return [json.loads(line) for line in lines]
+
+
+def open_journal(path):
+    """Open a file of JSON lines to go on with, for this run alone, without what a kill left of its last line."""
+    import fcntl  # not on Windows
+
+    file = open(path, "ab")
+    for _ in range(50):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+            return file
+        except BlockingIOError:
+            time.sleep(0.1)  # helpers of a run just killed may still hold it, see `end_with_parent`
+    raise ValueError(f"{path} is being written by another run; expected one at a time; wait for that one, or end it")
+
+
+def write_line(file, row):
+    file.write(json.dumps(row).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def end_with_parent():
+    """Let this process end with the one that started it, even where that one is killed."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def remove_temporary(paths):
+    """Remove what `write_whole` leaves of a file when it is killed."""
+    for path in paths:
+        if path.suffix.startswith(".tmp"):
+            path.unlink()

@@ -6,7 +6,6 @@ behind each image. Images enter as P placeholder ids per image, whose embeddings
     B images (rows)   T tokens   P patches per image   D LLaMA hidden_size   Dv CLIP hidden_size   V vocabulary   S image side
 """
 
-import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import video
-from checkpoint import build, open_tensors, read_config, read_json, sort_tensors, write_json, write_tensors, write_whole
+from checkpoint import (
+    build,
+    open_tensors,
+    read_config,
+    read_json,
+    sha256,
+    sort_tensors,
+    write_json,
+    write_tensors,
+    write_whole,
+)
 from clip_vit import MEAN, STD, CLIPVisionConfig, CLIPVisionTower, open_image, preprocess
 from coords import CoordFormat
 from data import IGNORE, IMAGE_ID, SYSTEM, encode_prefix, encode_question
@@ -513,11 +522,6 @@ CHAT_TEMPLATE = (  # Vicuna v1 in transformers' words: data.encode_prefix and da
     "{% else %}ASSISTANT: {% if m['content'] is string %}{{ m['content'] }}{% else %}{{ m['content'][0]['text'] }}{% endif %}"
     "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_parts(model):

@@ -19,15 +19,12 @@ ends in the same files. Outputs appear under their names only when they are whol
 
 import argparse
 import importlib.util
-import json
 import math
 import os
 import random
 import re
 import shutil
 import sys
-import threading
-import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
@@ -41,7 +38,20 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 import video
-from checkpoint import read_json, require_file, some, write_json, write_whole
+from checkpoint import (
+    end_with_parent,
+    open_journal,
+    read_journal,
+    read_json,
+    remove_temporary,
+    require_file,
+    sha256,
+    some,
+    weights_sha256,
+    write_json,
+    write_line,
+    write_whole,
+)
 from clip_vit import CLIPVisionTower, fingerprint, open_image, preprocess
 from coords import GEOMETRIES, KINDS, CoordFormat
 from data import (
@@ -58,49 +68,9 @@ from data import (
     read_coco,
     read_records,
 )
-from evaluate import weight_files
-from model import LocVLM, sha256
+from model import LocVLM
 
 # ----- what a kill may interrupt
-
-
-def read_journal(path):
-    """The objects of a file of JSON lines; a last line that a kill cut short is not there."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else ()
-    return [json.loads(line) for line in lines]
-
-
-def open_journal(path):
-    """Open a file of JSON lines to go on with, for this run alone, without what a kill left of its last line."""
-    import fcntl  # not on Windows
-
-    file = open(path, "ab")
-    for _ in range(50):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(path.read_bytes().rfind(b"\n") + 1)
-            return file
-        except BlockingIOError:
-            time.sleep(0.1)  # helpers of a run just killed may still hold it, see `end_with_parent`
-    raise ValueError(f"{path} is being written by another run; expected one at a time; wait for that one, or end it")
-
-
-def write_line(file, row):
-    file.write(json.dumps(row).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def end_with_parent():
-    """Let this process end with the one that started it, even where that one is killed."""
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def same_options(before, now, where):
@@ -108,13 +78,6 @@ def same_options(before, now, where):
     changed = [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
     if changed:
         raise ValueError(f"{where} was made otherwise: {'; '.join(changed)}; repeat those options, or change --out")
-
-
-def remove_temporary(paths):
-    """Remove what `write_whole` leaves of a file when it is killed."""
-    for path in paths:
-        if path.suffix.startswith(".tmp"):
-            path.unlink()
 
 
 def require_new(path):
@@ -411,12 +374,6 @@ def with_objects(coco, images, limit, exclude, say):
     paper = f"the paper: {PAPER['images']:,} images and {PAPER['pairs']:,} pairs"
     say(f"{len(records)} images with {pairs} unique objects ({paper})")
     return records
-
-
-def weights_sha256(path):
-    """What pins a model: file name -> sha256 of its config and weights. A path may be a single file."""
-    files = [Path(path)] if Path(path).is_file() else [Path(path) / "config.json", *weight_files(path)]
-    return {file.name: sha256(require_file(file, "a model: config.json beside its weights")) for file in files}
 
 
 def begin_captions(out, rejects, parts, options):
