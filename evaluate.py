@@ -440,11 +440,11 @@ def told(left_out):
     return "".join(f"; left out: {count} {reason}" for reason, count in left_out.items() if count)
 
 
-def table(job, run, folders):
+def table(job, folders):
     """Print a task's figures: a column for each result of the same questions, and the paper's where it has them."""
     asked, columns = questions_sha256(job.items), {}
     for title, folder in folders.items():
-        path = Path(run) / folder / f"{job.name}.json"
+        path = folder / f"{job.name}.json"
         result = read_json(path) if path.is_file() else {}
         if result.get("questions_sha256") == asked:
             columns[title] = result["metrics"]
@@ -517,10 +517,12 @@ def parse(argv):
         help="files that name the images trained on, parted by commas (default: the run's own)",
     )
 
+    group.add_argument("--into", help="folder for the results; those of --blind beside it (default: RUN/eval)")
+
     group = parser.add_argument_group("a question of your own")
     group.add_argument("--ask", help="a question, about --image")
     group.add_argument("--image", help="image file or clip to ask about")
-    group.add_argument("--out", help="where --ask draws (default: RUN/eval/ask.png)")
+    group.add_argument("--out", help="where --ask draws (default: ask.png there)")
     args = parser.parse_args(argv)
 
     known = inspect.signature(BENCHMARKS[args.task].read).parameters if args.task in BENCHMARKS else ()
@@ -548,6 +550,12 @@ def parse(argv):
         if wrong:
             parser.error(complaint)
     return args
+
+
+def folders_of(args):
+    """Where results go: {column of a table: folder}."""
+    into = Path(args.into or Path(args.run) / "eval")
+    return {"ours": into, "blind": into.with_name(into.name + "_blind")}
 
 
 def start_processes():
@@ -591,7 +599,7 @@ def main(argv=None):
         return loaded
 
     if args.ask:
-        out = args.out or Path(args.run) / "eval" / "ask.png"
+        out = args.out or folders_of(args)["ours"] / "ask.png"
         return ask(model(), args.image, args.ask, out, args.max_new_tokens, args.temperature, args.seed)
 
     # 1 read, and refuse, before weights are
@@ -635,11 +643,12 @@ def main(argv=None):
         print(f"{args.run} on {about['data']}" + (f", {world} processes" if world > 1 else ""))
 
     # 2 ask, and write
+    folders = folders_of(args)
     for job in jobs:
         for blind in (True, False) if args.with_blind else (args.blind,):
             items, folder, options = (
                 copy.deepcopy(job.items),
-                Path(args.run) / ("eval_blind" if blind else "eval"),
+                folders["blind" if blind else "ours"],
                 None,
             )
             if rank == 0:
@@ -673,7 +682,7 @@ def main(argv=None):
                 write_results(job, items, folder, wording, {**about, **answering, **ran})
                 shutil.rmtree(folder / f"{job.name}.parts")
         if rank == 0:
-            table(job, args.run, {"ours": "eval", "blind": "eval_blind"})
+            table(job, folders)
     if world > 1:
         wait()
         dist.destroy_process_group()
@@ -691,8 +700,8 @@ def score(args, jobs, wording, about):
         if before.items() >= ours.items():
             folder, about = rows.parent, before | {key: about[key] for key in ("git_commit", "torch")}
     write_results(job, job.items, folder, wording, about)
-    columns = {"ours": "eval", "blind": "eval_blind"}
-    table(job, args.run, columns if folder.name in columns.values() else {"scored": folder.name, **columns})
+    columns = folders_of(args)
+    table(job, columns if folder in columns.values() else {"scored": folder, **columns})
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def world_data(folder, *kinds):
     return ",".join(f"{folder}/{kind}_train.json@{folder}/images" for kind in kinds)
 
 
+TOLD = f"{STILL}/images,{world_data(STILL, 'conversations')} --words description"
 TALK = world_data(STILL, "instances", "conversations")
 SETTINGS = {  # name: (the setting whose run of the same seed it begins from, flags of train.py)
     "stage-1": ("", f"--stages 1 --data {world_data(STILL, 'captions')}"),
@@ -44,11 +45,9 @@ SETTINGS = {  # name: (the setting whose run of the same seed it begins from, fl
     "nfp": ("stage-1", f"--stages 2 --data {TALK} --kind nfp"),
     "diga": ("stage-1", f"--stages 2 --data {TALK} --kind diga"),
     "point": ("stage-1", f"--stages 2 --data {TALK} --location point"),
-    # Localize-Instruct of what the stage-1 model said of each shape
-    "captions": (
-        "stage-1",
-        f"--stages 2 --data {OUT}/localize-SEED.json@{STILL}/images,{world_data(STILL, 'conversations')} --words description",
-    ),
+    # Localize-Instruct of what a model said of each shape: the one to be tuned (Sec. 3.4), or a tuned one (App. C)
+    "own-captions": ("stage-1", f"--stages 2 --data {OUT}/localize-stage-1-SEED.json@{TOLD}"),
+    "captions": ("stage-1", f"--stages 2 --data {OUT}/localize-none-SEED.json@{TOLD}"),
     "seen-none": ("stage-1", f"--stages 2 --data {world_data(FEW, 'instances', 'conversations')} --objectives none"),
     "seen-all": ("stage-1", f"--stages 2 --data {world_data(FEW, 'instances', 'conversations')}"),
     "clips-adapter": ("all", f"--stages 3 --data {CLIPS} --features {FEATURES}"),
@@ -57,7 +56,12 @@ SETTINGS = {  # name: (the setting whose run of the same seed it begins from, fl
     "clips-loc-neg": ("all", f"--stages 4 --data {CLIPS} --features {FEATURES} --objectives loc,neg"),
     "clips-all": ("all", f"--stages 4 --data {CLIPS} --features {FEATURES}"),
 }
-RECIPES = {"1": "", "2": "--steps 100", "3": "--steps 60", "4": "--steps 100"}  # what differs from the tiny preset
+RECIPES = {
+    "1": "",
+    "2": "--batch 8 --steps 140 --lr 2e-3",
+    "3": "--steps 60",
+    "4": "--batch 8 --steps 160",
+}  # what differs from the tiny preset
 
 
 def boxes_of(folder):
@@ -69,7 +73,7 @@ MEASURES = {  # heading: (task of evaluate.py, its metric, flags)
     "QA": ("gqa", "contains", f"--questions {STILL}/gqa_val.json --images {STILL}/images"),
     "METEOR": (
         "refcoco",
-        "METEOR",
+        "METEOR 1.5",
         f"--questions {STILL}/refs_val.json --answers {STILL}/instances_val.json --images {STILL}/images",
     ),
     "boxes": ("locpred", "acc@0.5", boxes_of(STILL)),
@@ -120,7 +124,10 @@ TABLES = {
         "which side, asked directly and in context",
         ("left/right", "left", "right", "above/below", "ICL left/right", "ICL above/below"),
         ("left/right", "above/below", "ICL left/right", "ICL above/below"),
-        (("instructions alone (LLaVA)", "none", (55.1, 58.9, 55.1, 58.2)), ("LocVLM-B", "all", (69.5, 65.4, 76.5, 74.1))),
+        (
+            ("instructions alone (LLaVA)", "none", (55.1, 58.9, 55.1, 58.2)),
+            ("LocVLM-B", "all", (69.5, 65.4, 76.5, 74.1)),
+        ),
     ),
     "8": Table(
         "is there a ...?",
@@ -135,7 +142,8 @@ TABLES = {
         (
             ("instructions alone", "none", ()),
             ("names of categories", "all", ()),
-            ("pseudo-captions (LocVLM-B)", "captions", (11.0, 11.1, 20.6, 20.7)),
+            ("pseudo-captions of the stage-1 model", "own-captions", (11.0, 11.1, 20.6, 20.7)),
+            ("pseudo-captions of the model of instructions", "captions", (11.0, 11.1, 20.6, 20.7)),
         ),
     ),
     "11": Table(
@@ -184,8 +192,8 @@ def tuned(name, seed):
     if (run / "config.json").exists():  # written after the last step
         return run
     start = tuned(begins_from, seed) if begins_from else None
-    if name == "captions":
-        caption(start, seed)
+    if "captions" in name:
+        caption("none" if name == "captions" else "stage-1", seed)
     stage = flags.split()[1]
     argv = flags.replace("SEED", str(seed)).split() + RECIPES[stage].split() + ["--out", str(run), "--seed", str(seed)]
     argv += ["--init-from", str(start)] if start else []
@@ -195,12 +203,14 @@ def tuned(name, seed):
     return run
 
 
-def caption(model, seed):
-    """Let the stage-1 model describe the shapes of the world's first images, and make Localize-Instruct of it (Sec. 3.4)."""
-    told, localize = OUT / f"prefcoco-{seed}.json", OUT / f"localize-{seed}.json"
+def caption(captioner, seed):
+    """Let a model describe the shapes of the world's first images, and make Localize-Instruct of it (Sec. 3.4, App. C)."""
+    told, localize = OUT / f"prefcoco-{captioner}-{seed}.json", OUT / f"localize-{captioner}-{seed}.json"
     coco = STILL / "instances_train.json"
     if not told.exists():
-        prepare.caption(model, coco, STILL / "images", told, batch=32, limit=CAPTIONED, max_new_tokens=32)
+        prepare.caption(
+            tuned(captioner, seed), coco, STILL / "images", told, batch=32, limit=CAPTIONED, max_new_tokens=32
+        )
     if not localize.exists():
         prepare.localize(told, coco, localize)
 
@@ -214,7 +224,7 @@ def figure(heading, name, seed):
     into = run / f"eval-{data.parent.name}"  # of a world
     result = into / f"{task}.json"
     if not result.exists():
-        evaluate.main([str(run), "--task", task, *argv, "--out", str(into)])
+        evaluate.main([str(run), "--task", task, *argv, "--into", str(into)])
     value = read_json(result)["metrics"][metric]
     return math.nan if value is None else 100 * value
 

@@ -25,7 +25,7 @@ def fake(tmp_path, monkeypatch):
 
     def evaluate_main(argv):
         asked.append(argv)
-        run, task, into = argv[0], argv[2], argv[argv.index("--out") + 1]
+        run, task, into = argv[0], argv[2], argv[argv.index("--into") + 1]
         seed = int(run[-1])
         metrics = {metric: seed / 10 for other, metric, _ in tables.MEASURES.values() if other == task}
         (tmp_path / into).mkdir(exist_ok=True)
