@@ -17,6 +17,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from PIL import ImageOps
@@ -30,7 +31,7 @@ MAIN = {"spatial": ("across", "along", "icl across", "icl along")}  # the headli
 CARDS = 6  # at most, of successes and of failures each
 FRAMES = 4  # of a clip
 PICTURES_BYTES = 1_800_000  # of all pictures; base64 makes them a third larger
-FOLDED, LONGEST = 170, 1500  # characters from which on a text is folded, and cut
+FOLDED, LONGEST, FILE = 170, 1500, 50_000  # characters from which on a text is folded, a text is cut, a result file is
 SAME = ("questions", "images", "weights_sha256", "data_sha256", "seed", "split", "decoding", "location", "template")
 
 # ----- reading
@@ -93,27 +94,24 @@ def prose(value):
 def number(value, scale=100):
     """Write a figure: shares as percent, counts as they are, what is none as a dash. The paper's are percent: scale 1.
 
-    >>> number(0.9428), number(314), number(69.5, 1), number(None), number(float("nan"))
-    ('94.3 %', '314', '69.5 %', '–', '–')
+    >>> number(0.9428), number(314), number(70, 1), number(None), number(float("nan"))
+    ('94.3 %', '314', '70.0 %', '–', '–')
     """
-    if isinstance(value, float):
+    if isinstance(value, float) or (scale == 1 and is_number(value)):
         return f"{scale * value:.1f} %" if is_number(value) else "–"
     return "–" if value is None else esc(value)
 
 
 def place(box_px):
-    return "(" + ", ".join(f"{v:.0f}" for v in box_px) + ")"
+    return "(" + ", ".join(str(round(v)) for v in box_px) + ")"
 
 
 def table(caption, head, rows, text_columns=1):
     """Lay out cells, HTML already, in a table that scrolls inside its own box. All but the first columns are numbers."""
 
     def line(cells, tag):
-        return (
-            "<tr>"
-            + "".join(f"<{tag}{' class=n' * (i >= text_columns)}>{c}</{tag}>" for i, c in enumerate(cells))
-            + "</tr>"
-        )
+        cells = (f"<{tag}{' class=n' * (i >= text_columns)}>{cell}</{tag}>" for i, cell in enumerate(cells))
+        return f"<tr>{''.join(cells)}</tr>"
 
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table><caption>{caption}</caption>'
@@ -252,10 +250,10 @@ def card(task, row, allowed):
     where = f" <small>at {' and '.join(map(place, said_px[:4]))} px</small>" if said_px else ""
     told = (
         ("Q", "", prose(row.get("question", "–"))),
-        ("A", " a", (prose(answer) if answer.strip() else "<em>empty</em>") + where),
+        ("A", ' class="a"', (prose(answer) if answer.strip() else "<em>empty</em>") + where),
         ("Truth", "", prose(truth_text(task, truth, truth_px))),
     )
-    lines = "".join(f'<dt>{name}</dt><dd dir="auto" class="text{more}">{text}</dd>' for name, more, text in told)
+    lines = "".join(f'<dt>{name}</dt><dd dir="auto"{more}>{text}</dd>' for name, more, text in told)
     tag = prose(" · ".join(filter(None, tags)))
     return f'<article class="card">{picture(row, truth_px, said_px, allowed)}<p class="tag">{tag}</p><dl>{lines}</dl></article>'
 
@@ -302,7 +300,7 @@ def plot(points, x, top, height, title):
         return [f"{x(p[len(p) // 2][0]):.1f},{y(pick([v for _, v in p])):.1f}" for p in parts]
 
     grid = "".join(
-        f'<line x1="46" x2="352" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
+        f'<line x1="46" x2="338" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
         f'<text x="40" y="{y(v) + 4:.1f}" text-anchor="end">{v:g}</text>'
         for v in ticks(0, high, 4)
     )
@@ -324,7 +322,7 @@ def curves(log):
         first, last = min(row["step"] for row in rows), max(row["step"] for row in rows) + 1
 
         def x(step, first=first, last=last):
-            return 46 + 306 * (step - first) / (last - first)
+            return 46 + 292 * (step - first) / (last - first)
 
         losses, rates = ([(row["step"], row[key]) for row in rows if is_number(row.get(key))] for key in ("loss", "lr"))
         drawn = plot(losses, x, 24, 150, "<tspan>loss</tspan>, nats per answer token") if losses else ""
@@ -335,7 +333,7 @@ def curves(log):
         caption = f"Stage {esc(stage)}: {len(rows):,} steps{ends}"
         figures += (
             f'<figure><svg class="plot" viewBox="0 0 360 322" role="img" aria-label="{caption}">{drawn}'
-            f'<text x="199" y="318" text-anchor="middle">step</text></svg><figcaption>{caption}</figcaption></figure>'
+            f'<text x="192" y="318" text-anchor="middle">step</text></svg><figcaption>{caption}</figcaption></figure>'
         )
     return figures
 
@@ -350,22 +348,14 @@ def differences(result, blind):
 
 def figures_of(result, blind, names, task=()):
     """Make the cells of some metrics: ours, the blind baseline's, the paper's."""
-    ours, baseline, paper = (
+    ours, of_blind, paper = (
         part(result, "metrics"),
         part(blind, "metrics"),
         part(result, "paper") or part(blind, "paper"),
     )
     star = "*" * bool(differences(result, blind))
-    return [
-        (
-            *task,
-            esc(name),
-            f"<b>{number(ours.get(name))}</b>",
-            number(baseline.get(name)) + star,
-            number(paper.get(name), 1),
-        )
-        for name in names
-    ]
+    cells = ((number(ours.get(x)), number(of_blind.get(x)) + star, number(paper.get(x), 1)) for x in names)
+    return [(*task, esc(x), f"<b>{mine}</b>", *rest) for x, (mine, *rest) in zip(names, cells, strict=True)]
 
 
 def headline(results):
@@ -395,15 +385,11 @@ def section(n, task, result, blind, rows, bad, allowed):
     about = [f"{result[key]:,} {key}" for key in ("questions", "images") if isinstance(result.get(key), int)]
     figures = figures_of(result, blind, {**part(result, "metrics"), **part(blind, "metrics"), **part(result, "paper")})
     height = math.ceil(len(figures) / math.ceil(len(figures) / 16)) if figures else 1  # a long table becomes several
-    tables = "".join(
-        table(
-            f"Figures of {esc(task)}{', continued' * (i > 0)}",
-            ("figure", "this run", "blind", "LocVLM-B"),
-            figures[i : i + height],
-        )
-        for i in range(0, len(figures), height)
-    )
-    prompts = "".join(f"<li>{prose(text)}</li>" for text in result.get("prompts") or ())
+    tables, head = "", ("figure", "this run", "blind", "LocVLM-B")
+    for i in range(0, len(figures), height):
+        tables += table(f"Figures of {esc(task)}{', continued' * (i > 0)}", head, figures[i : i + height])
+    asked = result.get("prompts") or []
+    prompts = "".join(f"<li>{prose(text)}</li>" for text in (asked if isinstance(asked, list) else [asked]))
     return (
         f'<section id="t{n}"><h2>{esc(task)}</h2><p class="about">{" · ".join(about)}</p>'
         + "".join(f'<p class="note">{esc(text)}</p>' for text in notes)
@@ -439,33 +425,27 @@ def write_report(run, out=None):
     if not results:
         raise FileNotFoundError(f"no results in {run / 'eval'}; expected TASK.json files; run evaluate.py {run} first")
     answers = {task: read_lines(run / "eval" / f"{task}.jsonl") for task in results}
-    most = sum(
-        min(CARDS, sum(verdict(row) is want for row in rows))
-        for rows, _ in answers.values()
-        for want in (True, False, None)
-    )
-    sections = "".join(
-        section(n, task, *results[task], *answers[task], PICTURES_BYTES // max(most, 1))
-        for n, task in enumerate(results)
-    )
+    verdicts = [Counter(map(verdict, rows)) for rows, _ in answers.values()]
+    allowed = PICTURES_BYTES // max(1, sum(min(CARDS, count) for counts in verdicts for count in counts.values()))
+    sections = "".join(section(n, task, *results[task], *answers[task], allowed) for n, task in enumerate(results))
     what = description(run, next(iter((seen or blind).values())))
     terms = "".join(
         f"<div><dt>{esc(key.replace('_', ' '))}</dt><dd>{prose(value)}</dd></div>" for key, value in what.items()
     )
     links = "".join(f'<a href="#t{n}">{esc(task)}</a>' for n, task in enumerate(results))
     weights = {json.dumps(result.get("weights_sha256"), sort_keys=True) for result in seen.values()}
-    mixed = (
-        '<p class="note">These results are not all of the same weights: see Provenance.</p>' if len(weights) > 1 else ""
-    )
+    mixed = '<p class="note">These results are not all of the same weights: see Provenance.</p>' * (len(weights) > 1)
     log, bad = read_lines(run / "log.jsonl")
     training = curves(log) or '<p class="note">No curves: log.jsonl is absent or empty.</p>'
     if bad:
         training += f'<p class="note">Left out: lines of log.jsonl that are not JSON objects, {bad} of them.</p>'
-    everything = "".join(
-        f"<h3>{folder}/{esc(task)}.json</h3><pre>{esc(json.dumps(result, indent=2, ensure_ascii=False)[:50000])}</pre>"
-        for folder, of in (("eval", seen), ("eval_blind", blind))
-        for task, result in of.items()
-    )
+    everything = ""
+    for file, result in [(f"eval/{k}.json", v) for k, v in seen.items()] + [
+        (f"eval_blind/{k}.json", v) for k, v in blind.items()
+    ]:
+        text = json.dumps(result, indent=2, ensure_ascii=False)
+        cut = f" <small>cut; it has {len(text):,} characters</small>" * (len(text) > FILE)
+        everything += f"<h3>{esc(file)}{cut}</h3><pre>{esc(text[:FILE])}</pre>"
     page = PAGE.format(
         name=esc(run.resolve().name),
         style=STYLE,
@@ -548,7 +528,7 @@ summary { cursor: pointer }
 .card dt { float: left; margin: .1rem .4rem 0 0; line-height: 1.3 }
 .card dd { margin: 0 0 .35rem; white-space: pre-line; unicode-bidi: isolate } .card .a { font-weight: 600 }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.5rem }
-figure { margin: 1rem 0 0 } .plot { width: 100%; max-width: 27rem; font-size: 11px }
+figure { margin: 1rem 0 0 } .plot { width: 100%; max-width: 27rem; font-size: 11px; display: block; margin-bottom: .3rem }
 .plot text { fill: var(--soft); font-variant-numeric: tabular-nums } .plot tspan { fill: var(--text); font-weight: 600 }
 .grid line { stroke: var(--rule) } .band { fill: var(--blue); opacity: .18 }
 .line { fill: none; stroke: var(--blue); stroke-width: 1.6; stroke-linejoin: round }

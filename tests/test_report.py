@@ -50,7 +50,7 @@ def run(tmp_path, picture):
     run = tmp_path / "run"
     for task in (*TASKS, "zoo"):
         rows = [row(picture, correct=i % 2 == 0, id=f"{task}{i}", truth={"label": "yes"}) for i in range(20)]
-        write(run, task, rows, paper={"accuracy": 88.3} if task == "hal" else None, weights_sha256={"a": "f"})
+        write(run, task, rows, paper={"accuracy": 88.3, "F1": 70} if task == "hal" else None, weights_sha256={"a": "f"})
     write(run, "hal", [], "eval_blind", metrics={"accuracy": 0.25}, questions=20, blind=True)
     steps = [{"stage": s, "step": i, "loss": 4 / (i + 1), "lr": 1e-3} for s in (1, 2) for i in range(300)]
     (run / "log.jsonl").write_text("\n".join(map(json.dumps, steps)))
@@ -83,6 +83,7 @@ def test_every_task_stands_with_the_papers_figure_and_the_blind_one_beside_it(ru
         r"<td>hal</td><td>accuracy</td><td class=n><b>50\.0 %</b></td><td class=n>25\.0 %</td><td class=n>88\.3 %</td>",
         page,
     )
+    assert "<td>F1</td><td class=n><b>–</b></td><td class=n>–</td><td class=n>70.0 %</td>" in page
     assert page.count('<polyline class="line"') == 4  # loss and learning rate of two stages
     assert "Stage 2: 300 steps" in page and "nats per answer token" in page
 
@@ -208,9 +209,9 @@ def test_nothing_to_show_and_broken_results_are_named_errors(tmp_path):
 
 
 def test_pictures_are_scaled_until_the_page_is_small(tmp_path):
-    """Forty noisy photographs in twenty tasks: under 3 MB."""
-    Image.effect_noise((1000, 800), 90).convert("RGB").save(tmp_path / "noise.jpg")
-    for n in range(8):
+    """Sixty cards of noise, which at full width would take more than three megabytes."""
+    Image.effect_noise((500, 400), 90).convert("RGB").save(tmp_path / "noise.jpg")
+    for n in range(5):
         write(tmp_path, f"task{n}", [row(tmp_path / "noise.jpg", correct=i % 2 == 0) for i in range(12)])
     assert report.write_report(tmp_path).stat().st_size < 3_000_000
 
