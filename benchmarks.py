@@ -598,7 +598,7 @@ def read_gqa(questions, answers, images, short=False):
         if not truth[name].get("isBalanced", True):
             left_out["questions that are not balanced"] += 1
             continue
-        path = find_image(images, image, f"images/{image}")
+        path = find_image(images, image, f"images/{image}", f"{Path(image).stem}.png")  # the last: the shapes world's
         items.append(Item(name, path, None, asked_short(text, short), {"answer": truth[name]["answer"]}))
     left_out.update({"answers to questions that are not asked": left_over} if left_over else {})
     return require_images(items, questions, images), left_out

@@ -275,7 +275,7 @@ def write_world(folder, images, seed=0, names=NAMES):
     captions_SPLIT.json           COCO's
     conversations_SPLIT.json      LLaVA's
     gqa_SPLIT.json                GQA's: what of the conversations is answered in a word
-    refs_SPLIT.json               RefCOCO's refs: what people might call each shape
+    refs_SPLIT.json               RefCOCO's refs, as benchmarks.py makes them JSON: what people might call each shape
 
     names: the shapes that there are; to any other, the world's files are blind.
     """
@@ -314,7 +314,7 @@ def write_world(folder, images, seed=0, names=NAMES):
                         "description": describe(scene, shape, rng),
                     }
                 )
-                refs.append(refer(scene, shape, instances["annotations"][-1], split))
+                refs.append(refer(scene, shape, instances["annotations"][-1], file_name, split))
             captions["annotations"].append({"id": index + 1, "image_id": image_id, "caption": caption(scene, rng)})
             for number, (question, answer, short) in enumerate(quiz(scene, rng, names)):
                 turns = [{"from": "human", "value": "<image>\n" + question}, {"from": "gpt", "value": answer}]
@@ -325,25 +325,23 @@ def write_world(folder, images, seed=0, names=NAMES):
         write_json(folder / f"captions_{split}.json", captions)
         write_json(folder / f"conversations_{split}.json", conversations)
         write_json(folder / f"gqa_{split}.json", questions)
-        write_json(folder / f"refs_{split}.json", refs)
+        write_json(folder / f"refs_{split}.json", {"refs": refs})
         write_json(folder / f"instances_{split}.json", instances)
 
 
-def refer(scene, shape, annotation, split):
+def refer(scene, shape, annotation, file_name, split):
     """A ref as RefCOCO has them: what people might call a shape, from plain to with its neighbours."""
-    rng = random.Random(f"{annotation['id']} {split}")
-    words = phrase(scene, shape)
-    sentences = dict.fromkeys([f"{shape.colour} {shape.name}", words])
+    words, rng = phrase(scene, shape), random.Random(f"{annotation['id']} {split}")
     relation = describe(scene, shape, rng).partition(", ")[2]
-    sentences |= dict.fromkeys([f"{words} {relation}"] if relation else [])
-    number = annotation["id"]
+    sentences = dict.fromkeys([f"{shape.colour} {shape.name}", words, f"{words} {relation}".strip()])
+    name = str(annotation["id"])
     return {
-        "ref_id": number,
-        "ann_id": number,
-        "image_id": annotation["image_id"],
-        "category_id": annotation["category_id"],
+        "ref_id": name,
+        "file_name": file_name,
+        "size": scene.size,
         "split": split,
-        "sentences": [{"sent_id": 10 * number + i, "sent": sent} for i, sent in enumerate(sentences)],
+        "bbox": annotation["bbox"],
+        "sentences": [(f"{name}-{i}", sentence) for i, sentence in enumerate(sentences)],
     }
 
 

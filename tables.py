@@ -74,7 +74,7 @@ MEASURES = {  # heading: (task of evaluate.py, its metric, flags)
     "METEOR": (
         "refcoco",
         "METEOR 1.5",
-        f"--questions {STILL}/refs_val.json --answers {STILL}/instances_val.json --images {STILL}/images",
+        f"--questions {STILL}/refs_val.json --images {STILL}/images",
     ),
     "boxes": ("locpred", "acc@0.5", boxes_of(STILL)),
     "names": ("revloc", "name accuracy", boxes_of(STILL)),

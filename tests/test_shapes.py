@@ -115,14 +115,14 @@ def test_a_word_answers_what_a_sentence_does(tmp_path):
 
 def test_refs_call_a_shape_what_it_is(tmp_path):
     write_world(tmp_path, {"val": 30})
-    shapes = {a["id"]: a for a in json.loads((tmp_path / "instances_val.json").read_text())["annotations"]}
-    refs = json.loads((tmp_path / "refs_val.json").read_text())
-    assert {ref["ann_id"] for ref in refs} == set(shapes)
+    annotations = json.loads((tmp_path / "instances_val.json").read_text())["annotations"]
     names = {number: name for name, number in CATEGORY_IDS.items()}
-    for ref in refs:
-        said = [sentence["sent"] for sentence in ref["sentences"]]
-        assert len(set(said)) == len(said) >= 1 and all(names[ref["category_id"]] in sent for sent in said)
-        assert ref["image_id"] == shapes[ref["ann_id"]]["image_id"]
+    refs = json.loads((tmp_path / "refs_val.json").read_text())["refs"]
+    assert len(refs) == len(annotations)
+    for ref, shape in zip(refs, annotations, strict=True):
+        said = [sentence for _, sentence in ref["sentences"]]
+        assert len(set(said)) == len(said) >= 1 and all(names[shape["category_id"]] in sentence for sentence in said)
+        assert ref["bbox"] == shape["bbox"] and ref["file_name"] == f"{shape['image_id']:012d}.png"
 
 
 # ----- clips
