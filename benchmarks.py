@@ -1002,7 +1002,11 @@ def read_coco_spatial(questions, answers, images):
     items, left_out = [], Counter()
     for image_id, entry in data.items():
         try:
-            size, objects, file_name = (entry["width"], entry["height"]), entry["annotations"], str(entry["file_name"])
+            size, objects, file_name = (
+                (int(entry["width"]), int(entry["height"])),
+                entry["annotations"],
+                str(entry["file_name"]),
+            )
             called = [names[o["category_id"]] for o in objects]
             pairs = [(left, right) for left, right in entry.get("good_pairs") or ()]
             [objects[place] for pair in pairs for place in pair]
