@@ -118,6 +118,7 @@ TABLES = {
             ("normalized floating point", "nfp", (46.1, 19.6, 37.1)),
             ("integer valued binning", "all", (47.3, 20.7, 37.4)),
             ("deviation from anchor", "diga", (47.0, 20.8, 37.3)),
+            ("binning, images blanked", "all, blind", ()),
         ),
     ),
     "4": Table(
@@ -127,13 +128,18 @@ TABLES = {
         (
             ("instructions alone (LLaVA)", "none", (55.1, 58.9, 55.1, 58.2)),
             ("LocVLM-B", "all", (69.5, 65.4, 76.5, 74.1)),
+            ("LocVLM-B, images blanked", "all, blind", ()),
         ),
     ),
     "8": Table(
         "is there a ...?",
         ("is there, seen", "is there, unseen"),
         ("Hal-COCO", "Hal-ADE"),
-        (("instructions alone (LLaVA)", "seen-none", (61.9, 53.8)), ("LocVLM-B", "seen-all", (88.3, 75.2))),
+        (
+            ("instructions alone (LLaVA)", "seen-none", (61.9, 53.8)),
+            ("LocVLM-B", "seen-all", (88.3, 75.2)),
+            ("LocVLM-B, images blanked", "seen-all, blind", ()),
+        ),
     ),
     "10": Table(
         "describing what is at a place",
@@ -144,6 +150,7 @@ TABLES = {
             ("names of categories", "all", ()),
             ("pseudo-captions of the stage-1 model", "own-captions", (11.0, 11.1, 20.6, 20.7)),
             ("pseudo-captions of the model of instructions", "captions", (11.0, 11.1, 20.6, 20.7)),
+            ("the last, images blanked", "captions, blind", ()),
         ),
     ),
     "11": Table(
@@ -157,6 +164,7 @@ TABLES = {
             ("+ RevLoc (boxes)", "all", (47.3, 20.7, 37.4)),
             ("the same with points", "point", (47.3, 20.6, 37.4)),
             ("the same with pseudo-captions", "captions", (47.3, 20.7, 37.4)),
+            ("boxes, images blanked", "all, blind", ()),
         ),
     ),
     "12": Table(
@@ -170,6 +178,7 @@ TABLES = {
             ("+ LocPred", "clips-loc", (37.6,)),
             ("+ NegPred", "clips-loc-neg", (38.2,)),
             ("+ RevLoc", "clips-all", (38.2,)),
+            ("the last, clips blanked", "clips-all, blind", ()),
         ),
     ),
 }
@@ -216,13 +225,15 @@ def caption(captioner, seed):
 
 
 def figure(heading, name, seed):
-    """One figure of one run in percent, asked first where that was not done."""
+    """One figure of one run in percent, asked first where that was not done. "NAME, blind": with the images blanked."""
     task, metric, flags = MEASURES[heading]
+    name, _, blind = name.partition(", ")
     run = tuned(name, seed)
     argv = flags.split() + ["--limit", str(IMAGES)] + (["--location", "point"] if name == "point" else [])
-    data = Path(argv[1])
-    into = run / f"eval-{data.parent.name}"  # of a world
-    result = into / f"{task}.json"
+    argv += ["--blind"] if blind else []
+    world = Path(flags.split()[1]).parent.name
+    into = run / f"eval-{world}"
+    result = (run / f"eval-{world}_blind" if blind else into) / f"{task}.json"
     if not result.exists():
         evaluate.main([str(run), "--task", task, *argv, "--into", str(into)])
     value = read_json(result)["metrics"][metric]
