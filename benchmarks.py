@@ -3,8 +3,8 @@
     python benchmarks.py refs "refs(unc).p" refs.json          RefCOCO's pickle, made JSON once
     python benchmarks.py keywords llava_instruct_80k.json      left and right in training conversations (Tab. 14)
 
-A task (`TASKS`) makes its questions out of annotated images; a benchmark (`BENCHMARKS`) reads them from its original public
-files. Either has the judgement of one item and the figures of all. Nothing here runs a model: `evaluate.py` does.
+A task (`TASKS`) makes its questions out of annotated images; a benchmark (`BENCHMARKS`) reads them from its original
+public files. Either has the judgement of one item and the figures of all. Nothing here runs a model: `evaluate.py` does.
 """
 
 import argparse
@@ -142,6 +142,10 @@ PAPER_ROWS = {  # the paper's models beside each other, percent, by the metrics'
         ("LocVLM-B, RefCOCO+ testB", 11.1),
         ("LocVLM-B, RefCOCOg val", 20.6),
         ("LocVLM-B, RefCOCOg test", 20.7),
+        ("LLaVA *, RefCOCO testB", 8.43),
+        ("LLaVA *, RefCOCO+ testB", 8.73),
+        ("LLaVA *, RefCOCOg val", 13.5),
+        ("LLaVA *, RefCOCOg test", 13.5),
         ("LocVLM-B *, RefCOCO testB", 14.6),
         ("LocVLM-B *, RefCOCO+ testB", 15.2),
         ("LocVLM-B *, RefCOCOg val", 26.0),
@@ -489,7 +493,8 @@ def read_rows(path, expected):
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path} is neither JSON nor JSON lines (line {number}: {error}); expected {expected}; was its download cut short?"
+                f"{path} is neither JSON nor JSON lines (line {number}: {error}); expected {expected}; was its download "
+                "cut short?"
             ) from None
     return rows
 
@@ -504,7 +509,8 @@ def keyed(rows, path, key, needs, expected):
     for index, row in enumerate(rows):
         if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in needs.items()):
             raise ValueError(
-                f"{path}: row {index} is {str(row)[:120]}; expected {expected}: rows with {', '.join(needs)}; is this another file?"
+                f"{path}: row {index} is {str(row)[:120]}; expected {expected}: rows with {', '.join(needs)}; is this "
+                "another file?"
             )
         if str(row[key]) in found:
             raise ValueError(f"{path} has {key} {row[key]} twice; expected each once; are two files in one?")
@@ -598,14 +604,14 @@ def read_gqa(questions, answers, images, short=False):
         if not truth[name].get("isBalanced", True):
             left_out["questions that are not balanced"] += 1
             continue
-        path = find_image(images, image, f"images/{image}")
+        path = find_image(images, image, f"images/{image}", f"{Path(image).stem}.png")  # the last: the shapes world's
         items.append(Item(name, path, None, asked_short(text, short), {"answer": truth[name]["answer"]}))
     left_out.update({"answers to questions that are not asked": left_over} if left_over else {})
     return require_images(items, questions, images), left_out
 
 
 def judge_gqa(item, wording):
-    """Right if the answer, lower case and without its full stop, is the truth (LLaVA's way); `contains`: if the truth is in it."""
+    """Right if the answer, in lower case without its full stop, is the truth (LLaVA's way); `contains`: if that is in it."""
     item.correct = item.answer.strip().rstrip(".").lower() == item.truth["answer"]
     item.truth["contains"] = item.correct or scores.contains(item.answer, item.truth["answer"])
 
@@ -631,7 +637,7 @@ VQA_ANSWERS = "VQAv2's v2_mscoco_*_annotations.json"
 
 
 def read_vqa(questions, answers, images, short=False):
-    """VQAv2: questions, and the ten annotators' answers to them; without answers (the test splits) only a submission comes of it."""
+    """VQAv2: questions, and ten annotators' answers to them; without those (the test splits) only a submission is made."""
     content, left_out, items = read_rows(questions, VQA_QUESTIONS), Counter(), []
     needs = {"question_id": int, "image_id": int, "question": str}
     rows = keyed(listed(content, "questions", questions, VQA_QUESTIONS), questions, "question_id", needs, VQA_QUESTIONS)
@@ -696,16 +702,9 @@ def vqa_submission(items):
 VIDEO_FILE = (
     "[{video_name, question, question_id}] (ActivityNet-QA), [{id, video_id, question, answer}] or TGIF-QA's table"
 )
-VIDEO_TYPES = {
-    "activitynet-qa": dict(
-        enumerate(
-            "motion, spatial relationship, temporal relationship, yes/no, color, object, location, number, other".split(
-                ", "
-            )
-        )
-    ),
-    "tgif-qa": dict(enumerate(("object", "number", "color", "location"))),
-}
+ACTIVITYNET_TYPES = ("motion", "spatial relationship", "temporal relationship")
+ACTIVITYNET_TYPES += ("yes/no", "color", "object", "location", "number", "other")
+TGIF_TYPES = ("object", "number", "color", "location")
 
 
 def read_table(path):
@@ -762,7 +761,8 @@ def read_video_qa(questions, answers, images, short=False, types=(), prefix=""):
             continue
         known = {"answer": str(truth[name]["answer"])}
         if types and str(truth[name].get("type", "")).isdigit():
-            known["type"] = types.get(int(truth[name]["type"]), f"type {truth[name]['type']}")
+            number = int(truth[name]["type"])
+            known["type"] = types[number] if number < len(types) else f"type {number}"
         items.append(Item(name, path, None, asked_short(row["question"], short), known))
     if not items:
         raise FileNotFoundError(
@@ -803,7 +803,7 @@ def read_pope(questions, answers, images):
 
 
 def pope_metrics(items):
-    """The five figures, how often an answer says neither word, and which of the released versions this is, told by its count."""
+    """The five figures, how often an answer says neither word, and which released version this is, told by its count."""
     neither = mean(not {"yes", "no", "not"} & set(scores.spaced(item.answer).split()) for item in items)
     version = POPE_VERSIONS.get(len(items), "as many as in neither released version")
     return hal_metrics(items) | {"neither yes nor no": neither, f"questions ({version})": len(items)}
@@ -811,7 +811,10 @@ def pope_metrics(items):
 
 # ----- RefCOCO, RefCOCO+, RefCOCOg: descriptions of a box, and boxes for descriptions
 
-REFS_FILE = "refs(unc).p with instances.json, what `benchmarks.py refs` made of them, Shikra's JSON lines, or MDETR's finetune_*.json"
+REFS_FILE = (
+    "refs(unc).p with instances.json, what `benchmarks.py refs` made of them, Shikra's JSON lines, "
+    "or MDETR's finetune_*.json"
+)
 
 
 def ref(name, file_name, size, split, bbox, sentences):
@@ -820,7 +823,7 @@ def ref(name, file_name, size, split, bbox, sentences):
 
 
 def read_pickle(path, instances):
-    """RefCOCO's own files: the pickle of refs, of which nothing but lists, dicts, texts and numbers is built, and COCO's boxes."""
+    """RefCOCO's own files: the pickle, of which nothing but lists, dicts, texts and numbers is built, and COCO's boxes."""
     with naming(require_file(path, "RefCOCO's refs(unc).p"), Exception), open(path, "rb") as file:
         content = PlainPickle(file, encoding="latin1").load()  # Python 2 wrote it
     needs = {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sentences": list}
@@ -899,7 +902,8 @@ def refs_of(questions, answers, images, split):
     if split is None and len(splits) > 1 or split is not None and split not in splits:
         told = ", ".join(f"{name} ({count})" for name, count in splits.items())
         raise ValueError(
-            f"split {split} of {questions}, which has {told}; expected one of them; the paper's is testB, for RefCOCOg val and test"
+            f"split {split} of {questions}, which has {told}; expected one of them; the paper takes testB, and val and test "
+            "of RefCOCOg"
         )
     for one in refs:
         if split is None or one["split"] == split:
@@ -944,12 +948,13 @@ def judge_refcoco(item, wording):
 
 
 def refcoco_metrics(items):
-    """METEOR 1.5 of all answers, all sentences of a ref its references; and of what follows "There is a", which no sentence has."""
+    """METEOR 1.5 of all answers, a ref's sentences their references; and of what follows "There is a", our own wording."""
     told, said = {item.id: item.truth["sentences"] for item in items}, {item.id: item.answer for item in items}
     bare = {name: re.sub(r"^\s*there is an? ", "", answer, flags=re.IGNORECASE) for name, answer in said.items()}
+    whole, without = scores.meteor([said, bare], told)
     return {
-        "METEOR 1.5": scores.meteor(said, told),
-        'METEOR 1.5 without "There is a"': scores.meteor(bare, told),
+        "METEOR 1.5": whole,
+        'METEOR 1.5 without "There is a"': without,
         "refs (meteor-1.5.jar and PTB tokens of pycocoevalcap)": len(items),
         "sentences": sum(map(len, told.values())),
         "empty answers": sum(not answer.strip() for answer in said.values()),
@@ -1002,13 +1007,15 @@ def read_coco_spatial(questions, answers, images):
     items, left_out = [], Counter()
     for image_id, entry in data.items():
         try:
-            size, objects, file_name = (entry["width"], entry["height"]), entry["annotations"], str(entry["file_name"])
+            size, file_name = (int(entry["width"]), int(entry["height"])), str(entry["file_name"])
+            objects = entry["annotations"]
             called = [names[o["category_id"]] for o in objects]
             pairs = [(left, right) for left, right in entry.get("good_pairs") or ()]
             [objects[place] for pair in pairs for place in pair]
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(
-                f"{questions}: image {image_id} is amiss ({error!r}); expected file_name, width, height, annotations, good_pairs; check the file"
+                f"{questions}: image {image_id} is amiss ({error!r}); expected file_name, width, height, annotations and "
+                "good_pairs that point into them; check the file"
             ) from None
         left_out.update({"images without pairs": 1} if not pairs else {})
         path = find_image(images, *coco_names(file_name, "val2014")) if pairs else None
@@ -1045,13 +1052,17 @@ def coco_spatial_metrics(items):
 # ----- Hal-ADE
 
 COCO_NAMES = (
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter, "
-    "bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, "
-    "frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, "
-    "wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, "
-    "chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, "
-    "toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
-).split(", ")
+    """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter,
+bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase,
+frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle,
+wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake,
+chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven,
+toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush
+""".strip()
+    .replace(",\n", ", ")
+    .split(", ")
+)
 COCO_KINDS = {
     "motorbike",
     "armchair",
@@ -1104,7 +1115,8 @@ def read_hal_ade(questions, answers, images, seed=0):
         found = set(np.unique(pixels).tolist()) - {0}
         if pixels.ndim != 2 or found - called.keys():
             raise ValueError(
-                f"{mask} has shape {pixels.shape} and values {some(sorted(map(str, found)))}; expected one number a pixel, those of {questions}; is it of the full ADE20K?"
+                f"{mask} has shape {pixels.shape} and values {some(sorted(map(str, found)))}; expected one number a pixel, "
+                f"those of {questions}; is it of the full ADE20K?"
             )
         present = sorted(found & ours)
         taken = {name for number in found for name in called[number]}
@@ -1145,8 +1157,8 @@ class Benchmark:
     options: tuple = ()  # the keywords that read takes beside its three files
 
 
-def video_benchmark(name, files, prefix=""):
-    read = partial(read_video_qa, types=VIDEO_TYPES.get(name, {}), prefix=prefix)
+def video_benchmark(files, types=(), prefix=""):
+    read = partial(read_video_qa, types=types, prefix=prefix)
     return Benchmark(read, judge_video_qa, exact_metrics, ("{question}",), files, options=("short",))
 
 
@@ -1167,15 +1179,15 @@ BENCHMARKS = {
         judge_vqa,
         vqa_metrics,
         ("{question}",),
-        "questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json, none for a test split",
+        "questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json, none for test",
         vqa_submission,
         ("short",),
     ),
-    "activitynet-qa": video_benchmark("activitynet-qa", "questions: test_q.json; answers: test_a.json"),
-    "msrvtt-qa": video_benchmark("msrvtt-qa", QA_FILES, "video"),
-    "msvd-qa": video_benchmark("msvd-qa", QA_FILES, "vid"),
+    "activitynet-qa": video_benchmark("questions: test_q.json; answers: test_a.json", ACTIVITYNET_TYPES),
+    "msrvtt-qa": video_benchmark(QA_FILES, prefix="video"),
+    "msvd-qa": video_benchmark(QA_FILES, prefix="vid"),
     "tgif-qa": video_benchmark(
-        "tgif-qa", "questions: Test_frameqa_question.csv; or test_q.json with answers: test_a.json"
+        "questions: Test_frameqa_question.csv; or test_q.json with answers: test_a.json", TGIF_TYPES
     ),
     "pope": Benchmark(
         read_pope, judge_hal, pope_metrics, (HAL_PROMPT,), "questions: coco_pope_{random,popular,adversarial}.json"

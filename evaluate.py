@@ -473,11 +473,11 @@ def judge_of(job, items, folder, args):
     return read_judgements(kept, items), {"model": args.judge_model, "url": args.judge_url}
 
 
-def table(job, run, folders):
+def table(job, folders):
     """Print a task's figures: a column for each result of the same questions, and the paper's where it has them."""
     asked, columns = questions_sha256(job.items), {}
     for title, folder in folders.items():
-        path = Path(run) / folder / f"{job.name}.json"
+        path = folder / f"{job.name}.json"
         result = read_json(path) if path.is_file() else {}
         if result.get("questions_sha256") == asked:
             columns[title] = result["metrics"]
@@ -536,6 +536,7 @@ def parse(argv):
     add("--compile", action="store_true", help="torch.compile the decoder: a minute, then faster")
     add("--fresh", action="store_true", help="ask everything again, whatever a killed run has left")
     add("--trained-on", default="", help="files that name the images trained on, by commas (default: the run's own)")
+    add("--into", help="folder of the results; those of --blind and --score lie beside it (default: RUN/eval)")
 
     group = parser.add_argument_group("a language model as judge of answers about clips")
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
@@ -546,7 +547,7 @@ def parse(argv):
     add = parser.add_argument_group("a question of your own").add_argument
     add("--ask", help="a question, about --image")
     add("--image", help="image file or clip to ask about")
-    add("--out", help="where --ask draws (default: RUN/eval/ask.png)")
+    add("--out", help="where --ask draws (default: ask.png in the folder of the results)")
     args = parser.parse_args(argv)
 
     task, asked = f"--task {args.task}", BENCHMARKS.get(args.task)
@@ -591,6 +592,16 @@ def start_processes():
     return dist.get_rank(), world, dist.barrier
 
 
+def folders_of(args):
+    """Where results go: {column of a table: folder}."""
+    into = Path(args.into or Path(args.run) / "eval")
+    return {
+        "ours": into,
+        "blind": into.with_name(into.name + "_blind"),
+        "scored": into.with_name(into.name + "_scored"),
+    }
+
+
 def read_config_of(args):
     """Read a checkpoint's config and check its shapes, but read no weights: (LocVLMConfig, what pins its tokenizer)."""
     if args.score and not (Path(args.run) / "config.json").is_file():
@@ -601,19 +612,19 @@ def read_config_of(args):
 
 
 def score(args, jobs, wording, about):
-    """Judge answers that are there. Those of a run's own rows stay its results; others go to RUN/eval_scored."""
+    """Judge answers that are there. A run's own rows stay its results; what others say goes to a folder beside them."""
     [job] = jobs
     join(job.items, [(row["id"], row["answer"]) for row in read_rows(args.score, ("id", "answer"))], args.score)
-    folder, rows = Path(args.run) / "eval_scored", Path(args.score)
+    folders, rows = folders_of(args), Path(args.score)
+    folder = folders["scored"]
     about |= {"scored": {"file": str(rows), "sha256": sha256(rows)}}
-    if rows.name == f"{job.name}.jsonl" and rows.with_suffix(".json").is_file():
+    if rows.parent in folders.values() and rows.name == f"{job.name}.jsonl" and rows.with_suffix(".json").is_file():
         before = read_json(rows.with_suffix(".json"))
         ours = {"questions_sha256": questions_sha256(job.items), "answers_sha256": answers_sha256(job.items)}
         if before.items() >= ours.items():
             folder, about = rows.parent, before | {key: about[key] for key in ("git_commit", "torch")}
     write_results(job, job.items, folder, wording, about, args)
-    columns = {"ours": "eval", "blind": "eval_blind"}
-    table(job, args.run, columns if folder.name in columns.values() else {"scored": folder.name, **columns})
+    table(job, {title: path for title, path in folders.items() if title != "scored" or path == folder})
 
 
 def main(argv=None):
@@ -630,7 +641,7 @@ def main(argv=None):
         return loaded
 
     if args.ask:
-        out = args.out or Path(args.run) / "eval" / "ask.png"
+        out = args.out or folders_of(args)["ours"] / "ask.png"
         return ask(model(), args.image, args.ask, out, **decoding)
 
     # 1 read the questions, and refuse what is wrong with them before the weights are read
@@ -678,10 +689,11 @@ def main(argv=None):
         print(f"{args.run} on {', '.join(about['data_sha256'])}" + (f" in {world} processes" if world > 1 else ""))
 
     # 2 ask, and write
+    folders = folders_of(args)
     for job in jobs:
         for blind in (True, False) if args.with_blind else (args.blind,):
             items = copy.deepcopy(job.items)  # judging marks them
-            folder = Path(args.run) / ("eval_blind" if blind else "eval")
+            folder = folders["blind" if blind else "ours"]
             parts, how = folder / f"{job.name}.parts", answering | {"blind": blind}
             options = {"questions_sha256": questions_sha256(items), **how}
 
@@ -696,7 +708,7 @@ def main(argv=None):
                 write_results(job, items, folder, wording, {**about, **how, **ran}, args)
                 shutil.rmtree(parts)
         if rank == 0:
-            table(job, args.run, {"ours": "eval", "blind": "eval_blind"})
+            table(job, {title: folders[title] for title in ("ours", "blind")})
             if trained != "unknown" and trained["images"]:
                 print(f"  {trained['images']} of the {trained['of']} images were trained on")
     if world > 1:

@@ -1,6 +1,6 @@
-"""How an answer in words is compared with the truth: VQA's annotators, METEOR, a language model as judge (Sec. 4, Tab. 5, 6, 10).
+"""How answers in words are compared with the truth: by VQA's annotators, METEOR, a language model (Tab. 5, 6, 10).
 
-Apart from benchmarks.py because nothing here knows of images, boxes or files of questions: words go in, a score comes out.
+A file of its own because nothing here knows of images, boxes or question files: words go in, a score comes out.
 """
 
 import ast
@@ -104,6 +104,9 @@ def vqa_scores(answer, answers):
 # ----- METEOR
 
 
+LONGEST_ANSWER = 1000  # words: METEOR's search for matches takes minutes over a book
+
+
 def require_meteor():
     """Refuse, before anything is asked, where METEOR could not be computed."""
     lacking = [
@@ -118,27 +121,28 @@ def require_meteor():
         )
 
 
-def meteor(answers, sentences):
+def meteor(said, sentences):
     """METEOR 1.5 of answers as a whole, 0..1, as RefCOCO's own evaluation has it: PTB tokens, lower case, `-norm`.
 
-    answers    id -> one answer; an empty one counts as 0
-    sentences  id -> list of references, the same ids
+    said       list of {id: answer}, each scored for itself; an empty answer counts as 0. Gives a list of scores.
+    sentences  {id: references}, the same ids
     The score is METEOR's of the summed matches, not a mean over answers. White space of every kind is one space before:
-    the tokenizer works by lines, and one more of them would shift all that follow.
+    the tokenizer works by lines, and one more of them would shift all that follow. Of an answer, the first LONGEST_ANSWER
+    words are read.
     """
     require_meteor()
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    def tokens(texts):
-        rows = {
-            key: [{"caption": " ".join(text.replace("|||", " ").split())} for text in told]
-            for key, told in texts.items()
-        }
-        return PTBTokenizer().tokenize(rows)
-
-    references, said = tokens(sentences), tokens({key: [answers[key]] for key in sentences})
-    return Meteor().compute_score(references, said)[0]
+    told = {("truth", name): texts for name, texts in sentences.items()}
+    told |= {(i, name): [answers[name]] for i, answers in enumerate(said) for name in sentences}
+    rows = {
+        key: [{"caption": " ".join(text.replace("|||", " ").split()[:LONGEST_ANSWER])} for text in texts]
+        for key, texts in told.items()
+    }
+    tokens, java = PTBTokenizer().tokenize(rows), Meteor()
+    references = {name: tokens["truth", name] for name in sentences}
+    return [java.compute_score(references, {name: tokens[i, name] for name in sentences})[0] for i in range(len(said))]
 
 
 # ----- a language model as judge, in Video-ChatGPT's protocol
@@ -233,9 +237,11 @@ def read_judgements(rows, items):
                 f"judgement {index} has custom_id {str(name)[:80]!r}, which no question has; expected replies to this run's "
                 "requests; were they made of another run?"
             )
-        if name in replies:
+        if replies.get(name) is not None and reply_of(row) is not None:
             raise ValueError(f"custom_id {name} comes twice among the judgements; expected once; keep one of them")
-        replies[name] = reply_of(row)
+        replies[name] = (
+            reply_of(row) if replies.get(name) is None else replies[name]
+        )  # a failed request may come before
     said = {name: parse_judgement(reply) for name, reply in replies.items() if reply is not None}
     judged = {name: told for name, told in said.items() if told}
     for name, (right, score) in judged.items():

@@ -1,6 +1,6 @@
 """A world of coloured shapes, written to disk as COCO is, so that everything after it is the path of real data.
 
-    python shapes.py FOLDER           images/, instances_{train,val}.json, captions_{train,val}.json, conversations_train.json
+    python shapes.py FOLDER           the world in pictures: see `write_world`
     python shapes.py FOLDER clips     the same world in motion: see `write_clips`
 
 Pure functions of a seed: `draw_scene` places shapes, `render` paints them, `caption`, `describe` and `converse` tell
@@ -36,6 +36,9 @@ SPLITS = {"train": 4000, "val": 300}  # images
 RADIUS = (0.14, 0.26)  # of the shorter edge
 SCALE = 3  # pictures are painted so many times larger, then reduced: smooth edges
 CLIPS = {"train": 600, "val": 100}
+QA_TYPES = {"Which side": 1, "Is": 3, "Does": 3, "What colour": 4, "How many": 7}  # ActivityNet-QA's; 8 is the rest
+FLAKES = 12
+WHITE = (245, 245, 245)
 TRAVEL = 0.3  # least way of a shape that moves, of the shorter edge: well over what counts as static
 
 
@@ -105,11 +108,10 @@ def outline(name):
     }.get(name)
 
 
-def draw_scene(rng):
+def draw_scene(rng, names=NAMES):
     """Draw a scene: 2 to 4 shapes that keep apart, their names mostly different. `rng` is a random.Random."""
     width, height = rng.choice(SIZES)
-    count = rng.randint(2, 4)
-    names = rng.sample(NAMES, count)
+    names = rng.sample(names, min(rng.randint(2, 4), len(names)))
     if rng.random() < 0.25:
         names[-1] = names[0]  # two of a kind: the unique-instance filter has something to do
     shapes = []
@@ -224,49 +226,62 @@ def describe(scene, shape, rng):
     return words
 
 
-def converse(scene, rng):
+def converse(scene, rng, names=NAMES):
     """Draw question-and-answer pairs about a scene, as LLaVA-Instruct has them: no coordinates, no sides."""
+    return [(question, answer) for question, answer, _ in quiz(scene, rng, names)]
+
+
+def quiz(scene, rng, names=NAMES):
+    """The pairs of `converse`, each with its answer in a word, as GQA has it; None where a word is not enough."""
     unique = scene.unique()
-    pairs = [
-        ("What is in the image?", f"There is {listed([article(phrase(scene, s)) for s in scene.shapes])}."),
-        ("How many shapes are there?", f"There are {('no', 'one', 'two', 'three', 'four')[len(scene.shapes)]} shapes."),
+    number = ("no", "one", "two", "three", "four")[len(scene.shapes)]
+    asked = [
+        ("What is in the image?", f"There is {listed([article(phrase(scene, s)) for s in scene.shapes])}.", None),
+        ("How many shapes are there?", f"There are {number} shapes.", number),
     ]
     for shape in unique:
-        pairs.append((f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}."))
+        asked.append((f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}.", shape.colour))
         guess = rng.choice([shape.colour, rng.choice(list(COLOURS))])
-        pairs.append(
-            (
-                f"Is the {shape.name} {guess}?",
-                "Yes." if guess == shape.colour else f"No, the {shape.name} is {shape.colour}.",
-            )
-        )
-    pairs += presence(scene, rng)
+        right = guess == shape.colour
+        said = "Yes." if right else f"No, the {shape.name} is {shape.colour}."
+        asked.append((f"Is the {shape.name} {guess}?", said, "yes" if right else "no"))
+    asked += [(question, answer, answer.lower()[:-1]) for question, answer in presence(scene, rng, names)]
     if len(unique) > 1:
         a, b = rng.sample(unique, 2)
         if abs(scene.bigness(a) - scene.bigness(b)) > 0.04:
-            larger = max(a, b, key=scene.bigness)
-            pairs.append((f"Which is larger, the {a.name} or the {b.name}?", f"The {larger.name} is larger."))
-    rng.shuffle(pairs)
-    return pairs
+            larger = max(a, b, key=scene.bigness).name
+            asked.append((f"Which is larger, the {a.name} or the {b.name}?", f"The {larger} is larger.", larger))
+    rng.shuffle(asked)
+    return asked
 
 
-def presence(scene, rng):
+def presence(scene, rng, names=NAMES):
     """Ask for a shape that is there and for one that is not."""
     here = sorted({shape.name for shape in scene.shapes})
-    return [
-        (f"Is there {article(name)} in the image?", answer)
-        for name, answer in ((rng.choice(here), "Yes."), (rng.choice([n for n in NAMES if n not in here]), "No."))
-    ]
+    asked = [(rng.choice(here), "Yes.")]
+    if missing := [name for name in names if name not in here]:
+        asked.append((rng.choice(missing), "No."))
+    return [(f"Is there {article(name)} in the image?", answer) for name, answer in asked]
 
 
 # ----- to disk
 
 
-def write_world(folder, images, seed=0):
-    """Write a world: `images` says how many in each split, as SPLITS. Complete when instances_*.json stand there."""
+def write_world(folder, images, seed=0, names=NAMES):
+    """Write a world: `images` says how many in each split, as SPLITS. Complete when instances_*.json stand there.
+
+    images/ID.png                 the pictures
+    instances_SPLIT.json          COCO's; each annotation with a `description`, of the form of a pseudo-caption
+    captions_SPLIT.json           COCO's
+    conversations_SPLIT.json      LLaVA's
+    gqa_SPLIT.json                GQA's: what of the conversations is answered in a word
+    refs_SPLIT.json               RefCOCO's refs, as benchmarks.py makes them JSON: what people might call each shape
+
+    names: the shapes that there are; to any other, the world's files are blind.
+    """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    categories = [{"id": i, "name": name, "supercategory": "shape"} for name, i in CATEGORY_IDS.items()]
+    categories = [{"id": CATEGORY_IDS[name], "name": name, "supercategory": "shape"} for name in names]
     for split, count in images.items():
         instances = {
             "info": {"description": "shapes world", "seed": seed},
@@ -275,10 +290,10 @@ def write_world(folder, images, seed=0):
             "categories": categories,
         }
         captions = {"images": instances["images"], "annotations": []}
-        conversations = []
+        conversations, questions, refs = [], {}, []
         for index in range(count):
             rng = random.Random(f"{seed} {split} {index}")
-            scene = draw_scene(rng)
+            scene = draw_scene(rng, names)
             image_id = index + 1 + (1_000_000 if split == "val" else 0)
             file_name = f"{image_id:012d}.png"
             render(scene, rng).save(folder / "images" / file_name)
@@ -299,13 +314,35 @@ def write_world(folder, images, seed=0):
                         "description": describe(scene, shape, rng),
                     }
                 )
+                refs.append(refer(scene, shape, instances["annotations"][-1], file_name, split))
             captions["annotations"].append({"id": index + 1, "image_id": image_id, "caption": caption(scene, rng)})
-            for number, (question, answer) in enumerate(converse(scene, rng)):
+            for number, (question, answer, short) in enumerate(quiz(scene, rng, names)):
                 turns = [{"from": "human", "value": "<image>\n" + question}, {"from": "gpt", "value": answer}]
                 conversations.append({"id": f"{image_id}_{number}", "image": file_name, "conversations": turns})
+                if short:
+                    said = {"question": question, "answer": short, "fullAnswer": answer}
+                    questions[f"{image_id}_{number}"] = said | {"imageId": f"{image_id:012d}", "isBalanced": True}
         write_json(folder / f"captions_{split}.json", captions)
         write_json(folder / f"conversations_{split}.json", conversations)
+        write_json(folder / f"gqa_{split}.json", questions)
+        write_json(folder / f"refs_{split}.json", {"refs": refs})
         write_json(folder / f"instances_{split}.json", instances)
+
+
+def refer(scene, shape, annotation, file_name, split):
+    """A ref as RefCOCO has them: what people might call a shape, from plain to with its neighbours."""
+    words, rng = phrase(scene, shape), random.Random(f"{annotation['id']} {split}")
+    relation = describe(scene, shape, rng).partition(", ")[2]
+    sentences = dict.fromkeys([f"{shape.colour} {shape.name}", words, f"{words} {relation}".strip()])
+    name = str(annotation["id"])
+    return {
+        "ref_id": name,
+        "file_name": file_name,
+        "size": scene.size,
+        "split": split,
+        "bbox": annotation["bbox"],
+        "sentences": [(f"{name}-{i}", sentence) for i, sentence in enumerate(sentences)],
+    }
 
 
 def ensure_world(folder="data/shapes"):
@@ -372,6 +409,12 @@ def draw_way(box_px, others, size, frames, rng):
     return None
 
 
+def draw_flake(width, height, rng):
+    """Draw a flake of snow, all in pixels: x, y, radius, and how far it falls from one frame to the next."""
+    r = rng.uniform(0.02, 0.06) * min(width, height)
+    return rng.uniform(0, width), rng.uniform(0, height), r, rng.uniform(0.1, 0.3) * height
+
+
 def on_canvas(box_px):
     """A box in whole pixels as `paint` takes it, so that no pixel beside it is touched."""
     x1, y1, x2, y2 = box_px
@@ -379,12 +422,20 @@ def on_canvas(box_px):
 
 
 def render_clip(clip, rng):
-    """Paint the frames of a clip: list of PIL RGB. A shape keeps its shade; the grain is another in each frame."""
+    """Paint the frames of a clip: list of PIL RGB. A shape keeps its shade; the grain is another in each frame.
+
+    It snows before the shapes, so that a frame alone shows less than the clip. Masks and boxes know nothing of the snow.
+    """
     shades, frames = [shade(shape.colour, rng) for shape in clip.scene.shapes], []
+    width, height = clip.scene.size
+    snow = [draw_flake(width, height, rng) for _ in range(FLAKES)]
     for index in range(len(clip.tracks[0])):
         image, pen = canvas("RGB", clip.scene.size, clip.scene.background)
         for number, shape, box_px in clip.boxes(index):
             paint(pen, shape.name, on_canvas(box_px), shades[number])
+        for x, y, r, fall in snow:
+            y = (y + fall * index) % (height + 2 * r) - r  # what falls out below comes in above
+            pen.ellipse([v * SCALE for v in (x - r, y - r, x + r, y + r)], fill=WHITE)
         frames.append(finish(image, rng))
     return frames
 
@@ -407,6 +458,11 @@ def paint_mask(clip, index):
 
 def converse_clip(clip, rng):
     """Draw question-and-answer pairs about a whole clip: those of a scene, what moves, and the side of what stays."""
+    return [(question, answer) for question, answer, _ in quiz_clip(clip, rng)]
+
+
+def quiz_clip(clip, rng):
+    """The pairs of `converse_clip`, each with its answer in a word, or None, as `quiz`."""
 
     def named(shape):
         return f"the {shape.colour} {shape.name}"  # no two shapes have both
@@ -418,18 +474,20 @@ def converse_clip(clip, rng):
     moving = [shape for shape in scene.shapes if clip.moving(shape)]
     moved = said(listed([named(s) for s in moving]), "moves" if len(moving) == 1 else "move") if moving else None
     one = rng.choice(scene.shapes)
-    pairs = converse(scene, rng) + [
-        ("Which object moves?", moved or "No object moves."),
-        (f"Does {named(one)} move?", "Yes." if one in moving else "No."),
+    asked = [(question.replace("image", "video"), *answers) for question, *answers in quiz(scene, rng)]
+    moves = one in moving
+    asked += [
+        ("Which object moves?", moved or "No object moves.", None),
+        (f"Does {named(one)} move?", "Yes." if moves else "No.", "yes" if moves else "no"),
     ]
     for shape in scene.shapes:
         centre = (shape.box_px[0] + shape.box_px[2]) / 2 / scene.size[0]
         if shape not in moving and not 0.4 <= centre <= 0.6:  # the paper's central 20 % (App. C)
             side = "left" if centre < 0.5 else "right"
             question = f"Which side of the image is {named(shape)} located?"
-            pairs.append((question, said(named(shape), f"is located at the {side} side")))
-    rng.shuffle(pairs)
-    return pairs
+            asked.append((question, said(named(shape), f"is located at the {side} side"), side))
+    rng.shuffle(asked)
+    return asked
 
 
 def write_clips(folder, clips=CLIPS, frames=8, seed=0):
@@ -439,6 +497,7 @@ def write_clips(folder, clips=CLIPS, frames=8, seed=0):
     clips_SPLIT.json              videos [{id, file_name, width, height, frames}], categories, annotations
                                   [{video_id, frame, category_id, bbox, track_id, iscrowd}]: COCO's, a box a frame
     conversations_SPLIT.json      [{q, a, video_id}], as Video-ChatGPT's VideoInstruct_Dataset.json
+    {q,a}_SPLIT.json              ActivityNet-QA's questions and answers: what of these is answered in a word
     panoptic_SPLIT/CLIP.json      for every fourth clip: COCO's panoptic format, an annotation a frame,
     panoptic_SPLIT/CLIP/00.png    and its masks
     """
@@ -448,7 +507,7 @@ def write_clips(folder, clips=CLIPS, frames=8, seed=0):
     categories = [{"id": i, "name": name, "supercategory": "shape", "isthing": 1} for name, i in CATEGORY_IDS.items()]
     for split, count in clips.items():
         told = {"info": {"description": "shapes world in motion", "seed": seed}, "videos": [], "annotations": []}
-        told["categories"], conversations = categories, []
+        told["categories"], conversations, questions, answers = categories, [], [], []
         for index in range(count):
             rng = random.Random(f"{seed} clip {split} {index}")
             clip = draw_clip(rng, frames)
@@ -480,8 +539,15 @@ def write_clips(folder, clips=CLIPS, frames=8, seed=0):
                     )
             if index % 4 == 0:
                 write_panoptic(folder / f"panoptic_{split}", clip_id, clip, categories)
-            conversations += [{"q": q, "a": a, "video_id": clip_id} for q, a in converse_clip(clip, rng)]
+            for number, (q, a, short) in enumerate(quiz_clip(clip, rng)):
+                conversations.append({"q": q, "a": a, "video_id": clip_id})
+                if short:
+                    kind = next((kind for words, kind in QA_TYPES.items() if q.startswith(words)), 8)
+                    questions.append({"question_id": f"{clip_id}_{number}", "question": q, "video_name": clip_id})
+                    answers.append({"question_id": f"{clip_id}_{number}", "answer": short, "type": kind})
         write_json(folder / f"conversations_{split}.json", conversations)
+        write_json(folder / f"q_{split}.json", questions)
+        write_json(folder / f"a_{split}.json", answers)
         write_json(folder / f"clips_{split}.json", told)
 
 

@@ -380,6 +380,10 @@ def test_the_blind_baseline_and_the_paper_stand_beside_ours(run, capsys):
         f"{100 * blind['metrics']['accuracy']:.1f}", "%", "88.3", "%",
     ]  # fmt: skip
     assert blind["blind"] and not ours["blind"]
+    evaluate.main([*words, "--limit", "3", "--into", str(Path(words[0]) / "three")])
+    assert (
+        result_of(Path(words[0]) / "three", "hal")["images"] == 3 and result_of(Path(words[0]) / "eval", "hal") == ours
+    )
     evaluate.main([*words, "--limit", "3"])
     assert " blind " not in capsys.readouterr().out, "of other questions"
 

@@ -13,6 +13,7 @@ from data import read_records
 from llama import Tokenizer
 from prepare import boxes_from_panoptic, panoptic
 from shapes import (
+    CATEGORY_IDS,
     NAMES,
     apart,
     caption,
@@ -94,6 +95,36 @@ def test_the_world_on_disk_is_a_coco_folder(tmp_path):
     )
 
 
+def test_a_world_of_fewer_shapes_never_names_another(tmp_path):
+    """What is not in `names` is not drawn, not told, not asked for, and no category."""
+    write_world(tmp_path, {"val": 40}, names=("star", "heart", "ring"))
+    told = "".join(path.read_text() for path in tmp_path.glob("*.json"))
+    assert "heart" in told and not any(name in told for name in set(NAMES) - {"star", "heart", "ring"})
+
+
+def test_a_word_answers_what_a_sentence_does(tmp_path):
+    """GQA's file: the short answer is in the full one, but for numbers of a kind that a sentence says as well."""
+    write_world(tmp_path, {"val": 30})
+    rows = json.loads((tmp_path / "gqa_val.json").read_text())
+    images = {path.stem for path in (tmp_path / "images").iterdir()}
+    assert len(rows) > 150 and all(row["imageId"] in images for row in rows.values())
+    assert all(row["answer"] in row["fullAnswer"].lower().strip(".").replace(",", "").split() for row in rows.values())
+    starts = {row["question"].split()[0] for row in rows.values()}
+    assert starts == {"How", "What", "Is", "Which"} and "What is in" not in str(rows)
+
+
+def test_refs_call_a_shape_what_it_is(tmp_path):
+    write_world(tmp_path, {"val": 30})
+    annotations = json.loads((tmp_path / "instances_val.json").read_text())["annotations"]
+    names = {number: name for name, number in CATEGORY_IDS.items()}
+    refs = json.loads((tmp_path / "refs_val.json").read_text())["refs"]
+    assert len(refs) == len(annotations)
+    for ref, shape in zip(refs, annotations, strict=True):
+        said = [sentence for _, sentence in ref["sentences"]]
+        assert len(set(said)) == len(said) >= 1 and all(names[shape["category_id"]] in sentence for sentence in said)
+        assert ref["bbox"] == shape["bbox"] and ref["file_name"] == f"{shape['image_id']:012d}.png"
+
+
 # ----- clips
 
 
@@ -122,8 +153,9 @@ def test_half_of_what_a_clip_shows_stays_and_the_rest_moves_or_comes_or_goes():
     assert 0.45 < does["stays"] / sum(does.values()) < 0.65 and min(does.values()) > 20, does
 
 
-def test_boxes_of_clips_are_those_of_the_pixels():
+def test_boxes_of_clips_are_those_of_the_pixels(monkeypatch):
     """To the pixel: every mask fills its box, and outside of the masks there is background under grain, nothing else."""
+    monkeypatch.setattr("shapes.FLAKES", 0)
     for clip, rng in clips(12):
         for index, image in enumerate(render_clip(clip, rng)):
             mask = paint_mask(clip, index)
@@ -137,6 +169,19 @@ def test_boxes_of_clips_are_those_of_the_pixels():
             assert grain_alone[np.asarray(mask).max(-1) == 0].all()
 
 
+def test_snow_falls_before_the_shapes_and_hides_another_part_in_each_frame(monkeypatch):
+    for clip, rng in clips(3):
+        state = rng.getstate()
+        snowed = np.array([np.asarray(image, float) for image in render_clip(clip, rng)])
+        rng.setstate(state)
+        with monkeypatch.context() as patch:
+            patch.setattr("shapes.FLAKES", 0)
+            clear = np.array([np.asarray(image, float) for image in render_clip(clip, rng)])
+        hidden = (abs(snowed - clear) > 30).any(-1)  # (frames, H, W); grain is less
+        assert 0.01 < hidden.mean() < 0.2 and (snowed - clear > -20).all(), "snow is white"
+        assert hidden.all(0).mean() < 0.3 * hidden.mean(), "hardly a pixel is under snow in every frame"
+
+
 @pytest.fixture(scope="module")
 def moving(tmp_path_factory):
     folder = tmp_path_factory.mktemp("moving")
@@ -147,7 +192,7 @@ def moving(tmp_path_factory):
 def test_the_same_seed_writes_the_same_clips(moving, tmp_path):
     write_clips(tmp_path, {"train": 5}, seed=3)
     written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    assert len(written) == 2 + 5 * 8 + 2 * 9
+    assert len(written) == 4 + 5 * 8 + 2 * 9
     for path in written:
         if path.parent.name:  # not the two files that tell of all clips
             assert (tmp_path / path).read_bytes() == (moving / path).read_bytes(), path
@@ -215,6 +260,7 @@ def test_questions_about_clips_are_true_and_in_the_tiny_llamas_words(moving):
                 kinds[answer] += 1
         kinds[moved if moved in kinds else moved.split()[-1]] += 1
         assert not any("side" in q or "move" in q for q in pairs), "the others are those of a scene"
+        assert not any("image" in q for q in pairs), "and ask about the video"
     assert min(kinds.values()) >= 8, kinds
     rows = json.loads((moving / "conversations_val.json").read_text())
     assert all(set(row) == {"q", "a", "video_id"} for row in rows)

@@ -1,0 +1,98 @@
+"""The tables in miniature: what would be trained and asked exists, and what is printed is mean and spread."""
+
+import json
+import math
+
+import pytest
+
+import benchmarks
+import evaluate
+import tables
+import train
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Everything that takes time is noted and done at once: a run is its config.json, an evaluation its figures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tables, "ensure_worlds", lambda: None)
+    trained, asked = [], []
+
+    def train_main(config):
+        trained.append(config)
+        (tmp_path / config.out).mkdir(parents=True, exist_ok=True)
+        (tmp_path / config.out / "config.json").write_text("{}")
+
+    def evaluate_main(argv):
+        asked.append(argv)
+        run, task, into = argv[0], argv[2], argv[argv.index("--into") + 1] + "_blind" * ("--blind" in argv)
+        seed = int(run[-1])
+        metrics = {metric: seed / 10 for other, metric, _ in tables.MEASURES.values() if other == task}
+        (tmp_path / into).mkdir(exist_ok=True)
+        (tmp_path / into / f"{task}.json").write_text(json.dumps({"metrics": metrics}))
+
+    monkeypatch.setattr(tables.train, "main", train_main)
+    monkeypatch.setattr(tables.evaluate, "main", evaluate_main)
+    monkeypatch.setattr(tables, "caption", lambda model, seed: None)
+    return trained, asked
+
+
+def test_every_setting_is_one_that_train_takes():
+    for name, (begins_from, flags) in tables.SETTINGS.items():
+        stage = flags.split()[1]
+        argv = flags.split() + tables.RECIPES[stage].split() + ["--init-from", "run"]
+        config = train.parse_config(train.TrainConfig, argv)
+        assert config.stages == stage and (begins_from in tables.SETTINGS or name == "stage-1")
+
+
+def test_every_measure_is_one_that_evaluate_takes():
+    for task, _, flags in tables.MEASURES.values():
+        assert task in benchmarks.TASKS or task in benchmarks.BENCHMARKS
+        assert evaluate.parse(["run", "--task", task, *flags.split()]).task == task
+
+
+def test_every_row_and_column_of_the_tables_exists():
+    for table in tables.TABLES.values():
+        assert set(table.measures) <= set(tables.MEASURES)
+        for _, name, paper in table.rows:
+            assert name.removesuffix(", blind") in tables.SETTINGS and len(paper) in (0, len(table.paper_measures))
+
+
+def test_a_table_is_mean_and_spread_and_is_trained_once(fake, capsys):
+    trained, asked = fake
+    tables.main(["8", "--seeds", "1,2"])
+    outs = [config.out for config in trained]
+    assert len(outs) == len(set(outs)) == 6, "stage 1, and two settings that begin from it, of two seeds"
+    assert [config.seed for config in trained] == [1, 1, 2, 2, 1, 2] and trained[1].init_from == outs[0]
+    text = capsys.readouterr().out
+    assert "| LocVLM-B | 15.0 ± 7.1 | 15.0 ± 7.1 | 88.3 | 75.2 |" in text
+    assert (tables.OUT / "table-8.md").read_text().strip() in text
+    assert sum("--blind" in argv for argv in asked) == 4, "the last row, of two worlds and two seeds"
+    count = len(trained), len(asked)
+    tables.main(["8", "--seeds", "1,2"])
+    assert (len(trained), len(asked)) == count, "asked again, it is only read"
+
+
+def test_a_run_that_was_killed_goes_on(fake):
+    trained, _ = fake
+    (tables.OUT / "stage-1-0").mkdir(parents=True)
+    (tables.OUT / "stage-1-0/train.json").write_text("{}")
+    tables.tuned("none", 0)
+    assert [config.resume for config in trained] == [True, False]
+
+
+def test_points_are_asked_for_points(fake):
+    _, asked = fake
+    tables.figure("boxes", "point", 0)
+    assert asked[-1][-4:-2] == ["--location", "point"]
+
+
+def test_cells():
+    assert tables.cell([50.0]) == "50.0" and tables.cell([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert math.isnan(float(tables.cell([math.nan])))
+
+
+def test_seeds_that_are_none_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        tables.main(["8", "--seeds", "a"])
+    assert "expected whole numbers" in capsys.readouterr().err
