@@ -116,9 +116,9 @@ def sha256(path):
 
 def weights_sha256(path):
     """What pins a model: file name -> sha256 of its config and weights. A path may be a single file."""
-    files = [] if Path(path).is_file() else [Path(path) / "config.json"]
-    files += find_weights(path)[0]
-    return {file.name: sha256(require_file(file, "a model: config.json beside its weights")) for file in files}
+    expected = "a model: config.json beside its weights"
+    about = [] if Path(path).is_file() else [require_file(Path(path) / "config.json", expected)]
+    return {file.name: sha256(require_file(file, expected)) for file in [*about, *find_weights(path)[0]]}
 
 
 def open_file(path):
