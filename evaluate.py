@@ -244,7 +244,7 @@ def main(argv=None):
         args.dtype or ("bf16" if device == "cuda" else "fp32")
     ]
     model = LocVLM.from_pretrained(args.run, args.vision, dtype, device).eval()
-    model.language_model.for_inference(args.compile)
+    model.for_inference(args.compile)
     if args.ask:
         if not args.image:
             parser.error("--ask without --image; expected an image file")
