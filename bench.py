@@ -1,8 +1,9 @@
-"""This code beside `transformers`, in one run: a training step, and loading and generation.
+"""This code beside `transformers`, in one run: a training step, loading and generation, and evaluation.
 
     pip install transformers
     python bench.py                   training: a 63 M-parameter stand-in, 6 questions on each of 4 images; some minutes, 10 GB
     python bench.py generate          loading and generation: a LLaMA of SmolLM2-135M's shape, or --llama FOLDER; some minutes
+    python bench.py evaluate          evaluation: 6 questions on each of 4 images at ViT-L/14's 336 px, or --run RUN; some minutes
 
 Training. Both sides learn the same: the same random weights, images, questions and answers (App. B, "v1" template), in fp32; the
 vision tower is frozen, projector and LLaMA learn. A step is forward, backward and fused AdamW.
@@ -17,9 +18,14 @@ AdamW's moments, counts for memory and not for time. Its loss must agree to four
 
 Generation. Both sides load the same folder in fp32, read a prompt, and continue it in greedy, one row and eight. Ours three
 times: as `for_inference()` leaves it, compiled, and with bf16 weights. A token must move every weight but the embeddings:
-"of limit" is the time of reading as many bytes in one sum, as a share of what a token of one row took. Then six questions
-about one image are asked of a LLaVA (ViT-L/14 at 336 px before that LLaMA, random weights): theirs are six rows, each with
-its image; ours share it (LocVLM.generate).
+"of limit" is the time of reading as many bytes in one sum, as a share of what a token of one row took.
+
+Evaluation. Batches of images are answered in greedy as evaluate.py has them answered, k questions behind each image
+(LocVLM.generate), and by `transformers` with a row for each question and its image in each row: as many rows at a time as
+our batch holds questions, and as it holds images. The same weights in one process, fp32, the three in turn for every batch,
+after one question that does not count. Pixels are ready: neither side opens images. The model is a LLaVA of random weights
+(ViT-L/14 at 336 px before a LLaMA of SmolLM2-135M's shape) that never ends an answer early, or --run, asked the questions of
+benchmarks.py about held-out shapes. Where answers differ, so does one token first: the gap of its logits is printed.
 """
 
 import argparse
@@ -35,8 +41,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+import shapes
+from benchmarks import TASKS
 from checkpoint import write_json, write_tensors
-from clip_vit import CLIPVisionConfig
+from clip_vit import CLIPVisionConfig, open_image, preprocess
 from coords import CoordFormat
 from data import (
     IMAGE_ID,
@@ -48,6 +56,7 @@ from data import (
     encode_segment,
     loc_question,
     pack,
+    read_file,
 )
 from llama import Llama, LlamaConfig
 from model import LocVLM, LocVLMConfig
@@ -286,45 +295,6 @@ def measure_generation(side, folder, args):
     return found
 
 
-@torch.inference_mode()
-def measure_questions(side, args):
-    """Ask six questions about one image of a LLaVA with a real CLIP (ViT-L/14 at 336 px): seconds, and the answers' ids."""
-    torch.set_num_threads(args.threads)
-    config, tokenizer, count = LocVLMConfig(VIT_L, LlamaConfig.from_dict(SMOLLM2), "mlp2x_gelu"), StandInTokenizer(), 24
-    rng, wording = random.Random(0), Wording(config.coord_format())
-    questions = [loc_question(name, wording, rng) for name in NAMES[:6]]
-    pixels = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(1))
-    if side == "theirs":
-        model = their_llava(config).eval()
-        draw_weights({our_name(name): p for name, p in model.named_parameters()})
-        prefix = encode_prefix(tokenizer, "v1", VIT_L.num_patches)
-        rows = [
-            [config.text_config.vocab_size - 1 if i == IMAGE_ID else i for i in prefix + encode_question(tokenizer, q)]
-            for q in questions
-        ]
-        longest = max(map(len, rows))
-        inputs = {
-            "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows]),
-            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
-            "pixel_values": pixels.repeat(len(rows), 1, 1, 1),
-        }
-        fixed = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-
-        def ask():
-            return model.generate(**inputs, **fixed)[:, longest:].tolist()
-    else:
-        model = LocVLM(config).eval()
-        draw_weights(dict(model.named_parameters()))
-        model.language_model.for_inference(compile=side == "compiled")
-        model.tokenizer = tokenizer
-
-        def ask():
-            (answers,) = model.generate(list(pixels), [questions], count)
-            return [list(map(int, answer.split())) for answer in answers]
-
-    return {"answers": ask(), "seconds": clock(ask)}
-
-
 def generation(args):
     """Print both sides' loading and generation, and the ratios."""
     with TemporaryDirectory() as made:
@@ -348,18 +318,144 @@ def generation(args):
             f"{side}: {theirs['load'] / r['load']:.1f} x as fast to load, {theirs['prefill'] / r['prefill']:.1f} x prefill, "
             f"{theirs[1] / r[1]:.1f} x one row (goal: 2), {theirs[8] / r[8]:.1f} x eight rows (goal: 2)"
         )
-    asked = {side: in_own_process(measure_questions, side, args) for side in ("theirs", "ours")}
-    assert asked["ours"]["answers"] == asked["theirs"]["answers"], "six questions: other answers than transformers'"
-    theirs, ours = asked["theirs"]["seconds"], asked["ours"]["seconds"]
-    print(f"six questions about an image: theirs {theirs:.2f} s, ours {ours:.2f} s, {theirs / ours:.1f} x (goal: 5)")
+
+
+# ----- evaluation
+
+
+def stand_in(args):
+    """Ours and theirs of the same random weights, and what is asked: a list of (pixels (3, S, S), questions)."""
+    config, tokenizer = LocVLMConfig(VIT_L, LlamaConfig.from_dict(SMOLLM2), "mlp2x_gelu"), StandInTokenizer()
+    theirs, ours = their_llava(config).eval(), LocVLM(config).eval()
+    named = {our_name(name): p for name, p in theirs.named_parameters()}
+    draw_weights(named)
+    for name, p in ours.named_parameters():
+        p.data = named[name].data
+    ours.tokenizer, tokenizer.eos_token_id, theirs.generation_config.eos_token_id = tokenizer, None, None
+    draw, noise = random.Random(0), torch.Generator().manual_seed(1)
+    wording = Wording(config.coord_format())
+    return (
+        ours,
+        theirs,
+        [
+            (
+                torch.randn(3, 336, 336, generator=noise),
+                [loc_question(draw.choice(NAMES), wording, draw) for _ in range(args.questions)],
+            )
+            for _ in range(args.images * args.batches)
+        ],
+    )
+
+
+def of_run(args):
+    """The same of a run folder and of the questions that evaluate.py would ask about the held-out shapes, some of each image."""
+    from transformers import LlavaForConditionalGeneration
+
+    ours = LocVLM.from_pretrained(args.run).eval()
+    theirs = LlavaForConditionalGeneration.from_pretrained(args.run, dtype=torch.float32).eval()
+    fmt, world, by_image = ours.config.coord_format(), shapes.ensure_world(), {}
+    records, _ = read_file(world / "instances_val.json", world / "images")
+    for task in TASKS.values():
+        for item in task.items(records, Wording(fmt), random.Random(0)):
+            by_image.setdefault(item.image, []).append(item.question)
+    enough = [(path, asked) for path, asked in by_image.items() if len(asked) >= args.questions]
+    draw = random.Random(0)
+    return (
+        ours,
+        theirs,
+        [
+            (preprocess(open_image(path), fmt.side, fmt.geometry), draw.sample(asked, args.questions))
+            for path, asked in enough[: args.images * args.batches]
+        ],
+    )
+
+
+def their_inputs(theirs, rows):
+    """Rows of (pixels, ids) for `transformers`: padded on the left, the image in its own word."""
+    longest = max(len(ids) for _, ids in rows)
+    word = theirs.config.image_token_index
+    return {
+        "input_ids": torch.tensor(
+            [[0] * (longest - len(ids)) + [word if i == IMAGE_ID else i for i in ids] for _, ids in rows]
+        ),
+        "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for _, ids in rows]),
+        "pixel_values": torch.stack([pixels for pixels, _ in rows]),
+    }
+
+
+def logit_gap(theirs, row, one, other, end):
+    """How far apart theirs' logits are of the two tokens at which two answers to a row part."""
+    (pixels, ids), pairs = row, list(zip([*one, end], [*other, end], strict=False))
+    at = next(i for i, (a, b) in enumerate(pairs) if a != b)
+    logits = theirs(**their_inputs(theirs, [(pixels, ids + one[:at])])).logits[0, -1]
+    return abs(float(logits[pairs[at][0]] - logits[pairs[at][1]]))
+
+
+@torch.inference_mode()
+def evaluation(args):
+    """Print the seconds of both sides, the ratios, and every answer that is not the same."""
+    torch.set_num_threads(args.threads)
+    ours, theirs, asked = (of_run if args.run else stand_in)(args)
+    tokenizer, count = ours.tokenizer, args.tokens
+    end = tokenizer.eos_token_id
+    tokenizer.decode = lambda ids: " ".join(map(str, ids))  # answers are compared token for token
+    ours.for_inference()
+    prefix = encode_prefix(tokenizer, "v1", ours.config.visual_tokens)
+
+    def ask_ours(part):
+        images, questions = zip(*part, strict=True)
+        said = ours.generate(list(images), list(questions), count)
+        return [list(map(int, answer.split())) for answers in said for answer in answers]
+
+    def ask_theirs(part, rows):
+        answers, each = [], [(pixels, prefix + encode_question(tokenizer, q)) for pixels, asked in part for q in asked]
+        for start in range(0, len(each), rows):
+            inputs = their_inputs(theirs, each[start : start + rows])
+            said = theirs.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0)
+            answers += [ids[: (ids + [end]).index(end)] for ids in said[:, inputs["input_ids"].shape[1] :].tolist()]
+        return answers
+
+    whole = args.images * args.questions
+    sides = {
+        f"ours, {args.images} images and {whole} questions at a time": ask_ours,
+        f"theirs, {whole} rows at a time": lambda part: ask_theirs(part, whole),
+        f"theirs, {args.images} rows at a time": lambda part: ask_theirs(part, args.images),
+    }
+    seconds, differ, tokens = dict.fromkeys(sides, 0.0), 0, 0
+    for ask in sides.values():
+        ask([(asked[0][0], asked[0][1][:1])])
+    for start in range(0, len(asked), args.images):
+        part, said = asked[start : start + args.images], {}
+        for side, ask in sides.items():
+            began = time.perf_counter()
+            said[side] = ask(part)
+            seconds[side] += time.perf_counter() - began
+        our_side, *their_sides = said
+        tokens += sum(map(len, said[our_side]))
+        each = [(pixels, prefix + encode_question(tokenizer, q)) for pixels, questions in part for q in questions]
+        for side in their_sides:
+            for row, one, other in zip(each, said[our_side], said[side], strict=True):
+                if one != other:
+                    differ += 1
+                    print(f"another answer: {side}, logits {logit_gap(theirs, row, one, other, end):.1e} apart")
+    total, (our_seconds, *_) = sum(len(questions) for _, questions in asked), seconds.values()
+    print(
+        f"{args.run or 'random weights'}: {len(asked)} images, {total} questions, {tokens / total:.1f} tokens each, fp32, "
+        f"{args.threads} threads; {differ} of {2 * total} answers of theirs differ from ours"
+    )
+    for side, taken in seconds.items():
+        print(f"{side:42}  {taken:8.2f} s  {total / taken:8.2f} questions/s  {taken / our_seconds:5.1f} x (goal: 5)")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("train", "generate"), default="train", help="what to measure")
+    parser.add_argument(
+        "what", nargs="?", choices=("train", "generate", "evaluate"), default="train", help="what to measure"
+    )
     parser.add_argument("--llama", help="HF folder for `generate`, instead of random weights")
+    parser.add_argument("--run", help="run folder for `evaluate`, instead of random weights")
     for flag, default, what in (
         ("images", 4, "images in a batch"),
         ("questions", 6, "questions on each image"),
@@ -368,12 +464,15 @@ def main(argv=None):
         ("vocab-size", 32000, "its vocabulary"),
         ("steps", 5, "steps to time, after a first one"),
         ("threads", 2, "threads of each process"),
-        ("tokens", 32, "tokens to generate"),
+        ("tokens", 32, "tokens to generate, for `evaluate` at most"),
+        ("batches", 1, "batches of images for `evaluate`"),
     ):
         parser.add_argument("--" + flag, type=int, default=default, help=what)
     args = parser.parse_args(argv)
     if args.what == "generate":
         return generation(args)
+    if args.what == "evaluate":
+        return evaluation(args)
     print(
         f"{args.questions} questions on each of {args.images} images, fp32, {args.threads} threads; forward, backward and AdamW, "
         f"median of {args.steps} steps"

@@ -637,7 +637,7 @@ def main(argv=None):
     @cache
     def model():
         loaded = LocVLM.from_pretrained(args.run, args.vision, dtype, device).eval()
-        loaded.language_model.for_inference(args.compile)
+        loaded.for_inference(args.compile)
         return loaded
 
     if args.ask:

@@ -223,23 +223,35 @@ class Block(nn.Module):
 
 
 class InferenceLinear(nn.Module):
-    """A linear layer without bias on a CPU, as fast as the weights come from memory: no gradients.
+    """A linear layer on a CPU, as fast as the weights come from memory: no gradients.
 
     Plain matrix products of few rows leave most of the memory's bandwidth unused there. oneDNN's do not, on weights in its
-    own layout; and for a single row a compiled multiply-and-add streams as a sum does (`compiled`: weights in both forms).
+    own layout, and are no slower at many; for a single row a compiled multiply-and-add streams as a sum does (`compiled`:
+    weights in both forms, no bias).
     """
 
-    def __init__(self, weight, compiled):
+    def __init__(self, linear, compiled):
         super().__init__()
-        self.weight, self.stream = None, None
-        if compiled:
-            self.weight, self.stream = weight.detach(), torch.compile(lambda weight, row: (weight * row).sum(-1))
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
+        self.weight, self.stream, self.bias = None, None, None if linear.bias is None else linear.bias.detach()
+        if compiled and linear.bias is None:
+            self.weight, self.stream = linear.weight.detach(), torch.compile(lambda weight, row: (weight * row).sum(-1))
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 8)
 
     def forward(self, x):
         if self.stream is not None and x.shape[:-1].numel() == 1:
             return self.stream(self.weight, x.flatten()).view(*x.shape[:-1], -1)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], None)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], None)
+
+
+def pack_linears(model, compiled=False):
+    """Change the layout of a model's linear layers for inference, where that helps: on a CPU, for good."""
+    like = next(model.parameters())
+    if like.device.type != "cpu" or like.dtype == torch.float16 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return
+    for module in list(model.modules()):
+        for name, linear in module.named_children():
+            if isinstance(linear, nn.Linear):
+                setattr(module, name, InferenceLinear(linear, compiled))
 
 
 class Llama(nn.Module):
@@ -291,17 +303,7 @@ class Llama(nn.Module):
         token follows (a minute at first, and a C++ compiler): on a CPU for a single row, which then costs what reading the
         weights costs, on a GPU for any number.
         """
-        like = self.embed_tokens.weight
-        plain = (
-            like.device.type != "cpu"
-            or like.dtype == torch.float16
-            or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        )
-        if not plain:
-            for module in list(self.modules()):
-                for name, linear in module.named_children():
-                    if isinstance(linear, nn.Linear):
-                        setattr(module, name, InferenceLinear(linear.weight, compile))
+        pack_linears(self, compile)
         if compile:
             self.compiled = [torch.compile(block) for block in self.layers]
         return self

@@ -29,7 +29,7 @@ from checkpoint import (
 from clip_vit import MEAN, STD, CLIPVisionConfig, CLIPVisionTower, open_image, preprocess
 from coords import CoordFormat
 from data import IGNORE, IMAGE_ID, SYSTEM, encode_prefix, encode_question
-from llama import KVCache, Llama, LlamaConfig, Tokenizer
+from llama import KVCache, Llama, LlamaConfig, Tokenizer, pack_linears
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,12 @@ class LocVLM(nn.Module):
         answers = llama.generate(prompts, *sampling, prefix=cache, on_token=on_text and on_token)
         answers = iter(tokenizer.decode(ids).strip() for ids in answers)
         return [[next(answers) for _ in asked] for asked in questions]
+
+    def for_inference(self, compile=False):
+        """Make generation fast, for good: see Llama.for_inference. The tower's linear layers change their layout too."""
+        pack_linears(self.vision_tower)
+        self.language_model.for_inference(compile)
+        return self
 
     def see(self, images):
         """Run the tower: images -> (images, P, Dv); or clips -> (clips, frames + P, Dv), a token of a frame before those of a place.

@@ -397,7 +397,7 @@ def captioner(model, vision, decoding):
     cuda = torch.cuda.is_available()
     device, dtype = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}", torch.bfloat16) if cuda else ("cpu", torch.float32)
     model = LocVLM.from_pretrained(model, vision, dtype, device).eval()
-    model.language_model.for_inference()
+    model.for_inference()
 
     def ask(records):
         pictures, asked = [], []

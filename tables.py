@@ -9,6 +9,7 @@ Killed in the middle, it goes on where it was. A table is printed, and left in r
 
 import argparse
 import math
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import evaluate
 import prepare
 import shapes
 import train
-from checkpoint import read_json, write_whole
+from checkpoint import read_json, write_json, write_whole
 
 OUT, STILL, MOVING = Path("runs/tables"), Path("data/shapes"), Path("data/moving")
 SEEN, UNSEEN = shapes.NAMES[:5], shapes.NAMES[5:]  # the shapes that tuning is about in Tab. 8, and the others
@@ -26,7 +27,7 @@ FEW, OTHER = Path("data/shapes-seen"), Path("data/shapes-unseen")  # worlds of t
 CLIPS = f"{MOVING}/clips_train.json@{MOVING}/clips,{MOVING}/conversations_train.json@{MOVING}/clips"
 FEATURES = OUT / "clips-features"
 IMAGES = 150  # held-out images or clips that are asked about
-CAPTIONED = 1500  # training images that the stage-1 model describes
+CAPTIONED = 1000  # training images that the stage-1 model describes
 
 
 def world_data(folder, *kinds):
@@ -34,7 +35,8 @@ def world_data(folder, *kinds):
     return ",".join(f"{folder}/{kind}_train.json@{folder}/images" for kind in kinds)
 
 
-TOLD = f"{STILL}/images,{world_data(STILL, 'conversations')} --words description"
+TOLD = f"{STILL}/images,{world_data(STILL, 'conversations')}"
+SILENT = f"{world_data(FEW, 'instances')},{FEW}/silent_train.json@{FEW}/images"
 TALK = world_data(STILL, "instances", "conversations")
 SETTINGS = {  # name: (the setting whose run of the same seed it begins from, flags of train.py)
     "stage-1": ("", f"--stages 1 --data {world_data(STILL, 'captions')}"),
@@ -46,10 +48,13 @@ SETTINGS = {  # name: (the setting whose run of the same seed it begins from, fl
     "diga": ("stage-1", f"--stages 2 --data {TALK} --kind diga"),
     "point": ("stage-1", f"--stages 2 --data {TALK} --location point"),
     # Localize-Instruct of what a model said of each shape: the one to be tuned (Sec. 3.4), or a tuned one (App. C)
-    "own-captions": ("stage-1", f"--stages 2 --data {OUT}/localize-stage-1-SEED.json@{TOLD}"),
-    "captions": ("stage-1", f"--stages 2 --data {OUT}/localize-none-SEED.json@{TOLD}"),
+    "own-captions": ("stage-1", f"--stages 2 --data {OUT}/localize-stage-1-SEED.json@{TOLD} --words description"),
+    "captions": ("stage-1", f"--stages 2 --data {OUT}/localize-none-SEED.json@{TOLD} --words description"),
+    "captions-names": ("stage-1", f"--stages 2 --data {OUT}/localize-none-SEED.json@{TOLD} --words name"),
     "seen-none": ("stage-1", f"--stages 2 --data {world_data(FEW, 'instances', 'conversations')} --objectives none"),
     "seen-all": ("stage-1", f"--stages 2 --data {world_data(FEW, 'instances', 'conversations')}"),
+    "silent-none": ("stage-1", f"--stages 2 --data {SILENT} --objectives none"),
+    "silent-all": ("stage-1", f"--stages 2 --data {SILENT}"),
     "clips-adapter": ("all", f"--stages 3 --data {CLIPS} --features {FEATURES}"),
     "clips-none": ("all", f"--stages 4 --data {CLIPS} --features {FEATURES} --objectives none"),
     "clips-loc": ("all", f"--stages 4 --data {CLIPS} --features {FEATURES} --objectives loc"),
@@ -138,6 +143,8 @@ TABLES = {
         (
             ("instructions alone (LLaVA)", "seen-none", (61.9, 53.8)),
             ("LocVLM-B", "seen-all", (88.3, 75.2)),
+            ("instructions alone, no yes or no in them", "silent-none", ()),
+            ("LocVLM-B, no yes or no in its instructions", "silent-all", ()),
             ("LocVLM-B, images blanked", "seen-all, blind", ()),
         ),
     ),
@@ -148,9 +155,10 @@ TABLES = {
         (
             ("instructions alone", "none", ()),
             ("names of categories", "all", ()),
+            ("names, of the shapes in the last row", "captions-names", ()),
             ("pseudo-captions of the stage-1 model", "own-captions", (11.0, 11.1, 20.6, 20.7)),
             ("pseudo-captions of the model of instructions", "captions", (11.0, 11.1, 20.6, 20.7)),
-            ("the last, images blanked", "captions, blind", ()),
+            ("that, images blanked", "captions, blind", ()),
         ),
     ),
     "11": Table(
@@ -163,7 +171,8 @@ TABLES = {
             ("+ NegPred", "loc-neg", (46.9, 12.5, 37.2)),
             ("+ RevLoc (boxes)", "all", (47.3, 20.7, 37.4)),
             ("the same with points", "point", (47.3, 20.6, 37.4)),
-            ("the same with pseudo-captions", "captions", (47.3, 20.7, 37.4)),
+            ("boxes, pseudo-captions", "captions", (47.3, 20.7, 37.4)),
+            ("boxes, names of the shapes that have one", "captions-names", (46.5, 11.6, 37.1)),
             ("boxes, images blanked", "all, blind", ()),
         ),
     ),
@@ -184,6 +193,13 @@ TABLES = {
 }
 
 
+DENIABLE = re.compile("(Yes|No)\\b")
+
+
+def answer_of(row):
+    return row["conversations"][1]["value"]
+
+
 def ensure_worlds():
     """Write the worlds that are not there yet."""
     shapes.ensure_world(STILL)
@@ -192,6 +208,9 @@ def ensure_worlds():
         if not (folder / "instances_val.json").exists():
             print(f"writing the world of {', '.join(names)} to {folder}")
             shapes.write_world(folder, images, names=names)
+    if not (FEW / "silent_train.json").exists():  # conversations as LLaVA's: nothing is ever denied
+        rows = read_json(FEW / "conversations_train.json")
+        write_json(FEW / "silent_train.json", [row for row in rows if not DENIABLE.match(answer_of(row))])
 
 
 def tuned(name, seed):
@@ -202,7 +221,7 @@ def tuned(name, seed):
         return run
     start = tuned(begins_from, seed) if begins_from else None
     if "captions" in name:
-        caption("none" if name == "captions" else "stage-1", seed)
+        caption("stage-1" if name == "own-captions" else "none", seed)
     stage = flags.split()[1]
     argv = flags.replace("SEED", str(seed)).split() + RECIPES[stage].split() + ["--out", str(run), "--seed", str(seed)]
     argv += ["--init-from", str(start)] if start else []

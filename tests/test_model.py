@@ -199,6 +199,15 @@ def test_an_answer_is_what_decoding_token_by_token_gives(make_model, tokenizer):
     assert answer == tokenizer.decode([token for token in said if token != tokenizer.eos_token_id]).strip()
 
 
+def test_what_makes_inference_fast_changes_no_answer(make_model):
+    """The linear layers of tower and LLaMA in oneDNN's layout: the same patches but for rounding, the same answers."""
+    model = make_model()
+    patches, answers = model.see(pictures()).detach(), model.generate(pictures(), QUESTIONS, max_new_tokens=16)
+    model.for_inference()
+    torch.testing.assert_close(model.see(pictures()).detach(), patches, rtol=0, atol=1e-5)
+    assert model.generate(pictures(), QUESTIONS, max_new_tokens=16) == answers
+
+
 def test_images_may_come_as_pictures_paths_or_tensors(make_model, tmp_path):
     """The same answers; no question about an image is no answer about it; a list too few is refused."""
     model, image = make_model(), pictures(1)[0]

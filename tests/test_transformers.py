@@ -60,6 +60,11 @@ def test_a_run_opens_as_llava_hf(make_model, image_file, tmp_path, options):
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "run")
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    written_out = [
+        {"role": "user", "content": f"<image>\n{QUESTION}"}
+    ]  # as some harnesses do, through the tokenizer alone
+    alone = processor.tokenizer.apply_chat_template(written_out, add_generation_prompt=True, tokenize=False)
+    assert alone == prompt
     inputs = processor(images=Image.open(image_file), text=prompt, return_tensors="pt")
 
     tokenizer, config = model.tokenizer, model.config
