@@ -155,7 +155,7 @@ TABLES = {
         (
             ("instructions alone", "none", ()),
             ("names of categories", "all", ()),
-            ("names, of the shapes in the last row", "captions-names", ()),
+            ("names, of the shapes that have a caption", "captions-names", ()),
             ("pseudo-captions of the stage-1 model", "own-captions", (11.0, 11.1, 20.6, 20.7)),
             ("pseudo-captions of the model of instructions", "captions", (11.0, 11.1, 20.6, 20.7)),
             ("that, images blanked", "captions, blind", ()),
@@ -172,7 +172,7 @@ TABLES = {
             ("+ RevLoc (boxes)", "all", (47.3, 20.7, 37.4)),
             ("the same with points", "point", (47.3, 20.6, 37.4)),
             ("boxes, pseudo-captions", "captions", (47.3, 20.7, 37.4)),
-            ("boxes, names of the shapes that have one", "captions-names", (46.5, 11.6, 37.1)),
+            ("boxes, names of the shapes that have a caption", "captions-names", (46.5, 11.6, 37.1)),
             ("boxes, images blanked", "all, blind", ()),
         ),
     ),

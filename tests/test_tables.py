@@ -60,16 +60,16 @@ def test_every_row_and_column_of_the_tables_exists():
 
 def test_a_table_is_mean_and_spread_and_is_trained_once(fake, capsys):
     trained, asked = fake
-    tables.main(["8", "--seeds", "1,2"])
+    tables.main(["4", "--seeds", "1,2"])
     outs = [config.out for config in trained]
     assert len(outs) == len(set(outs)) == 6, "stage 1, and two settings that begin from it, of two seeds"
     assert [config.seed for config in trained] == [1, 1, 2, 2, 1, 2] and trained[1].init_from == outs[0]
     text = capsys.readouterr().out
-    assert "| LocVLM-B | 15.0 ± 7.1 | 15.0 ± 7.1 | 88.3 | 75.2 |" in text
-    assert (tables.OUT / "table-8.md").read_text().strip() in text
-    assert sum("--blind" in argv for argv in asked) == 4, "the last row, of two worlds and two seeds"
+    assert "| LocVLM-B |" + 6 * " 15.0 ± 7.1 |" + " 69.5 | 65.4 | 76.5 | 74.1 |" in text
+    assert (tables.OUT / "table-4.md").read_text().strip() in text
+    assert sum("--blind" in argv for argv in asked) == 2, "the last row, of two seeds"
     count = len(trained), len(asked)
-    tables.main(["8", "--seeds", "1,2"])
+    tables.main(["4", "--seeds", "1,2"])
     assert (len(trained), len(asked)) == count, "asked again, it is only read"
 
 
