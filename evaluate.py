@@ -63,6 +63,7 @@ from checkpoint import (
 from clip_vit import MEAN, has_image, open_image
 from data import NEG_ANSWER, Wording, coco_id, image_ids, image_ids_of, join_sources, parse_sources, read_file
 from model import LocVLM, LocVLMConfig
+from report import write_report
 from scores import ask_judge, judge_requests, read_judgements
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -711,6 +712,8 @@ def main(argv=None):
             table(job, {title: folders[title] for title in ("ours", "blind")})
             if trained != "unknown" and trained["images"]:
                 print(f"  {trained['images']} of the {trained['of']} images were trained on")
+    if rank == 0 and not args.into:
+        print(f"\nwritten: {write_report(args.run)}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -492,6 +492,7 @@ def test_a_benchmark_is_asked_from_its_own_files(fake, monkeypatch, capsys):
         "fake.jsonl",
         "fake.png",
         "fake.submission.json",
+        "report.html",
     ]
     out = capsys.readouterr().out
     assert (
