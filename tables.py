@@ -222,6 +222,8 @@ def tuned(name, seed):
     start = tuned(begins_from, seed) if begins_from else None
     if "captions" in name:
         caption("stage-1" if name == "own-captions" else "none", seed)
+    if name.startswith("clips"):  # the tower is frozen: once for all of them
+        prepare.features(CLIPS, FEATURES, Path(__file__).parent / "tiny/clip", frames=8)
     stage = flags.split()[1]
     argv = flags.replace("SEED", str(seed)).split() + RECIPES[stage].split() + ["--out", str(run), "--seed", str(seed)]
     argv += ["--init-from", str(start)] if start else []

@@ -34,6 +34,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setattr(tables.train, "main", train_main)
     monkeypatch.setattr(tables.evaluate, "main", evaluate_main)
     monkeypatch.setattr(tables, "caption", lambda model, seed: None)
+    monkeypatch.setattr(tables.prepare, "features", lambda *args, **how: None)
     return trained, asked
 
 
