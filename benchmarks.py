@@ -470,7 +470,8 @@ def read_rows(path, expected):
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
-        return [content] if isinstance(content, dict) and "question_id" in content else content
+        alone = isinstance(content, dict) and not {"question_id", "expression"}.isdisjoint(content)
+        return [content] if alone else content
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text ({error}); expected {expected}; check the file") from None
     except json.JSONDecodeError:
@@ -696,7 +697,8 @@ TGIF_TYPES = ("object", "number", "color", "location")
 
 def read_table(path):
     """Read TGIF-QA's table, tabs between columns, as rows of the other schemas."""
-    with open(require_file(path, "TGIF-QA's *_frameqa_question.csv"), encoding="utf-8", newline="") as file:
+    require_file(path, "TGIF-QA's *_frameqa_question.csv")
+    with naming(path, UnicodeDecodeError, csv.Error), open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     needs = {"vid_id": str, "gif_name": str, "question": str, "answer": str}
     rows = keyed(rows, path, "vid_id", needs, "TGIF-QA's *_frameqa_question.csv, tabs between its columns")
@@ -747,7 +749,7 @@ def read_video_qa(questions, answers, images, short=False, types=(), prefix=""):
             missing[clip] = missing.get(clip, 0) + 1
             continue
         known = {"answer": str(truth[name]["answer"])}
-        if types and str(truth[name].get("type", "")).isdigit():
+        if types and str(truth[name].get("type", "")).isdecimal():
             number = int(truth[name]["type"])
             known["type"] = types[number] if number < len(types) else f"type {number}"
         items.append(Item(name, path, None, asked_short(row["question"], short), known))
@@ -805,8 +807,17 @@ REFS_FILE = (
 
 
 def ref(name, file_name, size, split, bbox, sentences):
-    """One referred object. bbox: COCO's (x, y, w, h) in pixels; sentences: (id, text) pairs."""
-    return {"ref_id": name, "file_name": file_name, "size": size, "split": split, "bbox": bbox, "sentences": sentences}
+    """One referred object. size: (width, height), or None; bbox: COCO's (x, y, w, h) in pixels; sentences: (id, text) pairs."""
+    if size is not None and not (len(size) == 2 and min(size) > 0):
+        raise ValueError(f"size {size}")
+    return {
+        "ref_id": name,
+        "file_name": str(file_name),
+        "size": size,
+        "split": split,
+        "bbox": bbox,
+        "sentences": sentences,
+    }
 
 
 def read_pickle(path, instances):
@@ -845,17 +856,28 @@ def read_refs(path, instances):
         raise ValueError(
             f"{path} holds a model's descriptions, not what was referred to; expected {REFS_FILE}; give one of those"
         )
-    grouped = {}  # sentences about one box belong together
+    ours, grouped = {}, {}  # sentences about one box belong together
+    if isinstance(content, dict) and "refs" in content:
+        needs = {"ref_id": str, "file_name": str, "bbox": list, "sentences": list, "split": str | None}
+        ours = keyed(content["refs"], path, "ref_id", needs, REFS_FILE)
     try:
-        if isinstance(content, dict) and "refs" in content:
-            needs = {"ref_id": str, "file_name": str, "bbox": list, "sentences": list}
-            rows = keyed(content["refs"], path, "ref_id", needs, REFS_FILE).values()
-            return [row | {"sentences": [(name, text) for name, text in row["sentences"]]} for row in rows]
+        if ours:
+            return [
+                ref(
+                    name,
+                    row["file_name"],
+                    row.get("size"),
+                    row.get("split"),
+                    row["bbox"],
+                    [(str(number), text) for number, text in row["sentences"]],
+                )
+                for name, row in ours.items()
+            ]
         for index, (file_name, size, bbox, sentence) in enumerate(sentences_of(content)):
             key = (file_name, *bbox)
             one = grouped.setdefault(key, ref(str(len(grouped)), file_name, size, None, bbox, []))
             one["sentences"].append((str(index), sentence))
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{path}: a row is amiss ({error!r}); expected {REFS_FILE}; is this another file?") from None
     return list(grouped.values())
 
@@ -990,7 +1012,11 @@ def read_coco_spatial(questions, answers, images):
         raise ValueError(
             f"{questions} has no dictionary 'data'; expected the authors' coco_spatial.json; is it COCO's own file?"
         )
-    names = {c["id"]: c["name"] for c in listed(content, "categories", questions, "the authors' coco_spatial.json")}
+    expected = "the authors' coco_spatial.json"
+    categories = keyed(
+        listed(content, "categories", questions, expected), questions, "id", {"id": int, "name": str}, expected
+    )
+    names = {c["id"]: c["name"] for c in categories.values()}
     items, left_out = [], Counter()
     for image_id, entry in data.items():
         try:
@@ -999,7 +1025,7 @@ def read_coco_spatial(questions, answers, images):
             called = [names[o["category_id"]] for o in objects]
             pairs = [(left, right) for left, right in entry.get("good_pairs") or ()]
             [objects[place] for pair in pairs for place in pair]
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{questions}: image {image_id} is amiss ({error!r}); expected file_name, width, height, annotations and "
                 "good_pairs that point into them; check the file"
@@ -1080,7 +1106,8 @@ def read_hal_ade(questions, answers, images, seed=0):
     Which objects is a function of (seed, image). What shares a name with an object that is there is not asked for as absent.
     """
     expected = "ADEChallengeData2016/objectInfo150.txt"
-    text = require_file(questions, expected).read_text(encoding="utf-8")
+    with naming(require_file(questions, expected), UnicodeDecodeError):
+        text = Path(questions).read_text(encoding="utf-8")
     rows = csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in text else ",")
     try:
         called = {int(row["Idx"]): [n.strip() for n in re.split("[,;]", row["Name"]) if n.strip()] for row in rows}
@@ -1230,6 +1257,8 @@ def read_talk(path):
                 talks.append([turn["value"] for turn in row["conversations"]])
             else:
                 talks.append([row["instruction"], row["output"]])
+            if not all(isinstance(text, str) for text in talks[-1]):
+                raise TypeError
         except (KeyError, TypeError):
             raise ValueError(
                 f"{path}: row {index} is {str(row)[:120]}; expected conversations, or instruction and output; convert it"
