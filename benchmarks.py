@@ -201,10 +201,11 @@ def judge_locpred(item, wording):
 
 
 def locpred_metrics(items):
-    found = [item for item in items if item.boxes_px]
+    """Points have no IoU and no extent: of those, "acc@0.5" counts what lies in the true box, and two figures are none."""
+    found = [item for item in items if item.boxes_px and "iou" in item.truth]
     return {
         "acc@0.5": mean(item.correct for item in items),
-        "mean IoU": mean(item.truth.get("iou", 0.0) for item in items),
+        "mean IoU": mean(item.truth["iou"] for item in items if "iou" in item.truth),
         "no box": mean(not item.boxes_px for item in items),
         "box outside image": mean(bool(fault(item.boxes_px[0], item.size)) for item in found),
     }

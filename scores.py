@@ -88,7 +88,7 @@ def vqa_scores(answer, answers):
     The mean over the annotators of min(1, matches among the others / 3). Where all annotators agree, nothing is normalised,
     not even case, as in the official evaluation. Time is linear in the answer's length.
     """
-    said, told = answer.replace("\n", " ").replace("\t", " ").strip(), [text.strip() for text in answers]
+    said, *told = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *answers))
     if len(set(told)) > 1:
         said, told = vqa_normal(said), [vqa_normal(text) for text in told]
     count, inside = Counter(told), spaced(said)

@@ -188,6 +188,7 @@ def test_the_official_normalisation_is_kept_with_its_slips():
 def test_nothing_is_normalised_where_all_annotators_agree():
     assert vqa_scores("Yes.", ["yes"] * 10)[0] == 0 and vqa_scores("yes", ["yes"] * 10)[0] == 1
     assert vqa_scores("Yes.", ["yes"] * 9 + ["no"])[0] == 1
+    assert vqa_scores("stop\tsign\n", ["stop\nsign"] * 10)[0] == 1, "but line ends and tabs, on both sides"
 
 
 def test_vqa_is_counted_by_type_and_submitted_whole(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import random
 import shutil
@@ -63,6 +64,10 @@ def test_points_count_inside_the_true_box():
     item = Item("1", RECORD.image, RECORD.size, "?", {"box_px": (0, 0, 100, 100)}, "It is located at (50, 99)")
     judge_locpred(item, Wording(CoordFormat("ivb", 224), location="point"))
     assert item.correct
+    item.answer = "It is located at (0, 1)"
+    judge_locpred(item, Wording(CoordFormat("ivb", 224), location="point"))
+    metrics = benchmarks.locpred_metrics([item])
+    assert metrics["acc@0.5"] == 1 and math.isnan(metrics["mean IoU"]) and math.isnan(metrics["box outside image"])
 
 
 def test_negpred_wants_the_refusal():
