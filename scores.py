@@ -128,14 +128,18 @@ def meteor(said, sentences):
     sentences  {id: references}, the same ids
     The score is METEOR's of the summed matches, not a mean over answers. White space of every kind is one space before:
     the tokenizer works by lines, and one more of them would shift all that follow. Of an answer, the first LONGEST_ANSWER
-    words are read.
+    words are read; half of a character, which no file can hold, is "?".
     """
     require_meteor()
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     told = {("truth", name): texts for name, texts in sentences.items()}
-    told |= {(i, name): [answers[name]] for i, answers in enumerate(said) for name in sentences}
+    told |= {
+        (i, name): [answers[name].encode(errors="replace").decode()]
+        for i, answers in enumerate(said)
+        for name in sentences
+    }
     rows = {
         key: [{"caption": " ".join(text.replace("|||", " ").split()[:LONGEST_ANSWER])} for text in texts]
         for key, texts in told.items()

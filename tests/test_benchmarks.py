@@ -634,6 +634,7 @@ def test_meteor_is_pycocoevalcaps(no_meteor):
     assert metrics["METEOR 1.5"] == pytest.approx(expected) and metrics["empty answers"] == 1
     assert metrics['METEOR 1.5 without "There is a"'] > expected and metrics["sentences"] == 4
     assert items[0].correct is None
+    assert answered("refcoco", items, "", "\ud83d", "")["METEOR 1.5"] == 0, "half of a character, as a file may hold it"
 
 
 # ----- which side
