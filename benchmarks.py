@@ -42,24 +42,6 @@ from data import (
 from scores import SHORT
 from video import PlainPickle, is_clip, naming
 
-PAPER = {  # LocVLM-B, percent (Tab. 4, 5, 7, 8)
-    "spatial": {
-        "across": 69.5,
-        "across left": 79.7,
-        "across right": 59.2,
-        "along": 65.4,
-        "along above": 64.2,
-        "along below": 65.9,
-        "icl across": 76.5,
-        "icl along": 74.1,
-    },
-    "hal": {"accuracy": 88.3},
-    "hal-ade": {"accuracy": 75.2},
-    "gqa": {"exact match": 47.3},
-    "vqa": {"accuracy": 50.3},
-    "activitynet-qa": {"judge accuracy": 29.2},  # shown one frame
-}
-
 
 def paper_rows(names, *rows):
     """Rows of a table of the paper: [(model, {metric: percent})]."""
@@ -100,12 +82,12 @@ PAPER_ROWS = {  # the paper's models beside each other, percent, by the metrics'
         ("LLaVA-v1.5 *", 78.1, 78.4),
         ("LocVLM-L *", 78.2, 78.6),
     ),
-    "activitynet-qa": paper_rows(  # Tab. 6, 7; the image models are shown one frame
+    "activitynet-qa": paper_rows(  # Tab. 6, 7
         JUDGED,
-        ("LLaVA-v1", 28.7),
-        ("LLaVA-v1.5", 31.5),
-        ("LocVLM-B", 29.2),
-        ("LocVLM-L", 32.1),
+        ("LLaVA-v1, one frame", 28.7),
+        ("LLaVA-v1.5, one frame", 31.5),
+        ("LocVLM-B, one frame", 29.2),
+        ("LocVLM-L, one frame", 32.1),
         ("Video-ChatGPT", 35.2),
         ("LocVLM-Vid-B", 37.4),
         ("LocVLM-Vid-B+", 38.2),
@@ -151,6 +133,11 @@ PAPER_ROWS = {  # the paper's models beside each other, percent, by the metrics'
         ("LocVLM-B *, RefCOCOg val", 26.0),
         ("LocVLM-B *, RefCOCOg test", 26.2),
     ),
+}
+PAPER = {  # LocVLM-B's figures alone: {task: {metric: percent}}
+    task: {name: value for model, figures in rows if model == "LocVLM-B" for name, value in figures.items()}
+    for task, rows in PAPER_ROWS.items()
+    if "LocVLM-B" in dict(rows)
 }
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
@@ -214,10 +201,11 @@ def judge_locpred(item, wording):
 
 
 def locpred_metrics(items):
-    found = [item for item in items if item.boxes_px]
+    """Points have no IoU and no extent: of those, "acc@0.5" counts what lies in the true box, and two figures are none."""
+    found = [item for item in items if item.boxes_px and "iou" in item.truth]
     return {
         "acc@0.5": mean(item.correct for item in items),
-        "mean IoU": mean(item.truth.get("iou", 0.0) for item in items),
+        "mean IoU": mean(item.truth["iou"] for item in items if "iou" in item.truth),
         "no box": mean(not item.boxes_px for item in items),
         "box outside image": mean(bool(fault(item.boxes_px[0], item.size)) for item in found),
     }
@@ -483,7 +471,8 @@ def read_rows(path, expected):
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
-        return [content] if isinstance(content, dict) and "question_id" in content else content
+        alone = isinstance(content, dict) and not {"question_id", "expression"}.isdisjoint(content)
+        return [content] if alone else content
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text ({error}); expected {expected}; check the file") from None
     except json.JSONDecodeError:
@@ -709,7 +698,8 @@ TGIF_TYPES = ("object", "number", "color", "location")
 
 def read_table(path):
     """Read TGIF-QA's table, tabs between columns, as rows of the other schemas."""
-    with open(require_file(path, "TGIF-QA's *_frameqa_question.csv"), encoding="utf-8", newline="") as file:
+    require_file(path, "TGIF-QA's *_frameqa_question.csv")
+    with naming(path, UnicodeDecodeError, csv.Error), open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     needs = {"vid_id": str, "gif_name": str, "question": str, "answer": str}
     rows = keyed(rows, path, "vid_id", needs, "TGIF-QA's *_frameqa_question.csv, tabs between its columns")
@@ -760,7 +750,7 @@ def read_video_qa(questions, answers, images, short=False, types=(), prefix=""):
             missing[clip] = missing.get(clip, 0) + 1
             continue
         known = {"answer": str(truth[name]["answer"])}
-        if types and str(truth[name].get("type", "")).isdigit():
+        if types and str(truth[name].get("type", "")).isdecimal():
             number = int(truth[name]["type"])
             known["type"] = types[number] if number < len(types) else f"type {number}"
         items.append(Item(name, path, None, asked_short(row["question"], short), known))
@@ -818,8 +808,17 @@ REFS_FILE = (
 
 
 def ref(name, file_name, size, split, bbox, sentences):
-    """One referred object. bbox: COCO's (x, y, w, h) in pixels; sentences: (id, text) pairs."""
-    return {"ref_id": name, "file_name": file_name, "size": size, "split": split, "bbox": bbox, "sentences": sentences}
+    """One referred object. size: (width, height), or None; bbox: COCO's (x, y, w, h) in pixels; sentences: (id, text) pairs."""
+    if size is not None and not (len(size) == 2 and min(size) > 0):
+        raise ValueError(f"size {size}")
+    return {
+        "ref_id": name,
+        "file_name": str(file_name),
+        "size": size,
+        "split": split,
+        "bbox": bbox,
+        "sentences": sentences,
+    }
 
 
 def read_pickle(path, instances):
@@ -858,17 +857,28 @@ def read_refs(path, instances):
         raise ValueError(
             f"{path} holds a model's descriptions, not what was referred to; expected {REFS_FILE}; give one of those"
         )
-    grouped = {}  # sentences about one box belong together
+    ours, grouped = {}, {}  # sentences about one box belong together
+    if isinstance(content, dict) and "refs" in content:
+        needs = {"ref_id": str, "file_name": str, "bbox": list, "sentences": list, "split": str | None}
+        ours = keyed(content["refs"], path, "ref_id", needs, REFS_FILE)
     try:
-        if isinstance(content, dict) and "refs" in content:
-            needs = {"ref_id": str, "file_name": str, "bbox": list, "sentences": list}
-            rows = keyed(content["refs"], path, "ref_id", needs, REFS_FILE).values()
-            return [row | {"sentences": [(name, text) for name, text in row["sentences"]]} for row in rows]
+        if ours:
+            return [
+                ref(
+                    name,
+                    row["file_name"],
+                    row.get("size"),
+                    row.get("split"),
+                    row["bbox"],
+                    [(str(number), text) for number, text in row["sentences"]],
+                )
+                for name, row in ours.items()
+            ]
         for index, (file_name, size, bbox, sentence) in enumerate(sentences_of(content)):
             key = (file_name, *bbox)
             one = grouped.setdefault(key, ref(str(len(grouped)), file_name, size, None, bbox, []))
             one["sentences"].append((str(index), sentence))
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{path}: a row is amiss ({error!r}); expected {REFS_FILE}; is this another file?") from None
     return list(grouped.values())
 
@@ -1003,7 +1013,11 @@ def read_coco_spatial(questions, answers, images):
         raise ValueError(
             f"{questions} has no dictionary 'data'; expected the authors' coco_spatial.json; is it COCO's own file?"
         )
-    names = {c["id"]: c["name"] for c in listed(content, "categories", questions, "the authors' coco_spatial.json")}
+    expected = "the authors' coco_spatial.json"
+    categories = keyed(
+        listed(content, "categories", questions, expected), questions, "id", {"id": int, "name": str}, expected
+    )
+    names = {c["id"]: c["name"] for c in categories.values()}
     items, left_out = [], Counter()
     for image_id, entry in data.items():
         try:
@@ -1012,7 +1026,7 @@ def read_coco_spatial(questions, answers, images):
             called = [names[o["category_id"]] for o in objects]
             pairs = [(left, right) for left, right in entry.get("good_pairs") or ()]
             [objects[place] for pair in pairs for place in pair]
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{questions}: image {image_id} is amiss ({error!r}); expected file_name, width, height, annotations and "
                 "good_pairs that point into them; check the file"
@@ -1093,7 +1107,8 @@ def read_hal_ade(questions, answers, images, seed=0):
     Which objects is a function of (seed, image). What shares a name with an object that is there is not asked for as absent.
     """
     expected = "ADEChallengeData2016/objectInfo150.txt"
-    text = require_file(questions, expected).read_text(encoding="utf-8")
+    with naming(require_file(questions, expected), UnicodeDecodeError):
+        text = Path(questions).read_text(encoding="utf-8")
     rows = csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in text else ",")
     try:
         called = {int(row["Idx"]): [n.strip() for n in re.split("[,;]", row["Name"]) if n.strip()] for row in rows}
@@ -1243,6 +1258,8 @@ def read_talk(path):
                 talks.append([turn["value"] for turn in row["conversations"]])
             else:
                 talks.append([row["instruction"], row["output"]])
+            if not all(isinstance(text, str) for text in talks[-1]):
+                raise TypeError
         except (KeyError, TypeError):
             raise ValueError(
                 f"{path}: row {index} is {str(row)[:120]}; expected conversations, or instruction and output; convert it"

@@ -63,7 +63,7 @@ from checkpoint import (
 from clip_vit import MEAN, has_image, open_image
 from data import NEG_ANSWER, Wording, coco_id, image_ids, image_ids_of, join_sources, parse_sources, read_file
 from model import LocVLM, LocVLMConfig
-from report import write_report
+from report import differences, write_report
 from scores import ask_judge, judge_requests, read_judgements
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,6 +106,11 @@ def read_jobs(args, wording, frames):
     for job in [job for job in jobs if not job.items]:
         print(f"{job.name}: no image of {job.files[0]} has a question for it")
     jobs = [job for job in jobs if job.items]
+    if not jobs:
+        raise ValueError(
+            f"{args.coco} gives no question for --task {args.task}; expected annotated images, with boxes and absent categories; "
+            "give others, or raise --limit"
+        )
     for job in jobs:
         if doubled := [i for i, count in Counter(item.id for item in job.items).items() if count > 1]:
             raise ValueError(
@@ -306,16 +311,17 @@ def contact_sheet(cards, path, columns=4):
 
 def overlay(items, path):
     """Draw four successes and four failures, with the boxes of truth (green) and answer (blue)."""
-    shown = [item for item in items if item.correct][:4] + [item for item in items if not item.correct][:4]
+    right, wrong = [item for item in items if item.correct][:4], [item for item in items if not item.correct][:4]
     cards = []
-    for item in shown:
+    for item in right + wrong:
         truth = [item.truth["box_px"]] if "box_px" in item.truth else item.truth.get("boxes_px", [])
         boxes = [(box_px, "lime") for box_px in truth] + [(box_px, "blue") for box_px in item.boxes_px]
         mark = "" if item.correct is None else "right: " if item.correct else "wrong: "
         lines = [mark + item.question[:400], "-> " + item.answer[:160]]
         cards.append(draw(still(item.image, item.mirrored), boxes, lines))
-    if cards:
-        contact_sheet(cards, path)
+    if right and wrong:
+        cards[len(right) : len(right)] = [Image.new("RGB", (280, 1), "white")] * (4 - len(right))
+    contact_sheet(cards, path)
 
 
 def ask(model, image_path, question, out, max_new_tokens, temperature, seed):
@@ -476,12 +482,11 @@ def judge_of(job, items, folder, args):
 
 def table(job, folders):
     """Print a task's figures: a column for each result of the same questions, and the paper's where it has them."""
-    asked, columns = questions_sha256(job.items), {}
-    for title, folder in folders.items():
-        path = folder / f"{job.name}.json"
-        result = read_json(path) if path.is_file() else {}
-        if result.get("questions_sha256") == asked:
-            columns[title] = result["metrics"]
+    asked = questions_sha256(job.items)
+    paths = {title: folder / f"{job.name}.json" for title, folder in folders.items()}
+    results = {title: read_json(path) for title, path in paths.items() if path.is_file()}
+    results = {title: result for title, result in results.items() if result.get("questions_sha256") == asked}
+    columns = {title: result["metrics"] for title, result in results.items()}
     if job.name in PAPER:
         columns["paper"] = {name: value / 100 for name, value in PAPER[job.name].items()}
     of_paper = f" (paper: LocVLM-B{' on COCO' if job.name in TASKS else ''})" if job.name in PAPER else ""
@@ -489,6 +494,8 @@ def table(job, folders):
     print(f"\n{job.name}: {len(job.items)} questions about {images} images{of_paper}")
     for reason, count in job.left_out.items():
         print(f"  left out: {count} {reason}")
+    if changed := differences(results.get("ours", {}), results.get("blind", {})):
+        print(f"  ours and blind are of two evaluations; they differ in {', '.join(changed)}")
     print(" " * 42 + "".join(f"{title:>10}" for title in columns))
     for name in dict.fromkeys(name for title, figures in columns.items() if title != "paper" for name in figures):
         print(f"  {name:40}" + "".join(f"{shown(figures.get(name)):>10}" for figures in columns.values()).rstrip())
@@ -619,13 +626,16 @@ def score(args, jobs, wording, about):
     folders, rows = folders_of(args), Path(args.score)
     folder = folders["scored"]
     about |= {"scored": {"file": str(rows), "sha256": sha256(rows)}}
-    if rows.parent in folders.values() and rows.name == f"{job.name}.jsonl" and rows.with_suffix(".json").is_file():
+    own = [path for path in folders.values() if (path / f"{job.name}.jsonl").resolve() == rows.resolve()]
+    if own and rows.with_suffix(".json").is_file():
         before = read_json(rows.with_suffix(".json"))
         ours = {"questions_sha256": questions_sha256(job.items), "answers_sha256": answers_sha256(job.items)}
         if before.items() >= ours.items():
-            folder, about = rows.parent, before | {key: about[key] for key in ("git_commit", "torch")}
+            folder, about = own[0], before | {key: about[key] for key in ("git_commit", "torch")}
     write_results(job, job.items, folder, wording, about, args)
     table(job, {title: path for title, path in folders.items() if title != "scored" or path == folder})
+    if folder != folders["scored"] and not args.into:
+        print(f"\nwritten: {write_report(args.run)}")
 
 
 def main(argv=None):

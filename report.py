@@ -226,7 +226,7 @@ def picture(row, truth_px, said_px, allowed):
 
 def truth_text(task, truth, boxes_px):
     """Say what the answer should have been: a word, or what is where."""
-    keys = ("word", "label", "answer", "answers", "caption", "captions", "description", "descriptions", "name")
+    keys = ("word", "label", "answer", "answers", "sentences", "name")
     key = next((key for key in keys if truth.get(key) not in (None, "", [])), None)
     text = "no " * (task == "negpred") + str(truth.get(key, ""))
     if isinstance(truth.get(key), list):
@@ -388,6 +388,12 @@ def section(n, task, result, blind, rows, bad, allowed):
     tables, head = "", ("figure", "this run", "blind", "LocVLM-B")
     for i in range(0, len(figures), height):
         tables += table(f"Figures of {esc(task)}{', continued' * (i > 0)}", head, figures[i : i + height])
+    if (theirs := result.get("paper_rows")) and not result.get(
+        "paper"
+    ):  # no single row of the paper's is of this input
+        names = list(dict.fromkeys(name for _, of_model in theirs for name in of_model))
+        rows_of_paper = [(esc(model), *(number(of_model.get(x), 1) for x in names)) for model, of_model in theirs]
+        tables += table("The paper's models", ("model", *map(esc, names)), rows_of_paper)
     asked = result.get("prompts") or []
     prompts = "".join(f"<li>{prose(text)}</li>" for text in (asked if isinstance(asked, list) else [asked]))
     return (

@@ -88,7 +88,7 @@ def vqa_scores(answer, answers):
     The mean over the annotators of min(1, matches among the others / 3). Where all annotators agree, nothing is normalised,
     not even case, as in the official evaluation. Time is linear in the answer's length.
     """
-    said, told = answer.replace("\n", " ").replace("\t", " ").strip(), [text.strip() for text in answers]
+    said, *told = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *answers))
     if len(set(told)) > 1:
         said, told = vqa_normal(said), [vqa_normal(text) for text in told]
     count, inside = Counter(told), spaced(said)
@@ -128,14 +128,18 @@ def meteor(said, sentences):
     sentences  {id: references}, the same ids
     The score is METEOR's of the summed matches, not a mean over answers. White space of every kind is one space before:
     the tokenizer works by lines, and one more of them would shift all that follow. Of an answer, the first LONGEST_ANSWER
-    words are read.
+    words are read; half of a character, which no file can hold, is "?".
     """
     require_meteor()
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     told = {("truth", name): texts for name, texts in sentences.items()}
-    told |= {(i, name): [answers[name]] for i, answers in enumerate(said) for name in sentences}
+    told |= {
+        (i, name): [answers[name].encode(errors="replace").decode()]
+        for i, answers in enumerate(said)
+        for name in sentences
+    }
     rows = {
         key: [{"caption": " ".join(text.replace("|||", " ").split()[:LONGEST_ANSWER])} for text in texts]
         for key, texts in told.items()

@@ -262,8 +262,8 @@ def figure(heading, name, seed):
 
 
 def cell(values):
-    """Mean and, of several seeds, standard deviation."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    """Mean and, of several seeds, standard deviation; nan where a seed has no such figure."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 and not any(map(math.isnan, values)) else ""
     return f"{statistics.mean(values):.1f}{spread}"
 
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from checkpoint import require_file
-from clip_vit import open_image, preprocess
+from clip_vit import in_zip, open_image, preprocess
 
 RULES = ("segments", "linspace")
 ANIMATIONS = (".gif", ".webp", ".png", ".apng")
@@ -97,10 +97,12 @@ def naming(path, *errors):
 
 
 def open_clip(path, whole=False):
-    """Open a clip of any kind, told by its name."""
+    """Open a clip of any kind, told by its name; a still image, which may lie in a zip, is a clip of one frame."""
     path = Path(path)
     if path.is_dir():
         return open_folder(path)
+    if path.suffix.lower() in IMAGES and (path.suffix.lower() not in ANIMATIONS or in_zip(path)[0]):
+        return "still image", 1, lambda places: {0: open_image(path)}
     if not require_file(path, "a video file, an animation, a folder of frames, or an .npy").stat().st_size:
         raise ValueError(f"{path} is empty; expected a clip; replace it or leave it out")
     if path.suffix.lower() == ".npy":

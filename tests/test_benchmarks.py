@@ -73,11 +73,12 @@ def test_every_benchmark_says_what_it_reads_and_the_papers_rows_are_of_tasks():
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.files.startswith("questions: ") and benchmark.prompts, name
     assert PAPER.keys() | PAPER_ROWS.keys() <= TASKS.keys() | BENCHMARKS.keys()
-    for task, figures in PAPER.items():
-        shown = {}
-        for model, row in PAPER_ROWS[task]:
-            shown |= row if model == "LocVLM-B" else {}
-        assert figures.items() <= shown.items(), task
+    assert PAPER.keys() == {"spatial", "gqa", "vqa", "hal", "hal-ade"}, "one row of LocVLM-B, of the same input"
+    assert (
+        len(PAPER["spatial"]) == 12
+        and PAPER["spatial"]["icl along below"] == 74.4
+        and PAPER["hal"] == {"accuracy": 88.3}
+    )
 
 
 # ----- GQA
@@ -187,6 +188,7 @@ def test_the_official_normalisation_is_kept_with_its_slips():
 def test_nothing_is_normalised_where_all_annotators_agree():
     assert vqa_scores("Yes.", ["yes"] * 10)[0] == 0 and vqa_scores("yes", ["yes"] * 10)[0] == 1
     assert vqa_scores("Yes.", ["yes"] * 9 + ["no"])[0] == 1
+    assert vqa_scores("stop\tsign\n", ["stop\nsign"] * 10)[0] == 1, "but line ends and tabs, on both sides"
 
 
 def test_vqa_is_counted_by_type_and_submitted_whole(tmp_path):
@@ -275,6 +277,10 @@ def test_tgif_qas_real_table_is_read(real, tmp_path):
     items, left_out = BENCHMARKS["tgif-qa"].read(path, None, clips)
     assert len(items) == 12623 and len(gifs) == 6861 and not left_out
     assert items[0].truth == {"answer": "cookie", "type": "object"} and items[0].id == "FRAMEQA1159"
+    for content in (b"gif_name\tanswer\n\xff", b"x" * 200_000):  # of another encoding; a field beyond csv's limit
+        (tmp_path / "bad.csv").write_bytes(content)
+        with pytest.raises(ValueError, match="bad.csv cannot be read"):
+            BENCHMARKS["tgif-qa"].read(tmp_path / "bad.csv", None, clips)
 
 
 def test_msvd_and_msrvtt_clips_go_by_their_numbers(tmp_path):
@@ -288,7 +294,10 @@ def test_msvd_and_msrvtt_clips_go_by_their_numbers(tmp_path):
     assert item.image.name == "-4wsuPCjDBc_5_15.avi"
     metrics = answered("msvd-qa", [item], "A hot dog!")
     assert metrics == {"exact match": 0.0, "contains": 1.0, "questions": 1}
+    told = [{"question_id": "9", "answer": "x", "type": "\u00b2"}]  # a digit, and no number
     questions = [{"video_name": "video1451", "question": "what?", "question_id": "9"}]  # as Video-LLaVA repacks it
+    files = write(tmp_path / "test_q.json", questions), write(tmp_path / "a.json", told)
+    assert BENCHMARKS["activitynet-qa"].read(*files, tmp_path / "msrvtt-qa")[0][0].truth == {"answer": "x"}
     files = write(tmp_path / "test_q.json", questions), write(tmp_path / "a.json", [{"answer": "x", "question_id": 9}])
     [item], _ = BENCHMARKS["msrvtt-qa"].read(*files, tmp_path / "msrvtt-qa", short=True)
     assert item.truth == {"answer": "x"} and item.question == "what?" + SHORT
@@ -556,7 +565,18 @@ def test_other_forms_of_refcoco_are_read(tmp_path, no_meteor):
         items, _ = BENCHMARKS["refcoco"].read(path, None, tmp_path, wording=WORDING)
         assert len(items) == count and items[0].truth["box_px"] == (10, 20, 50, 60) and items[0].size == (100, 80)
         assert len(BENCHMARKS["rec"].read(path, None, tmp_path, wording=WORDING)[0]) == 2
-    for content in ([{"a": 1}], {"images": [{}], "annotations": []}, {"refs": [{"ref_id": "1"}]}, [1], [[]]):
+    own = {
+        "ref_id": "1",
+        "file_name": "a.jpg",
+        "bbox": [10, 20, 40, 40],
+        "sentences": [[7, "cup"]],
+    }  # by hand: no split
+    for content, lines in (({"refs": [own]}, False), (shikra[:1], True)):
+        [item], _ = BENCHMARKS["rec"].read(write(path, content, lines), None, tmp_path, wording=WORDING)
+        assert item.size == (100, 80) and item.truth["box_px"] == (10, 20, 50, 60) and isinstance(item.id, str)
+    odd = [shikra[0] | {"bbox": [1, 2, 3]}], mdetr | {"images": [mdetr["images"][0] | {"width": None}]}
+    odd += {"refs": [own | {"sentences": ["cup"]}]}, {"refs": [own | {"size": [9]}]}, {"refs": [own | {"split": []}]}
+    for content in ([{"a": 1}], {"images": [{}], "annotations": []}, {"refs": [{"ref_id": "1"}]}, [1], [[]], *odd):
         with pytest.raises(ValueError, match="is this another file"):
             BENCHMARKS["rec"].read(write(tmp_path / "bad.json", content), None, tmp_path, wording=WORDING)
 
@@ -614,6 +634,7 @@ def test_meteor_is_pycocoevalcaps(no_meteor):
     assert metrics["METEOR 1.5"] == pytest.approx(expected) and metrics["empty answers"] == 1
     assert metrics['METEOR 1.5 without "There is a"'] > expected and metrics["sentences"] == 4
     assert items[0].correct is None
+    assert answered("refcoco", items, "", "\ud83d", "")["METEOR 1.5"] == 0, "half of a character, as a file may hold it"
 
 
 # ----- which side
@@ -688,9 +709,13 @@ def test_the_authors_coco_spatial_is_balanced_by_mirror_images(tmp_path):
         ({"good_pairs": [[0, 7]]}, "IndexError"),
         ({"good_pairs": [[0]]}, "amiss"),
         ({"width": None}, "amiss"),
+        ({"width": math.inf}, "amiss"),
     ):
         with pytest.raises(ValueError, match=error):
             BENCHMARKS["coco-spatial"].read(*coco_spatial(tmp_path, **changes))
+    content = json.loads(coco_spatial(tmp_path)[0].read_text())
+    with pytest.raises(ValueError, match="rows with id, name"):
+        BENCHMARKS["coco-spatial"].read(write(tmp_path / "x.json", content | {"categories": [{}]}), None, tmp_path)
     with pytest.raises(ValueError, match="no dictionary 'data'"):
         BENCHMARKS["coco-spatial"].read(write(tmp_path / "x.json", []), None, tmp_path)
 
@@ -778,6 +803,11 @@ def test_keywords_of_real_llava_samples(real):
     assert len(talks) == 90 and table["left", "left"][0] == 11 and table["to the right", "right"][0] == 3
     with pytest.raises(ValueError, match="expected conversations, or instruction and output"):
         benchmarks.read_talk(real("formats/llava/qa90_gpt4_answer.jsonl"))
+
+
+def test_a_turn_without_text_is_named(tmp_path):
+    with pytest.raises(ValueError, match="row 0 is .*expected conversations"):
+        benchmarks.read_talk(write(tmp_path / "talk.json", [{"conversations": [{"value": None}]}]))
 
 
 @pytest.mark.parametrize(

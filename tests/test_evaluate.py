@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 import benchmarks
 import evaluate
@@ -63,6 +64,10 @@ def test_points_count_inside_the_true_box():
     item = Item("1", RECORD.image, RECORD.size, "?", {"box_px": (0, 0, 100, 100)}, "It is located at (50, 99)")
     judge_locpred(item, Wording(CoordFormat("ivb", 224), location="point"))
     assert item.correct
+    item.answer = "It is located at (0, 1)"
+    judge_locpred(item, Wording(CoordFormat("ivb", 224), location="point"))
+    metrics = benchmarks.locpred_metrics([item])
+    assert metrics["acc@0.5"] == 1 and math.isnan(metrics["mean IoU"]) and math.isnan(metrics["box outside image"])
 
 
 def test_negpred_wants_the_refusal():
@@ -204,6 +209,27 @@ def test_a_run_is_evaluated_from_the_command_line(tmp_path, make_model, blind):
         assert (folder / f"{task}.png").exists()
     evaluate.main(flags + ["--blind"] * blind)
     assert first == {task: result_of(folder, task) for task in TASKS}
+
+
+def test_images_that_give_no_question_are_an_error(run, tmp_path):
+    words = [run[0], "--task", "spatial", *run[3:]]
+    world = read_json(run[4])
+    write_json(tmp_path / "bare.json", world | {"annotations": []})
+    words[words.index("--coco") + 1] = str(tmp_path / "bare.json")
+    for more in ([], ["--score", "x"]):
+        with pytest.raises(ValueError, match="bare.json gives no question for --task spatial; expected"):
+            evaluate.main([*words, *more])
+
+
+def test_successes_lie_above_failures(tmp_path):
+    """One success and two failures: two rows of cards, not one."""
+    Image.new("RGB", (20, 10)).save(tmp_path / "x.png")
+    heights = []
+    for right in ((True, False, False), (True, True, True)):
+        items = [Item(str(n), tmp_path / "x.png", None, "?", {}, correct=good) for n, good in enumerate(right)]
+        evaluate.overlay(items, tmp_path / "sheet.png")
+        heights.append(Image.open(tmp_path / "sheet.png").height)
+    assert heights[0] > 1.9 * heights[1]
 
 
 def test_a_question_of_ones_own_is_answered_and_drawn(tmp_path, make_model, capsys):
@@ -384,6 +410,9 @@ def test_the_blind_baseline_and_the_paper_stand_beside_ours(run, capsys):
     assert (
         result_of(Path(words[0]) / "three", "hal")["images"] == 3 and result_of(Path(words[0]) / "eval", "hal") == ours
     )
+    assert "two evaluations" not in capsys.readouterr().out
+    evaluate.main([*words, "--max-new-tokens", "1"])
+    assert "ours and blind are of two evaluations; they differ in decoding" in capsys.readouterr().out
     evaluate.main([*words, "--limit", "3"])
     assert " blind " not in capsys.readouterr().out, "of other questions"
 
@@ -399,6 +428,11 @@ def test_answers_are_scored_without_a_model_in_any_order(run, tmp_path, monkeypa
     monkeypatch.setattr(evaluate.LocVLM, "from_pretrained", only_shapes)
     evaluate.main([*run, "--score", str(folder / "locpred.jsonl")])
     assert result_of(folder, "locpred") == before, "a run's own answers stay its own"
+
+    (folder / "report.html").unlink()
+    evaluate.main([*run, "--score", os.path.relpath(folder / "locpred.jsonl")])
+    assert result_of(folder, "locpred") == before, "by another spelling of its path"
+    assert (folder / "report.html").exists(), "the page follows the figures"
 
     def score(rows, name="elsewhere.jsonl"):
         evaluate.write_rows(tmp_path / name, rows)

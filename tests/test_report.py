@@ -88,6 +88,25 @@ def test_every_task_stands_with_the_papers_figure_and_the_blind_one_beside_it(ru
     assert "Stage 2: 300 steps" in page and "nats per answer token" in page
 
 
+def test_the_papers_models_stand_below_where_none_is_of_the_same_input(tmp_path, picture):
+    write(
+        tmp_path,
+        "pope",
+        [row(picture)],
+        paper=None,
+        paper_rows=[["LLaVA, random", {"accuracy": 50.4}], ["<B>", {"F1": 88}]],
+    )
+    page = page_of(tmp_path)
+    assert "<td>LLaVA, random</td><td class=n>50.4 %</td><td class=n>–</td>" in page
+    assert "<td>&lt;B&gt;</td><td class=n>–</td><td class=n>88.0 %</td>" in page
+
+
+def test_a_description_stands_beside_its_references(tmp_path, picture):
+    truth = {"sentences": ["left cup", "the cup"], "box_px": [1, 2, 30, 20]}
+    write(tmp_path, "refcoco", [row(picture, "There is a cup.", None, truth=truth)])
+    assert "left cup / the cup at (1, 2, 30, 20) px" in page_of(tmp_path)
+
+
 def test_the_same_files_give_the_same_bytes_wherever_they_are_written(run, tmp_path):
     first = report.write_report(run).read_bytes()
     assert report.write_report(run).read_bytes() == first

@@ -3,6 +3,7 @@
 import pickle
 import struct
 import sys
+import zipfile
 from fractions import Fraction
 
 import numpy as np
@@ -126,9 +127,18 @@ def test_what_a_gif_leaves_unchanged_stays(tmp_path):
     assert second.getpixel((1, 1)) == (200, 0, 0)
 
 
-def test_one_picture_is_a_clip_of_one_frame(tmp_path):
-    pictures(1)[0].save(tmp_path / "c.png")
+def test_one_picture_is_a_clip_of_one_frame(tmp_path, monkeypatch):
+    """So that a model of clips can be asked about a benchmark's images: JPEGs, and those in a zip; PyAV is not wanted."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    for name in ("c.png", "c.jpg"):
+        pictures(1)[0].save(tmp_path / name)
+        with zipfile.ZipFile(tmp_path / "images.zip", "a") as file:
+            file.write(tmp_path / name, f"val2014/{name}")
+    for name in ("c.png", "c.jpg", "images.zip/val2014/c.png", "images.zip/val2014/c.jpg"):
+        assert [f.size for f in video.read_frames(tmp_path / name, 3)] == [(33, 21)] * 3, name
     assert [number(f) for f in video.read_frames(tmp_path / "c.png", 3)] == [0, 0, 0]
+    with pytest.raises(FileNotFoundError, match="no image file .*absent.jpg"):
+        video.read_frames(tmp_path / "absent.jpg", 3)
 
 
 def test_frames_of_a_folder_keep_their_sizes(tmp_path):
