@@ -416,11 +416,9 @@ def evaluation(args):
         return answers
 
     whole = args.images * args.questions
-    sides = {
-        f"ours, {args.images} images and {whole} questions at a time": ask_ours,
-        f"theirs, {whole} rows at a time": lambda part: ask_theirs(part, whole),
-        f"theirs, {args.images} rows at a time": lambda part: ask_theirs(part, args.images),
-    }
+    sides = {f"ours, {args.images} images and {whole} questions at a time": ask_ours}
+    for rows in args.rows or (whole, args.images):
+        sides[f"theirs, {rows} rows at a time"] = lambda part, rows=rows: ask_theirs(part, rows)
     seconds, differ, tokens = dict.fromkeys(sides, 0.0), 0, 0
     for ask in sides.values():
         ask([(asked[0][0], asked[0][1][:1])])
@@ -438,10 +436,10 @@ def evaluation(args):
                 if one != other:
                     differ += 1
                     print(f"another answer: {side}, logits {logit_gap(theirs, row, one, other, end):.1e} apart")
-    total, (our_seconds, *_) = sum(len(questions) for _, questions in asked), seconds.values()
+    total, (our_seconds, *their_seconds) = sum(len(questions) for _, questions in asked), seconds.values()
     print(
         f"{args.run or 'random weights'}: {len(asked)} images, {total} questions, {tokens / total:.1f} tokens each, fp32, "
-        f"{args.threads} threads; {differ} of {2 * total} answers of theirs differ from ours"
+        f"{args.threads} threads; {differ} of {len(their_seconds) * total} answers of theirs differ from ours"
     )
     for side, taken in seconds.items():
         print(f"{side:42}  {taken:8.2f} s  {total / taken:8.2f} questions/s  {taken / our_seconds:5.1f} x (goal: 5)")
@@ -456,6 +454,7 @@ def main(argv=None):
     )
     parser.add_argument("--llama", help="HF folder for `generate`, instead of random weights")
     parser.add_argument("--run", help="run folder for `evaluate`, instead of random weights")
+    parser.add_argument("--rows", type=int, nargs="+", help="rows of `transformers` at a time, instead of the two")
     for flag, default, what in (
         ("images", 4, "images in a batch"),
         ("questions", 6, "questions on each image"),
