@@ -388,9 +388,8 @@ def section(n, task, result, blind, rows, bad, allowed):
     tables, head = "", ("figure", "this run", "blind", "LocVLM-B")
     for i in range(0, len(figures), height):
         tables += table(f"Figures of {esc(task)}{', continued' * (i > 0)}", head, figures[i : i + height])
-    if (theirs := result.get("paper_rows")) and not result.get(
-        "paper"
-    ):  # no single row of the paper's is of this input
+    theirs = [] if result.get("paper") else result.get("paper_rows") or []
+    if theirs:  # no row of the paper's is of this input alone
         names = list(dict.fromkeys(name for _, of_model in theirs for name in of_model))
         rows_of_paper = [(esc(model), *(number(of_model.get(x), 1) for x in names)) for model, of_model in theirs]
         tables += table("The paper's models", ("model", *map(esc, names)), rows_of_paper)
