@@ -84,11 +84,18 @@ def article(words):
 
 CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".gif")
 STATIC = 5  # pixels of the model's square from the mean, on each axis (App. D; which pixels, it does not say)
+# what files must hold: lists, and the keys of their rows
 CLIP_KEYS = {
     "videos": {"id", "file_name", "width", "height", "frames"},
     "annotations": {"video_id", "frame", "category_id"},
     "categories": {"id", "name"},
 }
+COCO_KEYS = {
+    "images": {"id", "file_name", "width", "height"},
+    "annotations": {"image_id", "category_id"},
+    "categories": {"id", "name"},
+}
+CAPTION_KEYS = {"images": COCO_KEYS["images"], "annotations": {"image_id", "caption"}}
 
 
 # ----- records
@@ -141,16 +148,16 @@ def box_problem(bbox, size):
 def read_instances(path, content=None):
     """Read a COCO instances JSON, or take its content; refuse another schema by name."""
     coco = read_json(require_file(path, "COCO's instances_*.json")) if content is None else content
-    lacking = [
-        key
-        for key in ("images", "annotations", "categories")
-        if not isinstance(coco, dict) or not isinstance(coco.get(key), list)
-    ]
-    if lacking:
-        raise ValueError(
-            f"{path} lacks the lists {lacking}; expected COCO's instances_*.json; captions and LLaVA files have flags of their own"
-        )
+    require_rows(coco, COCO_KEYS, path, "COCO's instances_*.json; captions and LLaVA files have flags of their own")
     return coco
+
+
+def require_rows(content, keys, path, expected):
+    """Refuse content that lacks a list of `keys`, or has a row in it without those keys."""
+    for key, needs in keys.items():
+        rows = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and needs <= row.keys() for row in rows):
+            raise ValueError(f"{path} lacks {key} with {sorted(needs)}; expected {expected}; check the file")
 
 
 def read_coco(instances, images, content=None):
@@ -259,8 +266,9 @@ def read_llava(path, images, content=None):
     return records, left_out
 
 
-def read_captions(coco, images):
-    """Read the content of COCO's captions_*.json: a Record with its captions for each image that has some."""
+def read_captions(coco, images, path):
+    """Read the content of COCO's captions_*.json at `path`: a Record with its captions for each image that has some."""
+    require_rows(coco, CAPTION_KEYS, path, "COCO's captions_*.json")
     told = {}
     for annotation in coco["annotations"]:
         told.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
@@ -287,7 +295,7 @@ def read_file(path, images):
         return read_llava(path, images, content)
     annotations = content.get("annotations")
     if isinstance(annotations, list) and annotations and "caption" in annotations[0]:
-        return read_captions(content, images), Counter()
+        return read_captions(content, images, path), Counter()
     return read_coco(path, images, content)
 
 
@@ -370,12 +378,7 @@ def read_clips(path, folder, side=224, content=None):
     content = read_json(require_file(path, "annotations of clips")) if content is None else content
     if isinstance(content, list):
         return read_talks(content, path, folder)
-    for key, needs in CLIP_KEYS.items():
-        rows = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and needs <= row.keys() for row in rows):
-            raise ValueError(
-                f"{path} lacks {key} with {sorted(needs)}; expected a clips_*.json, as shapes.py writes; is it a file of images?"
-            )
+    require_rows(content, CLIP_KEYS, path, "a clips_*.json, as shapes.py writes, not a file of images")
     return clip_records(content, path, folder, side)
 
 

@@ -137,7 +137,7 @@ def test_what_cannot_be_used_is_counted(read):
 
 def test_another_schema_is_refused_by_name(read):
     refused(
-        r"lacks videos with .*'width'.*is it a file of images",
+        r"lacks videos with .*'width'.*not a file of images",
         read,
         {"images": [], "annotations": [], "categories": []},
     )

@@ -115,6 +115,11 @@ def test_another_schema_is_refused_by_name(tmp_path):
     (tmp_path / "x.json").write_text('[{"id": 1}]')
     with pytest.raises(ValueError, match="x.json lacks"):
         read_coco(tmp_path / "x.json", tmp_path)
+    (tmp_path / "x.json").write_text(
+        '{"images": [{"id": 1, "width": 5, "height": 5}], "annotations": [], "categories": []}'
+    )
+    with pytest.raises(ValueError, match="lacks images with .*file_name"):
+        read_coco(tmp_path / "x.json", tmp_path)
     (tmp_path / "x.json").write_text('{"images": [')
     with pytest.raises(ValueError, match="not JSON"):
         read_coco(tmp_path / "x.json", tmp_path)
