@@ -396,6 +396,7 @@ def trained_on(run, given=""):
     return (files, ids) if files else None
 
 
+@cache  # a training file may be a gigabyte, and several evaluations in one process ask for it
 def named_by(path):
     """The COCO ids of a file's images; none where it names none, as chat.json of CC3M."""
     try:

@@ -1,6 +1,6 @@
 """The paper's tables in miniature: every row trained here, on the shapes worlds, with several seeds; mean and spread.
 
-    python tables.py 11                  one table (2, 4, 8, 10, 11, 12)
+    python tables.py 11a                 one table: 2, 4, 8, 10, 11a, 11b, 11c or 12
     python tables.py all --seeds 0,1,2   all of them
 
 What several tables share is trained once: a run lies in runs/tables/NAME-SEED, and a table asked for again is only read.
@@ -114,10 +114,11 @@ class Table:
     rows: tuple  # (label, setting, the paper's figures)
 
 
+ABLATION = ("QA", "names", "boxes", "left/right", "above/below", "is there")
 TABLES = {
     "2": Table(
         "how coordinates are written",
-        ("QA", "names", "boxes", "left/right", "above/below", "is there"),
+        ABLATION,
         ("GQA", "RD", "A-QA"),
         (
             ("normalized floating point", "nfp", (46.1, 19.6, 37.1)),
@@ -161,19 +162,36 @@ TABLES = {
             ("that, images blanked", "captions, blind", ()),
         ),
     ),
-    "11": Table(
-        "objectives, kind of location, pseudo-captions",
-        ("QA", "names", "boxes", "left/right", "above/below", "is there"),
+    "11a": Table(
+        "objectives",
+        ABLATION,
         ("GQA", "RD", "A-QA"),
         (
             ("instructions alone", "none", (44.7, 10.3, 35.2)),
             ("+ LocPred", "loc", (45.2, 12.2, 35.8)),
             ("+ NegPred", "loc-neg", (46.9, 12.5, 37.2)),
-            ("+ RevLoc (boxes)", "all", (47.3, 20.7, 37.4)),
-            ("the same with points", "point", (47.3, 20.6, 37.4)),
-            ("boxes, pseudo-captions", "captions", (47.3, 20.7, 37.4)),
-            ("boxes, names of the shapes that have a caption", "captions-names", (46.5, 11.6, 37.1)),
-            ("boxes, images blanked", "all, blind", ()),
+            ("+ RevLoc", "all", (47.3, 20.7, 37.4)),
+            ("the last, images blanked", "all, blind", ()),
+        ),
+    ),
+    "11b": Table(
+        "what a location is",
+        ABLATION,
+        ("GQA", "RD", "A-QA"),
+        (
+            ("point", "point", (47.3, 20.6, 37.4)),
+            ("box", "all", (47.3, 20.7, 37.4)),
+            ("box, images blanked", "all, blind", ()),
+        ),
+    ),
+    "11c": Table(
+        "pseudo-captions: the shapes that the model of instructions described, by name and as described",
+        ABLATION,
+        ("GQA", "RD", "A-QA"),
+        (
+            ("names", "captions-names", (46.5, 11.6, 37.1)),
+            ("pseudo-captions", "captions", (47.3, 20.7, 37.4)),
+            ("pseudo-captions, images blanked", "captions, blind", ()),
         ),
     ),
     "12": Table(
