@@ -479,7 +479,10 @@ def refs_pickle(folder, protocol=2, **changes):
     ]
     instances = {
         "images": [{"id": 9, "file_name": "COCO_train2014_000000000009.jpg", "width": 448, "height": 224}],
-        "annotations": [{"id": 1, "bbox": [0, 0, 224, 112]}, {"id": 2, "bbox": [224, 0, 224.001, 224]}],
+        "annotations": [
+            {"id": 1, "image_id": 9, "category_id": 1, "bbox": [0, 0, 224, 112]},
+            {"id": 2, "image_id": 9, "category_id": 1, "bbox": [224, 0, 224.001, 224]},
+        ],
         "categories": [],
     }
     write(folder / "instances.json", instances)
