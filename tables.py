@@ -65,7 +65,7 @@ RECIPES = {  # what differs from the tiny preset, by stage: small steps learn mo
     "1": "",
     "2": "--batch 4 --steps 220",
     "3": "--batch 4 --steps 120",
-    "4": "--batch 4 --steps 260",
+    "4": "--batch 4 --steps 200",
 }
 
 
