@@ -315,13 +315,13 @@ def spatial_items(records, wording, rng):
             def question(first, second, ask=ask):
                 return ask.format(obj_1=f"the {first.name}", obj_2=f"the {second.name}")
 
-            strict = min(map(len, whole := halves(record, axis, strict=True))) >= 1 and sum(map(len, whole)) >= 3
+            whole = any(spatial_triplets([record], random.Random(0), axis, strict=True))  # whichever it draws
             # where obj_2 lies, seen from obj_1
             direct = item_of(
                 record,
                 f"{name}:direct",
                 question(a, b),
-                {"setting": name, "word": other, "boxes_px": [a.box_px, b.box_px], "whole_boxes": strict},
+                {"setting": name, "word": other, "boxes_px": [a.box_px, b.box_px], "whole_boxes": whole},
             )
             items.append(direct)
             if name == "across":
@@ -1077,16 +1077,8 @@ toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier
     .replace(",\n", ", ")
     .split(", ")
 )
-COCO_KINDS = {
-    "motorbike",
-    "armchair",
-    "bag",
-    "animal",
-    "food",
-    "computer",
-    "van",
-    "ship",
-}  # of one kind with one of COCO's
+# of one kind with one of COCO's
+COCO_KINDS = {"motorbike", "armchair", "bag", "animal", "food", "computer", "van", "ship"}
 
 
 def overlaps_coco(names):
@@ -1166,9 +1158,7 @@ class Benchmark:
     metrics: Callable  # items -> {name: share or count}
     prompts: tuple = ()
     files: str = ""  # what --questions and --answers are
-    submission: Callable | None = (
-        None  # items -> what the benchmark's own server or script takes, to be written as JSON
-    )
+    submission: Callable | None = None  # items -> what its own server or script takes, to be written as JSON
     options: tuple = ()  # the keywords that read takes beside its three files
 
 

@@ -427,9 +427,8 @@ def write_results(job, items, folder, wording, about, args):
         write_json(folder / f"{job.name}.submission.json", job.task.submission(items))
     counted = {
         "task": job.name,
-        "metrics": {
-            name: value if value == value else None for name, value in metrics.items()
-        },  # NaN: no such question
+        # NaN, which is none of JSON's: there was no such question
+        "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
         "questions": len(items),
         "images": len({item.image for item in items}),
         "left_out": job.left_out,
@@ -441,7 +440,8 @@ def write_results(job, items, folder, wording, about, args):
         "answers_sha256": answers_sha256(items),
     }
     overlay(items, folder / f"{job.name}.png")
-    write_json(folder / f"{job.name}.json", counted | about | counted)  # last: it says that all is there
+    # figures first, whatever `score` read of older ones in `about`; and written last: it says that all is there
+    write_json(folder / f"{job.name}.json", counted | about | counted)
     remove_temporary(folder.glob(f"{job.name}.*"))
 
 
