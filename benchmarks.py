@@ -30,6 +30,7 @@ from coords import fault, iou
 from data import (
     LOC_PROMPTS,
     REV_PROMPTS,
+    SIDE_ANSWERS,
     SIDE_PROMPTS,
     article,
     box_from_xywh,
@@ -185,17 +186,21 @@ def locpred_items(records, wording, rng):
     ]
 
 
+def located(item, wording):
+    """The first place that an answer names, as a list of one box_px or none; of a point, the box two pixels around it."""
+    if wording.location == "box":
+        return wording.fmt.decode_boxes(item.answer, item.size)[:1]
+    points_px = wording.fmt.decode_points(item.answer, item.size)[:1]
+    return [(x - 2, y - 2, x + 2, y + 2) for x, y in points_px]
+
+
 def judge_locpred(item, wording):
     """Right if the first box reaches IoU 0.5 with the truth; for points, if the first one lies in the true box."""
-    box_px = item.truth["box_px"]
+    item.boxes_px, box_px = located(item, wording), item.truth["box_px"]
     if wording.location == "point":
-        points_px = wording.fmt.decode_points(item.answer, item.size)
-        item.boxes_px = [(x - 2, y - 2, x + 2, y + 2) for x, y in points_px[:1]]
-        item.correct = (
-            bool(points_px) and box_px[0] <= points_px[0][0] <= box_px[2] and box_px[1] <= points_px[0][1] <= box_px[3]
-        )
+        x1, y1, x2, y2 = box_px
+        item.correct = any(x1 <= left + 2 <= x2 and y1 <= top + 2 <= y2 for left, top, _, _ in item.boxes_px)
     else:
-        item.boxes_px = wording.fmt.decode_boxes(item.answer, item.size)[:1]
         item.truth["iou"] = iou(item.boxes_px[0], box_px) if item.boxes_px else 0.0
         item.correct = item.truth["iou"] >= 0.5
 
@@ -221,7 +226,7 @@ def negpred_items(records, wording, rng):
 
 
 def judge_negpred(item, wording):
-    item.boxes_px = wording.fmt.decode_boxes(item.answer, item.size)[:1]
+    item.boxes_px = located(item, wording)
     item.correct = "no such object" in item.answer.lower()
 
 
@@ -301,6 +306,9 @@ def spatial_triplets(records, rng, axis, strict=False):
             yield record, rng.choice(sides[side]), *rng.sample(sides[1 - side], 2), words[side]
 
 
+ICL_PROMPT = "Q: {question} A: {answer} Q: {question} A: {answer} Q: {question}"
+
+
 def spatial_items(records, wording, rng):
     """Direct and in-context questions (App. E). In context, `verbatim` has the paper's examples, which answer about the
     other object than was asked for; `consistent` has them answer what was asked, in random order. A direct question about
@@ -308,12 +316,14 @@ def spatial_items(records, wording, rng):
     items = []
     for axis, name in enumerate(("across", "along")):
         ask = SIDE_PROMPTS[name]
-        says = "The {} is located to the {} of the {}." if name == "across" else "The {} is located {} the {}."
         for record, a, b, c, side in spatial_triplets(records, rng, axis):
             other = OPPOSITE[side]
 
             def question(first, second, ask=ask):
                 return ask.format(obj_1=f"the {first.name}", obj_2=f"the {second.name}")
+
+            def answer(first, second, side):  # where the first lies, seen from the second
+                return SIDE_ANSWERS[side].format(obj_2=f"The {first.name}", obj_1=f"the {second.name}")
 
             whole = any(spatial_triplets([record], random.Random(0), axis, strict=True))  # whichever it draws
             # where obj_2 lies, seen from obj_1
@@ -328,8 +338,8 @@ def spatial_items(records, wording, rng):
                 items.append(mirrored(direct))
                 items[-1].truth["setting"] = "across mirrored"
             examples = [
-                f"Q: {question(a, b)} A: {says.format(b.name, other, a.name)}",
-                f"Q: {question(b, a)} A: {says.format(a.name, side, b.name)}",
+                f"Q: {question(a, b)} A: {answer(b, a, other)}",
+                f"Q: {question(b, a)} A: {answer(a, b, side)}",
             ]
             rng.shuffle(examples)
             final = f"Q: {question(c, a)}"
@@ -343,8 +353,8 @@ def spatial_items(records, wording, rng):
             )
             if name == "across":
                 examples = [
-                    f"Q: {question(a, b)} A: {says.format(a.name, side, b.name)}",
-                    f"Q: {question(b, a)} A: {says.format(b.name, other, a.name)}",
+                    f"Q: {question(a, b)} A: {answer(a, b, side)}",
+                    f"Q: {question(b, a)} A: {answer(b, a, other)}",
                 ]
                 items.append(
                     item_of(
@@ -379,24 +389,23 @@ def spatial_metrics(items):
     for setting in dict.fromkeys(item.truth["setting"] for item in items):
         here = [item for item in items if item.truth["setting"] == setting]
         metrics[setting] = mean(item.correct for item in here)
-        for word in sorted({item.truth["word"] for item in here}):
-            metrics[f"{setting} {word}"] = mean(item.correct for item in here if item.truth["word"] == word)
+        words = sorted({item.truth["word"] for item in here})
+        by_word = [mean(item.correct for item in here if item.truth["word"] == word) for word in words]
+        metrics |= {f"{setting} {word}": share for word, share in zip(words, by_word, strict=True)}
+        metrics[f"{setting} macro"] = mean(by_word)  # the words are not asked for equally often
         metrics[f"{setting} strict"] = mean(item.truth["strict"] for item in here)
         metrics[f"{setting} neither word"] = mean(not item.correct and not item.truth["opposite"] for item in here)
         if setting == "icl verbatim":  # read as its own examples answer: about obj_3
             metrics["icl verbatim, as its examples answer"] = mean(item.truth["opposite"] for item in here)
         metrics[f"{setting} questions"] = len(here)
         if setting in SIDE_PROMPTS:
-            metrics[f"{setting} triplets"] = len(here)
-            metrics[f"{setting} triplets, whole box in a half"] = sum(
-                item.truth.get("whole_boxes", False) for item in here
-            )
+            metrics[f"{setting} questions, whole boxes in their halves"] = sum(i.truth["whole_boxes"] for i in here)
     if any(item.mirrored for item in items):
         metrics["across flip consistency"] = flip_consistency(items)
     return metrics
 
 
-HAL_PROMPT = "Is there {a/an object} in the image?"
+HAL_PROMPT = "Is there {a/an object} in the {image/video}?"
 
 
 def ask_presence(name, medium="image"):
@@ -457,7 +466,7 @@ TASKS = {
     "locpred": Task(locpred_items, judge_locpred, locpred_metrics, LOC_PROMPTS),
     "negpred": Task(negpred_items, judge_negpred, negpred_metrics, LOC_PROMPTS),
     "revloc": Task(revloc_items, judge_revloc, revloc_metrics, REV_PROMPTS),
-    "spatial": Task(spatial_items, judge_spatial, spatial_metrics, tuple(SIDE_PROMPTS.values())),
+    "spatial": Task(spatial_items, judge_spatial, spatial_metrics, (*SIDE_PROMPTS.values(), ICL_PROMPT)),
     "hal": Task(hal_items, judge_hal, hal_metrics, (HAL_PROMPT,)),
 }
 
@@ -539,16 +548,22 @@ def coco_names(file_name, folder):
     return file_name, f"{folder}/{file_name}", number[0] if number else file_name
 
 
-def require_images(items, path, images):
-    """Refuse where there is nothing to ask, or an image is missing."""
-    if not items:
-        raise ValueError(f"{path} gives no question; expected some; is this the right file, or split?")
-    missing = [image for image in dict.fromkeys(item.image for item in items) if not has_image(image)]
+def require_images(paths, source, images):
+    """Refuse where an image or clip that the file `source` asks about is not in the folder or zip `images`."""
+    paths = dict.fromkeys(path for path in paths if path)
+    missing = [path.name for path in paths if not (path.exists() if is_clip(path) else has_image(path))]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of the images of {path} are not in {images} ({some([image.name for image in missing])}); "
-            "expected all of them, in that folder or zip; check it, or complete the download"
+            f"{len(missing)} of the {len(paths)} images of {source} are not in {images} ({some(missing)}); expected all of "
+            "them, in that folder or zip; check it, or complete the download"
         )
+
+
+def asked_of(items, source, images):
+    """Give a reader's items; refuse where there is nothing to ask, or an image is missing."""
+    if not items:
+        raise ValueError(f"{source} gives no question; expected some; is this the right file, or split?")
+    require_images((item.image for item in items), source, images)
     return items
 
 
@@ -579,8 +594,9 @@ def read_gqa(questions, answers, images, short=False):
     """
     content, left_out, items = read_rows(questions, GQA_FILE), Counter(), []
     if isinstance(content, dict):
-        asked = {name: (row["question"], f"{row['imageId']}.jpg") for name, row in gqa_rows(content, questions).items()}
-        truth = gqa_rows(read_rows(answers, GQA_FILE), answers) if answers else gqa_rows(content, questions)
+        rows = gqa_rows(content, questions)
+        asked = {name: (row["question"], f"{row['imageId']}.jpg") for name, row in rows.items()}
+        truth = gqa_rows(read_rows(answers, GQA_FILE), answers) if answers else rows
     else:
         needs = {"question_id": str | int, "image": str, "text": str}
         rows = keyed(content, questions, "question_id", needs, "LLaVA's llava_gqa_testdev_balanced.jsonl")
@@ -596,7 +612,7 @@ def read_gqa(questions, answers, images, short=False):
         path = find_image(images, image, f"images/{image}", f"{Path(image).stem}.png")  # the last: the shapes world's
         items.append(Item(name, path, None, asked_short(text, short), {"answer": truth[name]["answer"]}))
     left_out.update({"answers to questions that are not asked": left_over} if left_over else {})
-    return require_images(items, questions, images), left_out
+    return asked_of(items, questions, images), left_out
 
 
 def judge_gqa(item, wording):
@@ -652,7 +668,7 @@ def read_vqa(questions, answers, images, short=False):
             }
         path = find_image(images, *coco_names(f"COCO_{split}_{row['image_id']:012d}.jpg", split))
         items.append(Item(name, path, None, asked_short(row["question"], short), known))
-    return require_images(items, questions, images), left_out
+    return asked_of(items, questions, images), left_out
 
 
 def judge_vqa(item, wording):
@@ -663,9 +679,10 @@ def judge_vqa(item, wording):
 
 
 def vqa_metrics(items):
-    """The official figures: over all, of each answer type and question type. "normalised first" is what LLaVA submits.
+    """The official figures: over all, of each answer type and question type.
 
-    The official score normalises no answer where all annotators agree: there "Yes." is not "yes".
+    The official score normalises no answer where all annotators agree: there "Yes." is not "yes". "normalised first"
+    normalises every answer, by the official rules, before it is scored.
     """
     scored = [item for item in items if item.correct is not None]
     if not scored:
@@ -789,7 +806,7 @@ def read_pope(questions, answers, images):
             )
         path = find_image(images, *coco_names(row["image"], "val2014"))
         items.append(Item(name, path, None, row["text"], {"label": row["label"]}))
-    return require_images(items, questions, images), Counter()
+    return asked_of(items, questions, images), Counter()
 
 
 def pope_metrics(items):
@@ -919,7 +936,7 @@ def refs_of(questions, answers, images, split):
         if split is None or one["split"] == split:
             path = find_image(images, *coco_names(one["file_name"], "train2014"))
             found.append((one, path))
-    require_images([Item(one["ref_id"], path, None, "", {}) for one, path in found], questions, images)
+    require_images((path for _, path in found), questions, images)  # their sizes are read below
     boxed = []
     for one, path in found:
         size = tuple(one["size"] or image_size(path))
@@ -949,7 +966,7 @@ def read_refcoco(questions, answers, images, split=None, *, wording, seed=0):
         prompt = random.Random(f"{seed} {one['ref_id']}").choice(REV_PROMPTS)
         truth = {"sentences": [text for _, text in one["sentences"]], "box_px": box_px}
         items.append(Item(one["ref_id"], path, size, prompt.format(loc=wording.place(box_px, size)), truth))
-    return require_images(items, questions, images), left_out
+    return asked_of(items, questions, images), left_out
 
 
 def judge_refcoco(item, wording):
@@ -993,7 +1010,7 @@ def read_rec(questions, answers, images, split=None, *, wording, seed=0):
     twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
     if twice:
         raise ValueError(f"{questions} has sentences {some(twice)} twice; expected each id once; are two files in one?")
-    return require_images(items, questions, images), left_out
+    return asked_of(items, questions, images), left_out
 
 
 # ----- the authors' COCO-Spatial
@@ -1048,7 +1065,7 @@ def read_coco_spatial(questions, answers, images):
                 truth = {"word": "right", "boxes_px": boxes_px}
                 items.append(Item(f"{image_id}:{left}-{right}", path, size, question, truth))
                 items.append(mirrored(items[-1]))
-    return require_images(items, questions, images), left_out
+    return asked_of(items, questions, images), left_out
 
 
 def coco_spatial_metrics(items):
@@ -1104,7 +1121,7 @@ def read_hal_ade(questions, answers, images, seed=0):
     rows = csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in text else ",")
     try:
         called = {int(row["Idx"]): [n.strip() for n in re.split("[,;]", row["Name"]) if n.strip()] for row in rows}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error):
         called = {}
     if not called or not all(called.values()):
         raise ValueError(
@@ -1136,7 +1153,7 @@ def read_hal_ade(questions, answers, images, seed=0):
                 items.append(
                     Item(f"{mask.stem}:{label}:{name}", path, None, ask_presence(name), {"label": label, "name": name})
                 )
-    return require_images(items, questions, images), left_out
+    return asked_of(items, questions, images), left_out
 
 
 def open_mask(path):
@@ -1258,7 +1275,7 @@ def read_talk(path):
 
 
 def keywords(talks):
-    """Count the paper's phrases (Tab. 14): {(phrase, side): (conversations that have it, share of conversations, of turns)}.
+    """Count the paper's phrases (Tab. 14): {phrase: (conversations that have it, share of conversations, of turns)}.
 
     talks  conversations, each a list of its questions and answers
     Whole words, in any case. Sec. 4.2 parts the same counts by question and answer turns (0.37 % and 1.13 % for left and
@@ -1268,9 +1285,9 @@ def keywords(talks):
     table = {}
     for phrase in PHRASES:
         for side in ("left", "right"):
-            pattern = re.compile(rf"\b{phrase.format(side)}\b")
-            count = sum(bool(pattern.search(text)) for text in texts)
-            table[phrase.format(side), side] = (
+            said = phrase.format(side)
+            count = sum(bool(re.search(rf"\b{said}\b", text)) for text in texts)
+            table[said] = (
                 count,
                 count / len(texts) if texts else math.nan,
                 count / turns if turns else math.nan,
@@ -1299,7 +1316,7 @@ def main(argv=None):
     talks = read_talk(args.file)
     print(f"{args.file}: {len(talks)} conversations, {sum(map(len, talks))} turns")
     print(f"{'phrase':16}{'conversations':>14}{'% of them':>12}{'% of turns':>12}")
-    for (phrase, _), (count, of_talks, of_turns) in keywords(talks).items():
+    for phrase, (count, of_talks, of_turns) in keywords(talks).items():
         print(f"{phrase:16}{count:14d}{100 * of_talks:12.2f}{100 * of_turns:12.3f}")
 
 

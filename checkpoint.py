@@ -3,7 +3,7 @@
 A checkpoint is a folder of the Hugging Face hub: `config.json` beside `model.safetensors` or `pytorch_model.bin`, or beside
 shards that an index file lists; or it is one file. `open_tensors` gives every tensor's name and shape at once and its
 contents when asked, `sort_tensors` says which part of a LLaVA each name belongs to, `build` makes a module of them: a
-piece of one tensor is in memory at a time beside what is kept.
+piece of one tensor is in memory at a time beside what is kept (of Meta's queries and keys, the whole tensor).
 """
 
 import hashlib
@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
@@ -317,7 +319,10 @@ def write_json(path, value):
 
 
 def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
-    """Write name -> tensor as one safetensors file, or above `shard_bytes` as shards and their index beside them."""
+    """Write name -> tensor as one safetensors file, or above `shard_bytes` as shards and their index beside them.
+
+    A kill between shards leaves a folder that `find_weights` refuses.
+    """
     path = Path(path)
     shards, size = [{}], 0
     for name, tensor in tensors.items():
@@ -332,10 +337,9 @@ def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
         write_whole(path, lambda temporary: save_file(shard, temporary, metadata={"format": "pt"}))
 
     index = path.with_name(path.name + ".index.json")
+    index.unlink(missing_ok=True)  # first: without it, shards old and new are never read as one model
     if len(shards) == 1:
-        write(path, shards[0])
-        index.unlink(missing_ok=True)
-        return
+        return write(path, shards[0])
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = f"{path.stem}-{number:05d}-of-{len(shards):05d}{path.suffix}"
@@ -386,6 +390,16 @@ def end_with_parent():
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def start_processes():
+    """Join the other processes of torchrun for work in parts: (rank, world, wait for all). One, where another program calls."""
+    world = 1 if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1, lambda: None
+    end_with_parent()  # a torchrun that is killed leaves its processes
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # for barriers, which wait for the slowest
+    return dist.get_rank(), world, dist.barrier
 
 
 def remove_temporary(paths):

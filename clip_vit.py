@@ -12,6 +12,7 @@ import io
 import math
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -90,6 +91,8 @@ class CLIPVisionConfig:
 
 # ----- images
 
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError)  # damaged; RuntimeError: encrypted
+
 
 def open_image(path):
     """Open an image file as RGB, in its stored orientation (COCO's boxes ignore the EXIF rotation, and so do we).
@@ -103,8 +106,7 @@ def open_image(path):
             f"no image file {path}; expected a JPEG, PNG or other image; check the folder and the name"
         )
     try:
-        zip_path, member = in_zip(path)
-        with Image.open(io.BytesIO(open_zip(zip_path).read(member)) if zip_path else path) as image:
+        with image_file(path) as file, Image.open(file) as image:
             image.load()
             if image.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion would clip it to white
                 return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert(
@@ -113,7 +115,7 @@ def open_image(path):
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, not 8 or 16 bit")
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, zipfile.BadZipFile) as error:  # all PIL's
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, *ZIP_ERRORS) as error:  # all PIL's
         raise ValueError(
             f"{path} cannot be read as an image ({error}); expected a whole image file; replace or leave it out"
         ) from None
@@ -134,6 +136,12 @@ def open_zip(path):
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a whole zip ({error}); expected one; download or copy it again") from None
+
+
+def image_file(path):
+    """Open an image's file to read its bytes, in its folder or its zip."""
+    zip_path, member = in_zip(path)
+    return io.BytesIO(open_zip(zip_path).read(member)) if zip_path else open(path, "rb")
 
 
 def has_image(path):
@@ -159,7 +167,7 @@ def image_size(path):
             end = file.read()
             whole = end.endswith(b"\xff\xd9") if image.format == "JPEG" else b"IEND" in end and image.format == "PNG"
             return image.size if whole else open_image(path).size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, zipfile.BadZipFile):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, *ZIP_ERRORS):
         return open_image(path).size  # which says what is wrong
 
 
@@ -189,6 +197,8 @@ def preprocess(image, side, geometry="squash"):
 
 
 class Embeddings(nn.Module):
+    """Pixels (B, 3, S, S) -> (B, 1 + P, Dv): the class token, then the patches, each with its position."""
+
     def __init__(self, config):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
@@ -203,6 +213,8 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
+    """x (B, 1 + P, Dv) -> the same shape; all see all."""
+
     def __init__(self, config):
         super().__init__()
         self.heads = config.num_attention_heads
@@ -217,6 +229,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """x (B, 1 + P, Dv) -> the same shape."""
+
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -286,8 +300,8 @@ def fingerprint(tower):
 class Features:
     """What the frozen tower makes of every image or clip of a data set, on disk: features.npy (images, P, Dv), float16, mapped.
 
-    features.json names the tower (`fingerprint`), side, geometry and frames of a clip it was made with, and the row of each
-    image; `prepare.py features` writes both.
+    features.json names the tower (`fingerprint`), side, geometry and frames of a clip it was made with, the row of each
+    image, and the images that could not be read; `prepare.py features` writes both.
     """
 
     def __init__(self, folder, side, geometry, frames=0, tower=None):
@@ -299,6 +313,7 @@ class Features:
                     f"{folder} was made with {key} {about[key]}; expected {wanted}, as in this run; make it anew: prepare.py features"
                 )
         self.folder, self.places = folder, {name: place for place, name in enumerate(about["images"])}
+        self.left_out = set(about.get("left_out", ()))
         self.rows = np.load(require_file(Path(folder) / "features.npy", "the features"), mmap_mode="r")
 
     def place(self, image):
@@ -309,6 +324,11 @@ class Features:
                 f"{self.folder} lacks {image}; expected every image of the run; make them: prepare.py features"
             )
         return place
+
+    def holds(self, image):
+        """Say whether an image file could be read when this was made (no image at all is no loss); refuse one not of this folder."""
+        self.place(image)
+        return not image or os.path.abspath(image) not in self.left_out
 
     def read(self, image):
         """The patches (P, Dv) of an image file."""

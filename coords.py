@@ -1,7 +1,7 @@
 """Boxes as text, and text as boxes (LocVLM, Sec. 3.2 and App. A).
 
 A box is (x1, y1, x2, y2): top-left corner, then bottom-right corner, x to the right, y down; a point is (x, y).
-There are three frames, and a name always says which one:
+There are three frames, and a name says which one:
 
     box_px    pixels of the ORIGINAL image, floats in [0, W] x [0, H]
     box_unit  fractions of the MODEL's square input image, floats in [0, 1]

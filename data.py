@@ -32,7 +32,7 @@ import torch
 import video
 from checkpoint import read_json, require_file, some
 from clip_vit import CLIPVisionConfig, open_image, preprocess
-from coords import CoordFormat, fault
+from coords import KINDS, CoordFormat, fault
 from llama import Tokenizer
 
 IMAGE_ID = -200  # stands in input_ids for each patch of an image (LLaVA's choice: no vocabulary has it)
@@ -82,8 +82,8 @@ def article(words):
     return f"{'an' if words[:1].lower() in 'aeiou' else 'a'} {words}"
 
 
-CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".gif")
-STATIC = 5  # pixels of the model's square from the mean, on each axis (App. D; which pixels, it does not say)
+CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".npy")
+STATIC = 5  # pixels of a square of 224 from the mean, on each axis (App. D; which pixels, it does not say)
 # what files must hold: lists, and the keys of their rows
 CLIP_KEYS = {
     "videos": {"id", "file_name", "width", "height", "frames"},
@@ -132,12 +132,8 @@ def box_from_xywh(bbox):
 
 
 def box_problem(bbox, size):
-    """Say what is wrong with a COCO bbox (x, y, w, h), or None; a hundredth of a pixel over the edge is rounding."""
-    if (
-        not isinstance(bbox, list)
-        or len(bbox) != 4
-        or not all(isinstance(v, int | float) and math.isfinite(v) for v in bbox)
-    ):
+    """Say what is wrong with a COCO bbox (x, y, w, h), or None; up to a fiftieth of a pixel too wide or too high is rounding."""
+    if not are_numbers(bbox, 4) or not all(map(math.isfinite, bbox)):
         return "is not four finite numbers"
     if bbox[2] <= 0 or bbox[3] <= 0:
         return "has no area"
@@ -221,16 +217,38 @@ def row_problem(row):
         return f"names {row['image']}, which leaves the images folder"
     if "image" not in row and any("<image>" in text for _, text in said):
         return "speaks of an <image> and names none; expected an image, or text alone"
-    if "objective" in row:
-        size, boxes, names = row.get("size"), row.get("box_px"), row.get("names", [row.get("name")])
-        if row["objective"] in ("caption", "neg"):
-            boxes = [boxes] * len(names)
-        if not (isinstance(size, list) and isinstance(boxes, list) and len(boxes) == len(names)):
-            return "lacks its size, or a box_px for each name; expected what prepare.py writes"
-        for box_px in boxes if row["objective"] != "neg" else ():
-            if not isinstance(box_px, list) or len(box_px) != 4 or fault(box_px, size):
-                return f"has box_px {box_px} in an image of size {size}; expected x1 < x2, y1 < y2 inside it"
+    return objective_problem(row) if "objective" in row else None
+
+
+def objective_problem(row):
+    """The same of what prepare.py adds to its rows: what each says of its objects, all lists of one length."""
+    told = {"caption": ("name", "description", "box_px"), "neg": ("names",)}.get(
+        row["objective"], ("names", "descriptions", "box_px")
+    )
+    lists = [[row.get(key)] if row["objective"] == "caption" else row.get(key) for key in told]
+    size = row.get("size")
+    if not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists) or not are_numbers(
+        size, 2
+    ):
+        return f"lacks its size, or {', '.join(told)} of one length; expected what prepare.py writes"
+    for key, values in zip(told, lists, strict=True):
+        for value in values:
+            if key == "box_px" and (not are_numbers(value, 4) or fault(value, size)):
+                return f"has box_px {value} in an image of size {size}; expected x1 < x2, y1 < y2 inside it"
+            if key != "box_px" and not isinstance(value, str) and (key, value) != ("descriptions", None):
+                return f"has {key} {value!r}; expected text"
     return None
+
+
+def are_numbers(values, count):
+    return isinstance(values, list) and len(values) == count and all(isinstance(v, int | float) for v in values)
+
+
+def llava_problem(row):
+    """The same of a row about an image, or of text alone."""
+    if isinstance(row, dict) and "video" in row and "image" not in row:
+        return f"is about the clip {row['video']}; expected images, or text alone; put rows about clips into a file of their own"
+    return row_problem(row)
 
 
 def read_llava(path, images, content=None):
@@ -244,7 +262,7 @@ def read_llava(path, images, content=None):
         raise ValueError(f"{path} is a JSON {type(rows).__name__}; expected LLaVA's list of rows; convert it")
     records, left_out = [], Counter()
     for index, row in enumerate(rows):
-        if problem := row_problem(row):
+        if problem := llava_problem(row):
             left_out[f"rows of {path} (the first: row {index}, it {problem})"] += 1
             continue
         image = Path(images) / row["image"] if "image" in row else None
@@ -267,23 +285,37 @@ def read_llava(path, images, content=None):
 
 
 def read_captions(coco, images, path):
-    """Read the content of COCO's captions_*.json at `path`: a Record with its captions for each image that has some."""
+    """Read the content of COCO's captions_*.json at `path`: a Record for each image that has some, and a Counter, as `read_coco`."""
     require_rows(coco, CAPTION_KEYS, path, "COCO's captions_*.json")
-    told = {}
+    records, left_out, told = [], Counter(), {image["id"]: [] for image in coco["images"]}
     for annotation in coco["annotations"]:
-        told.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
-    return [
-        Record(str(i["id"]), Path(images) / i["file_name"], (i["width"], i["height"]), captions=tuple(told[i["id"]]))
-        for i in coco["images"]
-        if i["id"] in told
-    ]
+        caption = annotation["caption"]
+        if annotation["image_id"] not in told:
+            left_out["captions of unknown images"] += 1
+        elif not isinstance(caption, str) or not caption.strip():
+            left_out["captions that are no text"] += 1
+        else:
+            told[annotation["image_id"]].append(caption.strip())
+    for image in coco["images"]:
+        if leaves(image["file_name"]):
+            left_out["images whose path leaves their folder"] += 1
+        elif captions := tuple(told[image["id"]]):
+            path, size = Path(images) / image["file_name"], (image["width"], image["height"])
+            records.append(Record(str(image["id"]), path, size, captions=captions))
+    return records, left_out
 
 
 def of_clips(content):
     """Say whether an annotation file's content is about clips."""
     if isinstance(content, list):
         return bool(content and isinstance(content[0], dict) and content[0].keys() & {"video", "video_id"})
-    return "videos" in content
+    return isinstance(content, dict) and "videos" in content
+
+
+def of_captions(content):
+    """Say whether an annotation file's content is COCO's captions."""
+    rows = content.get("annotations") if isinstance(content, dict) else None
+    return isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and "caption" in rows[0]
 
 
 def read_file(path, images):
@@ -293,9 +325,8 @@ def read_file(path, images):
         return read_clips(path, images, content=content)
     if isinstance(content, list):
         return read_llava(path, images, content)
-    annotations = content.get("annotations")
-    if isinstance(annotations, list) and annotations and "caption" in annotations[0]:
-        return read_captions(content, images, path), Counter()
+    if of_captions(content):
+        return read_captions(content, images, path)
     return read_coco(path, images, content)
 
 
@@ -306,7 +337,7 @@ def static_objects(boxes_by_frame, size, side=224):
     """Find what stays where it is: list of Objects in order of appearance, each box the mean over the frames it is in.
 
     boxes_by_frame  for each annotated frame (category, box_px) pairs; box_px None for a crowd, or a box that is none
-    size            (width, height) of the frames; distances are taken in the model's square of `side`, squashed to it
+    size            (width, height) of the frames; distances are taken in the paper's square of `side`, squashed to it
     An object is a category that no frame has twice, and its box's centre keeps within STATIC of its mean on both axes;
     what is in one frame alone is at its mean, the paper's other case.
 
@@ -368,21 +399,21 @@ def with_clips(records, path, folder):
     )
 
 
-def read_clips(path, folder, side=224, content=None):
+def read_clips(path, folder, content=None):
     """Read annotations of clips: list of Records, and a Counter of what was left out and why; the content says which:
 
     clips_*.json                    of shapes.py and `prepare.py panoptic`: videos, categories, annotations, a box a frame
     VideoInstruct_Dataset.json      Video-ChatGPT's [{q, a, video_id}], or [{id, video, conversations}] of its converter
-    folder                          of the clips, found by name with any ending; side  of the model's square
+    folder                          of the clips, found by name with any ending
     """
     content = read_json(require_file(path, "annotations of clips")) if content is None else content
     if isinstance(content, list):
         return read_talks(content, path, folder)
     require_rows(content, CLIP_KEYS, path, "a clips_*.json, as shapes.py writes, not a file of images")
-    return clip_records(content, path, folder, side)
+    return clip_records(content, path, folder)
 
 
-def clip_records(content, path, folder, side):
+def clip_records(content, path, folder):
     """The Records of a clips_*.json's content. Boxes that are none are counted; their category is there, not asked for."""
     names = {category["id"]: category["name"] for category in content["categories"]}
     left_out, frames = Counter(), {v["id"]: [[] for _ in range(v["frames"])] for v in content["videos"]}
@@ -414,7 +445,7 @@ def clip_records(content, path, folder, side):
                 str(v["id"]),
                 v["file_name"],
                 sizes[v["id"]],
-                tuple(static_objects(frames[v["id"]], sizes[v["id"]], side)),
+                tuple(static_objects(frames[v["id"]], sizes[v["id"]])),
                 tuple(sorted(present)),
                 tuple(name for name in names.values() if name not in present),
             )
@@ -512,22 +543,18 @@ def read_records(sources, exclude=()):
 
 
 def join_sources(data, images, *files):
-    """Add files that share an images folder to a mixture written as `parse_sources` reads it."""
-    files = [f"{path}@{images}" for path in files if path]
+    """Make a mixture, (file, images, weight) each: `data` as `parse_sources` reads it, then files that share `images`."""
+    files = [str(path) for path in files if path]
     if files and not images:
-        raise ValueError(
-            f"{files[0].split('@')[0]} without --images; expected the folder of its images, or a zip; add it"
-        )
-    if not (data or files):
-        raise ValueError("no data; expected --data FILE@IMAGES, or --coco or --llava with --images; give one")
-    return ",".join([data] * bool(data) + files)
+        raise ValueError(f"{files[0]} without --images; expected the folder of its images, or a zip; add it")
+    return (parse_sources(data) if data else []) + [(path, str(images), 1.0) for path in files]
 
 
 def parse_sources(text):
     """Take apart "FILE@IMAGES*WEIGHT, ..." into (file, images, weight); a weight of 1 may be left out."""
     sources = []
     for part in text.split(","):
-        found = re.fullmatch(r"(.+?)@(.+?)(?:\*([\d.]+))?", part.strip())
+        found = re.fullmatch(r"(.+?)@([^*]+)(?:\*(\d+\.?\d*|\.\d+))?", part.strip())
         if not found or float(found[3] or 1) <= 0:
             raise ValueError(f"--data {part.strip()}; expected FILE@IMAGES or FILE@IMAGES*WEIGHT; separate by commas")
         sources.append((found[1], found[2], float(found[3] or 1)))
@@ -567,7 +594,7 @@ def image_ids(path):
         elif isinstance(value, list):
             for inner in value:
                 visit(inner, key)
-        elif key in ("image_id", "imageId", "image", "file_name"):
+        elif key in ("image_id", "image", "file_name") and value is not None:
             number = coco_id(value) if isinstance(value, str) and not value.isdigit() else int(value)
             found.add(number)
 
@@ -600,7 +627,12 @@ class Wording:
         return self.fmt.encode_point(((x1 + x2) / 2, (y1 + y2) / 2), size)
 
     def can_place(self, box_px, size):
-        """Say whether enough of a box is in the model's square to ask for it: half, and its centre for a point."""
+        """Say whether enough of a box is in the model's square to ask for it: half, and its centre for a point.
+
+        A box within a pixel of the corner is not: `CoordFormat` takes such numbers for fractions.
+        """
+        if max(box_px) <= 1 < min(size):
+            return False
         x1, y1, x2, y2 = box_px
         centre = self.fmt.unit_from_px(((x1 + x2) / 2, (y1 + y2) / 2), size)
         return self.fmt.visible(box_px, size) >= 0.5 and all(0 <= v <= 1 for v in centre)
@@ -641,6 +673,7 @@ def draw_questions(record, wording, rng, descriptions=None):
     if "neg" in wording.objectives and record.absent:
         wanted = wording.neg_ratio * max(1, len(objects))
         count = min(int(wanted) + (rng.random() < wanted % 1), len(record.absent))
+        count = max(count, int(wanted > 0 and not pairs))  # an image is never left without a question
         for name in rng.sample(record.absent, count):
             borrowed = rng.choice(descriptions[name]) if descriptions and descriptions.get(name) else None
             pairs.append(("neg", loc_question(called(name, borrowed), wording, rng), NEG_ANSWER))
@@ -699,7 +732,8 @@ def pack(prefix, segments, max_length):
         "positions": list(range(len(prefix))),
     }
     for number, (ids, labels) in enumerate(segments, start=1):
-        ids, labels = ids[: max_length - len(prefix)], labels[: max_length - len(prefix)]
+        room = max(0, max_length - len(prefix))
+        ids, labels = ids[:room], labels[:room]
         if all(label == IGNORE for label in labels):
             raise ValueError(
                 f"a question leaves no room for its answer in {max_length} tokens, {len(prefix)} of them before it; raise max_length"
@@ -771,7 +805,7 @@ class Examples:
 
     def that_fits(self, record):
         """Give a record without the conversations whose first question leaves no room for an answer."""
-        room = self.max_length - len(self.prefix) - 1
+        room = self.max_length - len(self.prefix if record.image else self.text_prefix) - 1
 
         def fits(turns):  # a piece is a byte at least: most need no tokenizer to tell
             asked = "\n" + turns[0][0] + " ASSISTANT:"
@@ -820,7 +854,8 @@ class Examples:
         try:
             return row, preprocess(open_image(record.image), fmt.side, fmt.geometry), record
         except ValueError as error:
-            if not self.skip_bad or len(self.unreadable) > len(self.records) // 100:
+            tolerated = max(1, len(self.records) // 100)
+            if not self.skip_bad or len(self.unreadable | {record.id}) > tolerated:
                 raise ValueError(f"{error}; or leave out up to one in a hundred with --skip-bad") from None
             self.unreadable.add(record.id)
             return self.row((index + 1) % len(self.records), epoch)
@@ -890,30 +925,36 @@ def check(path, images):
         return check_clips(path, images, content)
     if isinstance(content, list):
         return check_llava(content, images)
+    if of_captions(content):
+        left_out = read_captions(content, images, path)[1]  # refuses another schema
+        return image_problems(content, images) + [f"{count} {what}" for what, count in left_out.items()]
     coco = read_instances(path, content)
-    names = {category["id"] for category in coco["categories"]}
-    sizes, problems = {}, []
-    for image in coco["images"]:
-        sizes[image["id"]] = (image["width"], image["height"])
-        problem = image_problem(images, image["file_name"], sizes[image["id"]])
-        problems += [f"image {image['id']}: {problem}"] if problem else []
-    for a in coco["annotations"]:
+    names, problems = {category["id"] for category in coco["categories"]}, image_problems(coco, images)
+    sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
+    for index, a in enumerate(coco["annotations"]):
+        name = f"annotation {a.get('id', index)}"
         if a["image_id"] not in sizes:
-            problems.append(f"annotation {a['id']}: no image {a['image_id']}")
+            problems.append(f"{name}: no image {a['image_id']}")
             continue
         if a["category_id"] not in names:
-            problems.append(f"annotation {a['id']}: no category {a['category_id']}")
+            problems.append(f"{name}: no category {a['category_id']}")
         problem = box_problem(a.get("bbox"), sizes[a["image_id"]])
         if problem:
-            problems.append(f"annotation {a['id']}: bbox {a.get('bbox')} {problem}")
+            problems.append(f"{name}: bbox {a.get('bbox')} {problem}")
     return problems
+
+
+def image_problems(coco, images):
+    """What is wrong with the image files of a COCO file's content."""
+    told = ((i["id"], image_problem(images, i["file_name"], (i["width"], i["height"]))) for i in coco["images"])
+    return [f"image {name}: {problem}" for name, problem in told if problem]
 
 
 def check_llava(rows, images):
     """The same of LLaVA-format rows."""
     problems, opened = [], set()
     for index, row in enumerate(rows):
-        problem = row_problem(row)
+        problem = llava_problem(row)
         if not problem and row.get("image") and row["image"] not in opened:
             opened.add(row["image"])
             problem = image_problem(images, row["image"], tuple(row.get("size", ())))
@@ -957,7 +998,7 @@ def overlap(args):
 
 def show(args):
     """Print examples as the model will read them."""
-    records, left_out = read_records(parse_sources(args.data))
+    records, left_out = read_records(args.sources)
     wording = Wording(CoordFormat(args.kind, args.side), location=args.location, words=args.words)
     examples = Examples(
         records,
@@ -969,7 +1010,8 @@ def show(args):
     )
     for index in range(min(args.number, len(examples.records))):
         row, image, record = examples.row(*examples.order(index))
-        seen = f"{record.size[0]} x {record.size[1]} px -> {tuple(image.shape)}" if record.image else "text alone"
+        size = f"{record.size[0]} x {record.size[1]} px" if any(record.size) else "size not told"
+        seen = f"{size} -> {tuple(image.shape)}" if record.image else "text alone"
         print(f"--- {record.id}  {record.image}  {seen}, {len(row['input_ids'])} tokens")
         print(marked(examples.tokenizer, row))
     for what, count in left_out.items():
@@ -1001,10 +1043,8 @@ def main(argv=None):
             sub.add_argument(
                 "--template", choices=("v1", "plain"), default="v1", help="v1: stage 2; plain: captions of stage 1"
             )
-            sub.add_argument(
-                "--kind", choices=("nfp", "ivb", "diga"), default="ivb", help="how coordinates are written"
-            )
-            sub.add_argument("--location", choices=("box", "point"), default="box", help="what a location is")
+            sub.add_argument("--kind", choices=KINDS, default="ivb", help="how coordinates are written")
+            sub.add_argument("--location", choices=REPR, default="box", help="what a location is")
             sub.add_argument(
                 "--words", choices=("name", "description", "mixed"), default="name", help="what names an object"
             )
@@ -1014,12 +1054,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.command == "overlap":
         return overlap(args)
-    args.data = join_sources(args.data, args.images, args.coco, args.captions, args.llava)
+    args.sources = join_sources(args.data, args.images, args.coco, args.captions, args.llava)
+    if not args.sources:
+        raise ValueError("no data; expected --data FILE@IMAGES, or --coco or --llava with --images; give one")
     if args.command == "show":
         return show(args)
     problems = 0
-    for path, images, _ in parse_sources(args.data):
-        found = [] if path == args.captions else check(path, images)
+    for path, images, _ in args.sources:
+        found = check(path, images)
         print("".join(f"{line}\n" for line in found[:1000]) + f"{path}: {len(found) or 'no'} problems")
         problems += len(found)
     sys.exit(1 if problems else 0)

@@ -14,13 +14,15 @@
     hal       is there a ... (Hal-COCO, Tab. 8)                 yes and no, two objects present and two absent an image
 
 These five ask about annotated images (--coco); the other tasks read the files of public benchmarks, see benchmarks.py.
-Each task writes RUN/eval/TASK.json (metrics, and everything needed to repeat them), TASK.jsonl (a row per question)
-and TASK.png (boxes on pictures: truth green, prediction blue; successes above, failures below). What is answered lies in
-TASK.parts until all is: a run that was killed goes on from there, on any number of processes, to the same rows.
+Each task writes RUN/eval/NAME.json (metrics, and everything needed to repeat them), NAME.jsonl (a row per question)
+and NAME.png (boxes on pictures: truth green, prediction blue; successes above, failures below), where NAME is the task, or
+of given files TASK-FILE-SPLIT. What is answered lies in NAME.parts until all is: a run that was killed goes on from there,
+on any number of processes, to the same rows.
 """
 
 import argparse
 import copy
+import glob
 import hashlib
 import json
 import math
@@ -30,24 +32,21 @@ import random
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import shapes
 import video
-from benchmarks import BENCHMARKS, PAPER, PAPER_ROWS, TASKS, Benchmark, Task
+from benchmarks import BENCHMARKS, PAPER, PAPER_ROWS, TASKS, Benchmark, Task, require_images
 from checkpoint import (
-    end_with_parent,
     open_journal,
     read_journal,
     read_json,
@@ -55,15 +54,16 @@ from checkpoint import (
     require_file,
     sha256,
     some,
+    start_processes,
     weights_sha256,
     write_json,
     write_line,
     write_whole,
 )
-from clip_vit import MEAN, has_image, open_image
-from data import NEG_ANSWER, Wording, coco_id, image_ids, image_ids_of, join_sources, parse_sources, read_file
+from clip_vit import MEAN, open_image
+from data import NEG_ANSWER, Wording, coco_id, image_ids, image_ids_of, join_sources, read_file
 from model import LocVLM, LocVLMConfig
-from report import differences, write_report
+from report import differences, read_results, verdict, write_report
 from scores import ask_judge, judge_requests, read_judgements
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,33 +76,46 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Job:
     """A task with its questions."""
 
-    name: str
-    task: Task | Benchmark
+    task: str
+    name: str  # of the files of its results
+    rules: Task | Benchmark
     items: list
     left_out: dict  # reason -> count
     files: list  # that were read
 
 
+def name_of(task, file=None, split=None):
+    """The name of a task's results: of given files, theirs and the split's behind it.
+
+    >>> name_of("hal"), name_of("refcoco", "refcoco/refs(unc).p", "testB")
+    ('hal', 'refcoco-refs(unc)-testB')
+    """
+    return "-".join(filter(None, (task, file and Path(file).stem, split)))
+
+
 def read_jobs(args, wording, frames):
     """Read what is asked, before any model is: a list of Jobs. Refuses what is missing by name."""
     if args.task in BENCHMARKS:
-        task = BENCHMARKS[args.task]
+        rules, name = BENCHMARKS[args.task], name_of(args.task, args.questions, args.split)
         files = [Path(path) for path in (args.questions, args.answers) if path]
         given = {"split": args.split, "short": args.short, "seed": args.seed, "wording": wording}
-        options = {key: value for key, value in given.items() if key in task.options and value is not None}
-        items, left_out = task.read(files[0], files[1] if args.answers else None, Path(args.images), **options)
+        options = {key: value for key, value in given.items() if key in rules.options and value is not None}
+        items, left_out = rules.read(files[0], files[1] if args.answers else None, Path(args.images), **options)
         first = set(list(dict.fromkeys(item.image for item in items))[: args.limit])
-        jobs = [Job(args.task, task, [item for item in items if item.image in first], dict(left_out), files)]
+        items = [item for item in items if item.image in first]
+        jobs = [Job(args.task, name, rules, items, dict(left_out), files)]
     else:
-        if not args.coco:
+        given = args.coco
+        if not given:
             world = shapes.ensure_clips() if frames else shapes.ensure_world()
             annotations, images = ("clips_val.json", "clips") if frames else ("instances_val.json", "images")
             args.coco, args.images = world / annotations, world / images
         records, left_out = read_file(args.coco, args.images)
         records, jobs = records[: args.limit], []
-        for name in TASKS if args.task == "all" else [args.task]:
-            items = TASKS[name].items(records, wording, random.Random(f"{args.seed} {name}"))
-            jobs.append(Job(name, TASKS[name], items, dict(left_out), [args.coco]))
+        for task in TASKS if args.task == "all" else [args.task]:
+            items = TASKS[task].items(records, wording, random.Random(f"{args.seed} {task}"))
+            jobs.append(Job(task, name_of(task, given), TASKS[task], items, dict(left_out), [args.coco]))
+            require_images((item.image for item in items), args.coco, args.images)
     for job in [job for job in jobs if not job.items]:
         print(f"{job.name}: no image of {job.files[0]} has a question for it")
     jobs = [job for job in jobs if job.items]
@@ -120,13 +133,14 @@ def read_jobs(args, wording, frames):
     return jobs
 
 
-def require_images(jobs, folder):
-    """Refuse to begin where images are missing."""
-    paths = {item.image for job in jobs for item in job.items if item.image}
-    missing = sorted(path.name for path in paths if not (path.exists() if video.is_clip(path) else has_image(path)))
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(paths)} images are not in {folder} ({some(missing)}); expected all; check --images"
+def require_own(job, folder, data_sha256):
+    """Refuse to replace results about other files that go by the same name, as those of refcoco and refcoco+."""
+    path = folder / f"{job.name}.json"
+    before = read_json(path).get("data_sha256", {}) if path.is_file() else {}
+    if before and not (before.keys() & data_sha256.keys() or set(before.values()) & set(data_sha256.values())):
+        raise ValueError(
+            f"{path} is about {', '.join(before)}; expected {', '.join(data_sha256)}; keep both with --into FOLDER, or replace it "
+            "with --fresh"
         )
 
 
@@ -279,49 +293,20 @@ def read_rows(path, texts):
 # ----- pictures
 
 
-def draw(image, boxes, lines=(), width=280):
-    """Scale an image to `width`, draw boxes, write lines under it. boxes: (box_px, colour) in the image's pixels."""
-    scale = width / image.width
-    picture = image.resize((width, max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(picture)
-    for box_px, colour in boxes:
-        corners = [min(max(v * scale, -9), 9999) for v in box_px]
-        if corners[0] <= corners[2] and corners[1] <= corners[3]:
-            pen.rectangle(corners, outline=colour, width=3)
-    wrapped = [line for text in lines for line in textwrap.wrap(text, width // 6) or [""]]
-    card = Image.new("RGB", (width, picture.height + 13 * len(wrapped) + 6), "white")
-    card.paste(picture)
-    for i, line in enumerate(wrapped):
-        ImageDraw.Draw(card).text((2, picture.height + 2 + 13 * i), line, fill="black")
-    return card
-
-
-def contact_sheet(cards, path, columns=4):
-    """Lay cards out in rows and write them as one PNG."""
-    rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
-    heights = [max(card.height for card in row) for row in rows]
-    sheet = Image.new("RGB", (columns * (cards[0].width + 8) + 8, sum(heights) + 8 * (len(rows) + 1)), "white")
-    y = 8
-    for row, height in zip(rows, heights, strict=True):
-        for i, card in enumerate(row):
-            sheet.paste(card, (8 + i * (card.width + 8), y))
-        y += height + 8
-    write_whole(path, lambda temporary: sheet.save(temporary, "PNG"))
-
-
 def overlay(items, path):
     """Draw four successes and four failures, with the boxes of truth (green) and answer (blue)."""
-    right, wrong = [item for item in items if item.correct][:4], [item for item in items if not item.correct][:4]
+    judged = [(item, verdict(item.correct)) for item in items]
+    right, wrong = [item for item, good in judged if good][:4], [item for item, good in judged if not good][:4]
     cards = []
     for item in right + wrong:
         truth = [item.truth["box_px"]] if "box_px" in item.truth else item.truth.get("boxes_px", [])
         boxes = [(box_px, "lime") for box_px in truth] + [(box_px, "blue") for box_px in item.boxes_px]
-        mark = "" if item.correct is None else "right: " if item.correct else "wrong: "
+        mark = {True: "right: ", False: "wrong: ", None: ""}[verdict(item.correct)]
         lines = [mark + item.question[:400], "-> " + item.answer[:160]]
-        cards.append(draw(still(item.image, item.mirrored), boxes, lines))
+        cards.append(video.card(still(item.image, item.mirrored), boxes, lines))
     if right and wrong:
         cards[len(right) : len(right)] = [Image.new("RGB", (280, 1), "white")] * (4 - len(right))
-    contact_sheet(cards, path)
+    video.contact_sheet(cards, path)
 
 
 def ask(model, image_path, question, out, max_new_tokens, temperature, seed):
@@ -351,7 +336,7 @@ def ask(model, image_path, question, out, max_new_tokens, temperature, seed):
     if len(frames) > 1:
         video.sheet(frames, out, boxes, [f"frame {i}" for i in range(1, len(frames) + 1)])
     else:
-        picture = draw(image, boxes, [question, "-> " + answer], width=max(448, image.width))
+        picture = video.card(image, boxes, [question, "-> " + answer], width=max(448, image.width))
         write_whole(out, lambda temporary: picture.save(temporary, "PNG"))
     print(f"written: {out}")
 
@@ -385,14 +370,15 @@ def trained_on(run, given=""):
             break
         own = [notes["coco"], notes["captions"], notes["llava"]]
         if notes["data"] or any(own):
-            own = [path for path, _, _ in parse_sources(join_sources(notes["data"], notes["images"], *own))]
+            own = [path for path, _, _ in join_sources(notes["data"], notes["images"], *own)]
         else:
             world = "data/moving" if notes["stages"] in ("3", "4") else "data/shapes"
             own = sorted(map(str, Path(world).glob("*_train.json")))
-        if not own or not all(map(os.path.isfile, own)):
+        excluded = notes["exclude"].split(",") if notes["exclude"] else []
+        if not own or not all(map(os.path.isfile, own + excluded)):
             return None
         files, run = files + own, notes["init_from"]
-        ids |= set().union(*map(named_by, own)) - image_ids_of(notes["exclude"])
+        ids |= set().union(*map(named_by, own)).difference(*map(image_ids, excluded))
     return (files, ids) if files else None
 
 
@@ -416,33 +402,33 @@ def contamination(items, seen):
 def write_results(job, items, folder, wording, about, args):
     """Judge the answers and write what they count, the rows, pictures, and what others want of them."""
     for item in items:
-        job.task.judge(item, wording)
-    metrics = job.task.metrics(items)
+        job.rules.judge(item, wording)
+    metrics = job.rules.metrics(items)
     judged, judge = judge_of(job, items, folder, args)
     metrics |= judged
     keys = ("id", "image", "size", "question", "answer", "correct", "boxes_px", "mirrored", "truth")
     rows = [{key: getattr(item, key) for key in keys} | {"image": item.image and str(item.image)} for item in items]
     write_rows(folder / f"{job.name}.jsonl", rows)
-    if job.name in BENCHMARKS and job.task.submission:
-        write_json(folder / f"{job.name}.submission.json", job.task.submission(items))
+    if job.task in BENCHMARKS and job.rules.submission:
+        write_json(folder / f"{job.name}.submission.json", job.rules.submission(items))
     counted = {
-        "task": job.name,
+        "task": job.task,
         # NaN, which is none of JSON's: there was no such question
         "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
         "questions": len(items),
         "images": len({item.image for item in items}),
         "left_out": job.left_out,
         "judge": judge,
-        "paper": PAPER.get(job.name),
-        "paper_rows": PAPER_ROWS.get(job.name, []),
-        "prompts": list(job.task.prompts),
+        "paper": paper_of(job),
+        "paper_rows": PAPER_ROWS.get(job.task, []),
+        "prompts": list(job.rules.prompts),
         "questions_sha256": questions_sha256(items),
         "answers_sha256": answers_sha256(items),
     }
     overlay(items, folder / f"{job.name}.png")
     # figures first, whatever `score` read of older ones in `about`; and written last: it says that all is there
     write_json(folder / f"{job.name}.json", counted | about | counted)
-    remove_temporary(folder.glob(f"{job.name}.*"))
+    remove_temporary(folder.glob(f"{glob.escape(job.name)}.*"))
 
 
 def write_rows(path, rows):
@@ -451,8 +437,18 @@ def write_rows(path, rows):
 
 
 def of_clips(job):
-    """Say whether a job asks about clips and has answers in words: what the paper lets a language model judge (Tab. 6, 7)."""
-    return all("answer" in item.truth and item.image and video.is_clip(item.image) for item in job.items)
+    """Say whether a job asks about clips."""
+    return all(item.image and video.is_clip(item.image) for item in job.items)
+
+
+def judgeable(job):
+    """Say whether a job is what the paper lets a language model judge: clips, and answers in words (Tab. 6, 7)."""
+    return of_clips(job) and all("answer" in item.truth for item in job.items)
+
+
+def paper_of(job):
+    """LocVLM-B's figures, percent, or None where the paper has none of it: it reads no clips."""
+    return None if of_clips(job) else PAPER.get(job.task)
 
 
 def judge_of(job, items, folder, args):
@@ -460,7 +456,7 @@ def judge_of(job, items, folder, args):
 
     Its requests are written for any run. What it said is kept row by row, so that no answer is judged twice.
     """
-    if not of_clips(job):
+    if not judgeable(job):
         return {}, None
     write_rows(folder / f"{job.name}.requests.jsonl", judge_requests(items, args.judge_model))
     if args.judgements:
@@ -477,7 +473,6 @@ def judge_of(job, items, folder, args):
         for row in tqdm(ask_judge(args.judge_url, key, args.judge_model, items, kept), desc="judge", disable=None):
             kept.append(row | {"answer": said[row["custom_id"]], "model": args.judge_model})
             write_line(journal, kept[-1])
-    write_rows(path, kept)
     return read_judgements(kept, items), {"model": args.judge_model, "url": args.judge_url}
 
 
@@ -488,9 +483,9 @@ def table(job, folders):
     results = {title: read_json(path) for title, path in paths.items() if path.is_file()}
     results = {title: result for title, result in results.items() if result.get("questions_sha256") == asked}
     columns = {title: result["metrics"] for title, result in results.items()}
-    if job.name in PAPER:
-        columns["paper"] = {name: value / 100 for name, value in PAPER[job.name].items()}
-    of_paper = f" (paper: LocVLM-B{' on COCO' if job.name in TASKS else ''})" if job.name in PAPER else ""
+    if paper := paper_of(job):
+        columns["paper"] = {name: value / 100 for name, value in paper.items()}
+    of_paper = f" (paper: LocVLM-B{' on COCO' if job.task in TASKS else ''})" if paper else ""
     images = len({item.image for item in job.items})
     print(f"\n{job.name}: {len(job.items)} questions about {images} images{of_paper}")
     for reason, count in job.left_out.items():
@@ -500,7 +495,10 @@ def table(job, folders):
     print(" " * 42 + "".join(f"{title:>10}" for title in columns))
     for name in dict.fromkeys(name for title, figures in columns.items() if title != "paper" for name in figures):
         print(f"  {name:40}" + "".join(f"{shown(figures.get(name)):>10}" for figures in columns.values()).rstrip())
-    for model, figures in PAPER_ROWS.get(job.name, ()) if job.name not in PAPER else ():
+    f1 = [result["metrics"]["F1"] for result in read_results(folders["ours"]).values() if result["task"] == "pope"]
+    if job.task == "pope" and len(f1) > 1:  # as LLaVA reports it
+        print(f"  mean F1 of the {len(f1)} files of POPE in {folders['ours']}: {shown(sum(f1) / len(f1))}")
+    for model, figures in PAPER_ROWS.get(job.task, ()):
         print(f"  paper, {model}: " + ", ".join(f"{name} {value} %" for name, value in figures.items()))
 
 
@@ -543,7 +541,11 @@ def parse(argv):
     add("--batch", type=int, default=128, help="questions at a time, those of an image together (default: 128)")
     add("--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
     add("--compile", action="store_true", help="torch.compile the decoder: a minute, then faster")
-    add("--fresh", action="store_true", help="ask everything again, whatever a killed run has left")
+    add(
+        "--fresh",
+        action="store_true",
+        help="ask everything again, whatever a killed run or one about other files has left",
+    )
     add("--trained-on", default="", help="files that name the images trained on, by commas (default: the run's own)")
     add("--into", help="folder of the results; those of --blind and --score lie beside it (default: RUN/eval)")
 
@@ -591,19 +593,9 @@ def parse(argv):
     return args
 
 
-def start_processes():
-    """Join the other processes of torchrun: (rank, world, wait for all). One, where another program calls: train.py."""
-    world = 1 if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1, lambda: None
-    end_with_parent()  # a torchrun that is killed leaves its processes
-    dist.init_process_group("gloo", timeout=timedelta(days=30))  # for barriers, which wait for the slowest
-    return dist.get_rank(), world, dist.barrier
-
-
-def folders_of(args):
+def folders_of(run, into=None):
     """Where results go: {column of a table: folder}."""
-    into = Path(args.into or Path(args.run) / "eval")
+    into = Path(into or Path(run) / "eval")
     return {
         "ours": into,
         "blind": into.with_name(into.name + "_blind"),
@@ -624,7 +616,7 @@ def score(args, jobs, wording, about):
     """Judge answers that are there. A run's own rows stay its results; what others say goes to a folder beside them."""
     [job] = jobs
     join(job.items, [(row["id"], row["answer"]) for row in read_rows(args.score, ("id", "answer"))], args.score)
-    folders, rows = folders_of(args), Path(args.score)
+    folders, rows = folders_of(args.run, args.into), Path(args.score)
     folder = folders["scored"]
     about |= {"scored": {"file": str(rows), "sha256": sha256(rows)}}
     own = [path for path in folders.values() if (path / f"{job.name}.jsonl").resolve() == rows.resolve()]
@@ -633,6 +625,8 @@ def score(args, jobs, wording, about):
         ours = {"questions_sha256": questions_sha256(job.items), "answers_sha256": answers_sha256(job.items)}
         if before.items() >= ours.items():
             folder, about = own[0], before | {key: about[key] for key in ("git_commit", "torch")}
+    if not args.fresh:
+        require_own(job, folder, about["data_sha256"])
     write_results(job, job.items, folder, wording, about, args)
     table(job, {title: path for title, path in folders.items() if title != "scored" or path == folder})
     if folder != folders["scored"] and not args.into:
@@ -653,7 +647,7 @@ def main(argv=None):
         return loaded
 
     if args.ask:
-        out = args.out or folders_of(args)["ours"] / "ask.png"
+        out = args.out or folders_of(args.run, args.into)["ours"] / "ask.png"
         return ask(model(), args.image, args.ask, out, **decoding)
 
     # 1 read the questions, and refuse what is wrong with them before the weights are read
@@ -664,8 +658,7 @@ def main(argv=None):
     jobs = read_jobs(args, wording, config.frames)
     if rank == 0:
         wait()
-    require_images(jobs, args.images)
-    if (args.judgements or args.judge_url) and not all(map(of_clips, jobs)):
+    if (args.judgements or args.judge_url) and not all(map(judgeable, jobs)):
         raise ValueError(f"a judge for --task {args.task}; expected questions about clips, with answers; leave it out")
     if args.judgements:
         require_file(args.judgements, "the judge's replies")
@@ -682,8 +675,13 @@ def main(argv=None):
         "git_commit": git_commit(),
         "torch": torch.__version__,
     }
+    folders = folders_of(args.run, args.into)
     if args.score:
         return score(args, jobs, wording, about)
+    asked_for = ["blind", "ours"] if args.with_blind else ["blind" if args.blind else "ours"]
+    for job in jobs if rank == 0 and not args.fresh else ():
+        for title in asked_for:
+            require_own(job, folders[title], about["data_sha256"])
     answering = {  # with the questions, all that answers depend on
         **spoken,
         "weights_sha256": weights_sha256(args.run) if rank == 0 else None,
@@ -701,11 +699,10 @@ def main(argv=None):
         print(f"{args.run} on {', '.join(about['data_sha256'])}" + (f" in {world} processes" if world > 1 else ""))
 
     # 2 ask, and write
-    folders = folders_of(args)
     for job in jobs:
-        for blind in (True, False) if args.with_blind else (args.blind,):
+        for title in asked_for:
             items = copy.deepcopy(job.items)  # judging marks them
-            folder = folders["blind" if blind else "ours"]
+            folder, blind = folders[title], title == "blind"
             parts, how = folder / f"{job.name}.parts", answering | {"blind": blind}
             options = {"questions_sha256": questions_sha256(items), **how}
 

@@ -11,6 +11,7 @@ Read `Llama.forward` first; `Llama.generate` is the same path with a cache. Text
 
 import math
 import zlib
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -93,13 +94,16 @@ class KVCache:
         """What a block needs: its keys and values (B, G, L, K), and how many of them are filled."""
         return self.keys[layer], self.values[layer], self.length
 
-    def spread(self, config, rows, capacity=None):
+    def spread(self, rows, capacity=None):
         """Copy the filled part into a new cache, whose row i continues our row rows[i]."""
-        wider = KVCache(config, len(rows), capacity or self.keys.shape[3], self.keys.device, self.keys.dtype)
+        layers, _, heads, length, size = self.keys.shape
+        wider = copy(self)
+        wider.keys, wider.values = (
+            old.new_empty(layers, len(rows), heads, capacity or length, size) for old in (self.keys, self.values)
+        )
         for new, old in enumerate(rows):
             wider.keys[:, new, :, : self.length] = self.keys[:, old, :, : self.length]
             wider.values[:, new, :, : self.length] = self.values[:, old, :, : self.length]
-        wider.length = self.length
         return wider
 
 
@@ -161,6 +165,8 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
+    """x (B, T, D) -> (B, T, D). cache: what `KVCache.of_layer` gives, into which the new keys and values go, or None."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -192,6 +198,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """x (B, T, D) -> (B, T, D): SwiGLU."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -248,6 +256,10 @@ def pack_linears(model, compiled=False):
     like = next(model.parameters())
     if like.device.type != "cpu" or like.dtype == torch.float16 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(like.new_zeros(8, 8), 8)
+    except RuntimeError:  # bfloat16 on a CPU that has no instructions for it
+        return
     for module in list(model.modules()):
         for name, linear in module.named_children():
             if isinstance(linear, nn.Linear):
@@ -289,7 +301,9 @@ class Llama(nn.Module):
         if mask is not None:  # as what is added to scores: attention would make it of the booleans in every layer
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
         cos, sin = rotary(positions, self.config, x.dtype)
-        one = x.shape[1] == 1 and (len(x) == 1 or x.is_cuda)  # see InferenceLinear
+        one = x.shape[1] == 1 and (
+            len(x) == 1 or x.is_cuda
+        )  # where compiled blocks are the faster ones: see for_inference
         for layer, block in enumerate(self.compiled if one and self.compiled else self.layers):
             x = block(x, cos, sin, mask, None if cache is None else cache.of_layer(layer))
         if cache is not None:
@@ -368,7 +382,7 @@ class Llama(nn.Module):
                 break
             if 2 * len(running) <= len(rows):  # most are done: go on with the others alone
                 keep = [place for place, row in enumerate(rows) if row in running]
-                cache = cache.spread(self.config, keep)
+                cache = cache.spread(keep)
                 rows, chosen, pads, seen = [rows[i] for i in keep], [chosen[i] for i in keep], pads[keep], seen[keep]
             ids = torch.tensor(chosen, device=device)[:, None]
             positions = (past + longest + step - pads)[:, None]
@@ -424,7 +438,7 @@ def meta_tensors(folder):
             name.startswith("tok_embeddings") and parts[0].shape[1] < width
         )
         shape = list(parts[0].shape)
-        shape[by_column] *= len(parts)
+        shape[int(by_column)] *= len(parts)
 
         def read_rows(start, stop):
             if by_column:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import video
 from checkpoint import (
+    SkipInit,
     build,
     open_tensors,
     read_config,
@@ -191,7 +192,7 @@ class LocVLM(nn.Module):
         llama.hidden(x, cache=cache)  # the prefix, once; below, each question continues a copy
 
         prompts = [encode_question(tokenizer, question) for asked in questions for question in asked]
-        cache = cache.spread(llama.config, rows, len(prefix) + max(map(len, prompts)) + max_new_tokens)
+        cache = cache.spread(rows, len(prefix) + max(map(len, prompts)) + max_new_tokens)
 
         def on_token(row, ids):
             on_text(row, tokenizer.decode(ids).strip())
@@ -249,7 +250,7 @@ class LocVLM(nn.Module):
     def join(cls, tower, adapter, llama, tokenizer, **config):
         """Make a model of three parts that exist already."""
         kind = "linear" if adapter.linear_2 is None else "mlp2x_gelu"
-        with torch.device("meta"):
+        with torch.device("meta"), SkipInit():
             model = cls(LocVLMConfig(tower.config, llama.config, kind, **config))
         model.vision_tower = tower.requires_grad_(False)
         model.adapter = adapter
@@ -269,7 +270,8 @@ class LocVLM(nn.Module):
         config, parts = read_config(folder), sort_tensors(open_tensors(folder), folder)
         ours = config.get("locvlm", {})
         for key, expected in FEATURES.items():
-            if config.get(key, expected[0]) not in expected:
+            linear = key == "projector_hidden_act" and ours.get("adapter") == "linear"  # see save_pretrained
+            if config.get(key, expected[0]) not in expected and not linear:
                 raise ValueError(
                     f"{folder}/config.json: {key} = {config[key]!r}; expected {expected[0]!r}, what the adapter reads here; "
                     "use another checkpoint"
@@ -364,6 +366,7 @@ FEATURES = {
     "vision_feature_select_strategy": ("default",),
     "mm_projector_type": ("linear", "mlp2x_gelu"),
     "mm_use_im_start_end": (False,),
+    "projector_hidden_act": ("gelu",),
 }
 
 

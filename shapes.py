@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from checkpoint import write_json
+from data import article
 
 NAMES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
 COLOURS = {
@@ -188,10 +189,6 @@ def phrase(scene, shape):
     bigness = scene.bigness(shape)
     size = "small " if bigness < 0.23 else "large " if bigness > 0.34 else ""
     return f"{size}{shape.colour} {shape.name}"
-
-
-def article(words):
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def listed(parts):

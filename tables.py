@@ -17,6 +17,7 @@ from pathlib import Path
 
 import evaluate
 import prepare
+import scores
 import shapes
 import train
 from checkpoint import read_json, write_json, write_whole
@@ -272,7 +273,8 @@ def figure(heading, name, seed):
     argv += ["--blind"] if blind else []
     world = Path(flags.split()[1]).parent.name
     into = run / f"eval-{world}"
-    result = (run / f"eval-{world}_blind" if blind else into) / f"{task}.json"
+    folder = evaluate.folders_of(run, into)["blind" if blind else "ours"]
+    result = folder / f"{evaluate.name_of(task, flags.split()[1])}.json"
     if not result.exists():
         evaluate.main([str(run), "--task", task, *argv, "--into", str(into)])
     value = read_json(result)["metrics"][metric]
@@ -309,13 +311,16 @@ def main(argv=None):
         seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds {args.seeds}; expected whole numbers parted by commas, as 0,1,2; give them so")
+    numbers = list(TABLES) if args.table == "all" else [args.table]
+    if any("METEOR" in TABLES[number].measures for number in numbers):
+        scores.require_meteor()  # before hours of training
     ensure_worlds()
-    for number in TABLES if args.table == "all" else [args.table]:
+    for number in numbers:
         make(number, seeds)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"tables.py: {error}")

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -50,8 +51,8 @@ import shapes
 import video
 from checkpoint import read_json, write_json
 from clip_vit import Features, image_size
-from coords import KINDS
-from data import IGNORE, Examples, Wording, image_ids_of, join_sources, marked, parse_sources, read_records
+from coords import GEOMETRIES, KINDS
+from data import IGNORE, Examples, Wording, image_ids_of, join_sources, marked, read_records
 from model import VARIANTS, LocVLM, describe_parts
 
 
@@ -75,18 +76,20 @@ PRESETS = {
         3: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=100, questions=6),
         4: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=260, questions=6),
     },
-    # stage 1 as LLaVA v1; stage 2 of Sec. 4.1, warm-up ratio 0.3 as printed there; video as Video-ChatGPT
+    # stage 1 as LLaVA v1; stage 2 of Sec. 4.1, warm-up ratio 0.3 as printed there; video as Video-ChatGPT. An epoch draws each
+    # image once: `questions` is as many as make it about a pass over what is asked (four descriptions an image in PRefCOCO,
+    # each for LocPred and RevLoc, as many absent things; some eight questions a video)
     "paper": {
         1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
-        2: Recipe(batch=64, lr=2e-5, warmup_ratio=0.3, epochs=10),
-        3: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3),
-        4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3),
+        2: Recipe(batch=64, lr=2e-5, warmup_ratio=0.3, epochs=10, questions=16),
+        3: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
+        4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
     },
     "llava": {
         1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
-        2: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3),
-        3: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3),
-        4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3),
+        2: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
+        3: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
+        4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
     },
 }
 
@@ -140,8 +143,10 @@ class TrainConfig:
     objectives: typing.Literal["none", "loc", "loc,neg", "loc,neg,rev", "neg", "rev", "loc,rev", "neg,rev"] = opt(
         "loc,neg,rev", "the paper's: LocPred, NegPred, RevLoc"
     )
-    kind: typing.Literal[KINDS] = opt("ivb", "how coordinates are written")
-    geometry: typing.Literal["squash", "pad", "crop"] = opt("squash", "how an image becomes the model's square")
+    kind: typing.Literal["", *KINDS] = opt("", "how coordinates are written [as --init-from has it, else ivb]")
+    geometry: typing.Literal["", *GEOMETRIES] = opt(
+        "", "how an image becomes the model's square [as --init-from has it, else squash]"
+    )
     location: typing.Literal["box", "point"] = opt("box", "what a location is")
     words: typing.Literal["name", "description", "mixed"] = opt(
         "name", "what names an object: its category, or its pseudo-caption"
@@ -159,7 +164,10 @@ class TrainConfig:
     steps: str = opt("", "optimizer steps, instead of epochs [preset]")
     weight_decay: float = opt(0.0, "of matrices; biases and norms never decay")
     grad_clip: float = opt(1.0, "largest gradient norm")
-    max_length: int = opt(2048, "tokens up to which a question and its answer are read, the image included")
+    max_length: int = opt(
+        2048,
+        "tokens up to which a question and its answer are read, the image included; at most what LLaMA was made for",
+    )
     precision: typing.Literal["auto", "fp32", "bf16"] = opt(
         "auto", "of the forward pass; weights stay fp32. auto: bf16 on GPUs that have it"
     )
@@ -188,8 +196,22 @@ class TrainConfig:
             raise ValueError(
                 f"--adapter {self.adapter}; expected linear, mlp2x_gelu, or a file that is there; check the path"
             )
-        if self.sources:
-            parse_sources(self.sources)
+        if self.init_from and (self.adapter or self.llm):
+            raise ValueError(
+                "--init-from with --adapter or --llm; expected a whole model, or its parts by --vision, --llm and --adapter; leave "
+                "out the one or the other"
+            )
+        for name, least in (
+            *dict.fromkeys(("workers", "save_every", "keep", "max_length"), 1).items(),
+            *dict.fromkeys(("limit", "frames", "micro_batch", "world_size", "neg_ratio", "weight_decay"), 0).items(),
+        ):
+            if not getattr(self, name) >= least:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}; expected {least} or more; leave it out for the default"
+                )
+        if self.device_memory and not re.fullmatch(r"\d+(\.\d+)?(GI?B?)?", self.device_memory.upper()):
+            raise ValueError(f"--device-memory {self.device_memory}; expected a number of gigabytes; write 80GB")
+        _ = self.sources  # refuses what is written otherwise
         if self.frames_of_clip and not (self.init_from or self.dry_run):
             raise ValueError(
                 f"stage {self.stages} without --init-from; expected the run of stage 2 to go on from; give it"
@@ -197,9 +219,8 @@ class TrainConfig:
 
     @property
     def sources(self):
-        """The annotation files, as `data.parse_sources` reads them; empty: the shapes world."""
-        files = (self.coco, self.captions, self.llava)
-        return join_sources(self.data, self.images, *files) if self.data or any(files) else ""
+        """The annotation files: (file, images, weight) each; none: the shapes world."""
+        return join_sources(self.data, self.images, self.coco, self.captions, self.llava)
 
     @property
     def frames_of_clip(self):
@@ -303,19 +324,19 @@ def keep_freed_memory():
 def build_model(config, device="cpu"):
     """The model that a run starts from; on the meta device its shapes alone."""
     torch.manual_seed(config.seed)
-    kind_and_geometry = {"kind": config.kind, "geometry": config.geometry, "frames": config.frames_of_clip}
+    given = {"kind": config.kind, "geometry": config.geometry, "frames": config.frames_of_clip}
+    given = {name: value for name, value in given.items() if value != ""}
     if config.init_from:
         model = LocVLM.from_pretrained(config.init_from, config.vision or None, device=device)
-        model.config = dataclasses.replace(model.config, **kind_and_geometry)
+        model.config = dataclasses.replace(model.config, **given)
         return model
     adapter = config.adapter or VARIANTS[config.variant].adapter
     if config.variant == "tiny" or config.vision:
         here = Path(__file__).parent / "tiny"
-        return LocVLM.from_parts(
-            config.vision or here / "clip", config.llm or here / "llama", adapter, **kind_and_geometry, device=device
-        )
+        vision, llm = config.vision or here / "clip", config.llm or here / "llama"
+        return LocVLM.from_parts(vision, llm, adapter, **given, device=device)
     with torch.device("meta"):  # a dry run without weights: shapes only
-        return LocVLM(dataclasses.replace(VARIANTS[config.variant], adapter=adapter, **kind_and_geometry))
+        return LocVLM(dataclasses.replace(VARIANTS[config.variant], adapter=adapter, **given))
 
 
 def build_records(config, rank):
@@ -334,7 +355,7 @@ def build_records(config, rank):
         folder = ensure()
         files = (folder / f"{what}_train.json" for what in (kinds + ",conversations").split(","))
         sources = join_sources("", folder / ("clips" if moving else "images"), *files)
-    records, left_out = read_records(parse_sources(sources), image_ids_of(config.exclude))
+    records, left_out = read_records(sources, image_ids_of(config.exclude))
     records = records[: config.limit or None]
     bad = unreadable(records)
     records = [record for record in records if record.id not in bad]
@@ -359,7 +380,7 @@ def build_records(config, rank):
 
 def faces_blurred(config):
     """Say whether every folder of images was made by `prepare.py blur`; None for the shapes world, which has no faces."""
-    folders = {images for _, images, _ in parse_sources(config.sources)} if config.sources else ()
+    folders = {images for _, images, _ in config.sources}
     return all(map(prepare.blurred, folders)) if folders else None
 
 
@@ -527,8 +548,6 @@ def train_stage(config, stage, model, examples, run, states, rank, world, device
     first_step = 0
     if config.resume and states.whole():
         at_stage, at_step = states.whole()[-1]
-        if at_stage > stage:
-            return  # what this stage learned is in that one
         if at_stage == stage:
             states.load(stage, at_step, model, optimizer)
             first_step = at_step
@@ -573,9 +592,8 @@ def train_stage(config, stage, model, examples, run, states, rank, world, device
             flops_done += plan.step_flops(model.config, stage, *size, tower=not examples.features)
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             last = i == len(micro_batches) - 1
-            if fsdp:
-                model.set_requires_gradient_sync(last)
-            with nullcontext() if last or world == 1 or fsdp else parallel.no_sync():  # gradients travel once per step
+            # ddp's gradients travel once per step; fsdp's after each micro-batch, or it would hold them whole
+            with nullcontext() if last or world == 1 or fsdp else parallel.no_sync():
                 with autocast:
                     loss = parallel(**batch, reduction="sum")
                 (loss * world / totals).backward()  # DDP averages over processes; we want the sum
@@ -583,15 +601,14 @@ def train_stage(config, stage, model, examples, run, states, rank, world, device
         if world > 1:
             dist.all_reduce(loss_sum)
         mean_loss = (loss_sum / totals).item()
-        if not math.isfinite(mean_loss):
+        grad_norm = torch.nn.utils.clip_grad_norm_(learned.values(), config.grad_clip)
+        grad_norm = float(grad_norm.full_tensor() if fsdp else grad_norm)
+        if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             ids = [i for _, ids in micro_batches for i in ids]
             raise FloatingPointError(
-                f"loss {mean_loss} at stage {stage}, step {step}, lr {lr:.3g}, process {rank}, images {ids}; the last checkpoint "
-                f"in {run} is good; lower --lr, or look at these images with data.py show"
+                f"loss {mean_loss}, gradient norm {grad_norm} at stage {stage}, step {step}, lr {lr:.3g}, process {rank}, images "
+                f"{ids}; the last checkpoint in {run} is good; lower --lr, or look at these images with data.py show"
             )
-        grad_norm = torch.nn.utils.clip_grad_norm_(learned.values(), config.grad_clip)
-        if fsdp:
-            grad_norm = grad_norm.full_tensor()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -604,7 +621,7 @@ def train_stage(config, stage, model, examples, run, states, rank, world, device
                         "step": step,
                         "loss": mean_loss,
                         "lr": lr,
-                        "grad_norm": float(grad_norm),
+                        "grad_norm": grad_norm,
                         "answer_tokens": int(totals),
                         "seconds": round(time.time() - began, 2),
                         "waited": round(waited, 2),
@@ -679,7 +696,7 @@ def print_plan(config, stage, model, examples):
     print(f"  {flops / 1e12:.2f} TFLOP forward and backward")
     if not config.device_memory:
         return
-    room = float(config.device_memory.upper().removesuffix("GB")) * 2**30
+    room = float(config.device_memory.upper().rstrip("GIB")) * 2**30
     if not planned.fits(room):
         remedy = plan.remedies(lambda *how: plan_of(*how).fits(room), micro, config.parallel, config.recompute, world)
         raise ValueError(
@@ -698,18 +715,27 @@ def dry_run(config, model, examples, stage):
     print_plan(config, stage, model, examples)
     if examples is None:
         return
-    batch, ids = examples.batch(range(min(recipe.batch, 4)))
-    row, image, record = examples.row(*examples.order(0))
-    print(
-        f"  image {record.image} {record.size} px -> {image if image is None else tuple(image.shape)}; a batch: "
-        + ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
-    )
-    print("  " + marked(examples.tokenizer, row))
+    index, epoch = examples.order(0)
+    record = examples.records[index]
+    print(f"  {record.image} {record.size} px\n  {marked(examples.tokenizer, examples.text_row(record, epoch))}")
+    if config.frames_of_clip and not examples.features:
+        return print("  clips are looked at when their features are made")
+    batch, _ = examples.batch(range(min(recipe.batch, 4)))
+    print("  a batch: " + ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items()))
     if next(model.parameters()).device.type != "meta":
         patches = batch["pixel_values"] if examples.features else model.vision_tower(batch["pixel_values"])
         print(
             f"  patches {tuple(patches.shape)} -> adapter -> {tuple(model.adapter(patches).shape)} -> LLaMA -> loss {model(**batch).item():.3f}"
         )
+
+
+def held_out_of(path, images):
+    """The val split beside a train split, as COCO and the shapes worlds name them: (annotations, images), or None."""
+    there = Path(path).with_name(Path(path).name.replace("_train", "_val"))
+    if not there.name.startswith(("instances", "clips")) or there == Path(path) or not there.is_file():
+        return None
+    folder = Path(images).with_name(Path(images).name.replace("train", "val"))  # train2017 -> val2017; images stays
+    return str(there), str(folder if folder.exists() else images)
 
 
 def main(config):
@@ -719,16 +745,24 @@ def main(config):
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before anything asks CUDA: fsdp gathers on the current device
+    for stage in config.stage_list if not config.dry_run else ():
+        if (batch := config.recipe(stage).batch) % world:
+            raise ValueError(
+                f"stage {stage} has batches of {batch} for {world} processes; expected as many for each, for they wait for each "
+                f"other; give --batch {max(1, round(batch / world)) * world}, or start another number of processes"
+            )
     if (world > 1 or config.parallel == "fsdp") and not dist.is_initialized() and not config.dry_run:
         dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
     bf16 = config.precision == "bf16" or (
-        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     dtype = torch.bfloat16 if bf16 else torch.float32
 
     # 2 data and model
     without_data = config.dry_run and config.variant != "tiny" and not config.sources
-    records, sources = (None, "") if without_data else build_records(config, rank)
+    records, sources = (None, ()) if without_data else build_records(config, rank)
     fsdp = config.parallel == "fsdp" and not config.dry_run
     model = build_model(config, "meta" if fsdp and rank > 0 else "cpu")  # whole in one process only
     fmt = model.config.coord_format()
@@ -742,14 +776,25 @@ def main(config):
 
     here, frames, folder = model.vision_tower if rank == 0 else None, config.frames_of_clip, config.features
     if frames and not folder and records and not config.dry_run:  # clips are always read as features, made once
-        folder = f"{config.out}-features"
-        if rank == 0:
-            prepare.write_features(records, folder, here, fmt.geometry, frames)
         if world > 1:
-            dist.barrier()
+            raise ValueError(
+                "clips without --features in several processes; expected what the tower makes of them, made by all of them before; "
+                "run prepare.py features with the same data"
+            )
+        folder = f"{config.out}-features"
+        prepare.write_features(records, folder, here, fmt.geometry, frames, skip_bad=config.skip_bad)
     features = Features(folder, fmt.side, fmt.geometry, frames, here) if folder else None
-    for record in records if features else ():
-        features.place(record.image)  # refuses one that is not there, before training
+    if features:  # refuses, before training, an image that is not there
+        kept = [record for record in records if features.holds(record.image)]
+        if lost := len(records) - len(kept):
+            told = f"{lost} images or clips could not be read when {folder} was made"
+            if not config.skip_bad:
+                raise ValueError(
+                    f"{told}; expected all of the run's; mend them and make it anew, or leave them out with --skip-bad"
+                )
+            if rank == 0:
+                print(f"left out: {told}")
+        records = kept
 
     def examples_of(stage):
         return Examples(
@@ -760,7 +805,7 @@ def main(config):
             "plain" if stage == 1 else "v1",
             config.recipe(stage).questions,
             config.instruct_share,
-            config.max_length,
+            min(config.max_length, model.config.text_config.max_position_embeddings),
             config.seed,
             config.skip_bad,
             features,
@@ -781,7 +826,8 @@ def main(config):
 
     # 3 stages
     states = States(run, config.keep, world, rank)
-    for stage in config.stage_list:
+    done, _ = states.whole()[-1] if config.resume and states.whole() else (0, 0)
+    for stage in [stage for stage in config.stage_list if stage >= done]:  # what those before learned is in the last
         try:
             train_stage(config, stage, model, examples[stage], run, states, rank, world, device, dtype)
         finally:
@@ -794,19 +840,22 @@ def main(config):
         if rank == 0:
             model.save_pretrained(run, weights, stage=stage, trained_with=dataclasses.asdict(config))
 
-    # 4 evaluation
-    for path, images, _ in parse_sources(sources) if rank == 0 and config.evaluate else ():
-        held_out = path.replace("_train", "_val")
-        if Path(path).name.startswith(("instances", "clips")) and held_out != path and Path(held_out).is_file():
-            data = ["--coco", held_out, "--images", images]
-            evaluate.main([str(run), "--task", "all", *data, "--limit", "200"])
+    # 4 evaluation, by rank 0 alone: the others would wait longer than their group allows
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
+        os.environ["WORLD_SIZE"] = "1"
+    for path, images, _ in sources if rank == 0 and config.evaluate else ():
+        if held_out := held_out_of(path, images):
+            data = ["--coco", held_out[0], "--images", held_out[1]] if config.sources else []  # none: the shapes world
+            try:
+                evaluate.main([str(run), "--task", "all", *data, "--limit", "200"])
+            except FileNotFoundError as error:
+                print(f"not evaluated: {error}")
 
 
 if __name__ == "__main__":
     try:
         main(parse_config(TrainConfig))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")

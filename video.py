@@ -13,6 +13,7 @@ import argparse
 import pickle
 import re
 import sys
+import textwrap
 from bisect import bisect_right
 from contextlib import contextmanager
 from itertools import chain
@@ -20,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image, ImageDraw, ImageSequence
 
-from checkpoint import require_file
+from checkpoint import require_file, write_whole
 from clip_vit import in_zip, open_image, preprocess
 
 RULES = ("segments", "linspace")
@@ -281,7 +282,7 @@ def pool(patches):
 
 
 def encode(tower, frames, side, geometry="squash", chunk=8):
-    """Bring frames through the frozen tower and `pool` them: T PIL images -> (T + P, Dv), in the tower's dtype.
+    """Bring frames through the frozen tower and average them as `pool` does: T PIL images -> (T + P, Dv), in the tower's dtype.
 
     `chunk` frames are in the tower at a time; beside them, only sums are kept, in float32.
     """
@@ -353,11 +354,39 @@ class FloatArray(PlainPickle):
 # ----- looking
 
 
+def card(image, boxes, lines=(), width=280):
+    """Scale an image to `width`, draw boxes, write lines under it. boxes: (box_px, colour) in the image's pixels."""
+    scale = width / image.width
+    picture = image.resize((width, max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(picture)
+    for box_px, colour in boxes:
+        corners = [min(max(v * scale, -9), 9999) for v in box_px]
+        if corners[0] <= corners[2] and corners[1] <= corners[3]:
+            pen.rectangle(corners, outline=colour, width=3)
+    wrapped = [line for text in lines for line in textwrap.wrap(text, width // 6) or [""]]
+    card = Image.new("RGB", (width, picture.height + 13 * len(wrapped) + 6), "white")
+    card.paste(picture)
+    for i, line in enumerate(wrapped):
+        ImageDraw.Draw(card).text((2, picture.height + 2 + 13 * i), line, fill="black")
+    return card
+
+
+def contact_sheet(cards, path, columns=4):
+    """Lay cards out in rows and write them as one PNG."""
+    rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
+    heights = [max(card.height for card in row) for row in rows]
+    sheet = Image.new("RGB", (columns * (cards[0].width + 8) + 8, sum(heights) + 8 * (len(rows) + 1)), "white")
+    y = 8
+    for row, height in zip(rows, heights, strict=True):
+        for i, card in enumerate(row):
+            sheet.paste(card, (8 + i * (card.width + 8), y))
+        y += height + 8
+    write_whole(path, lambda temporary: sheet.save(temporary, "PNG"))
+
+
 def sheet(frames, path, boxes=(), lines=()):
     """Write frames side by side as a PNG, the same boxes on each. boxes: (box_px, colour); lines: a text for each frame."""
-    from evaluate import contact_sheet, draw  # here, so that evaluate may import this file
-
-    cards = [draw(frame, boxes, lines[i : i + 1]) for i, frame in enumerate(frames)]
+    cards = [card(frame, boxes, lines[i : i + 1]) for i, frame in enumerate(frames)]
     contact_sheet(cards, path, columns=min(4, len(cards)))
 
 

@@ -226,7 +226,7 @@ def test_what_is_wrong_with_files_is_said_before_anything_is_asked(tmp_path):
         json.dumps({"questions": rows * 2}): "question_id 0 twice",
         json.dumps({"questions": [{"question_id": "0"}]}): "is this another file",
         json.dumps({"questions": [rows[0] | {"question_id": 5}]}): "no answer to 1 of the 1",
-        json.dumps({"questions": [rows[0] | {"image_id": 43}]}): "1 of the images",
+        json.dumps({"questions": [rows[0] | {"image_id": 43}]}): "1 of the 1 images",
     }.items():
         path = tmp_path / "bad.json"
         path.write_text(content)
@@ -336,7 +336,7 @@ def test_judgements_are_joined_by_id_and_what_cannot_be_read_is_counted():
     metrics = read_judgements(rows, items)
     assert metrics == {
         "judge accuracy": 2 / 3,
-        "judge score, of 5": pytest.approx((1 + 4 + 5) / 15),
+        "judge score, as a share of 5": pytest.approx((1 + 4 + 5) / 15),
         "judged": 3,
         "judge unparsable": 1,
         "judge missing": 2,
@@ -380,9 +380,12 @@ def endpoint():
             content = {"choices": [{"message": {"content": "{'pred': 'yes', 'score': 3}"}}]}
             if code == 0:
                 code, content = 200, {"choices": []}
+            cut_short, code = code == 1, 200 if code == 1 else code
             self.send_response(code)
             if code == 302:
                 self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+            if cut_short:
+                self.send_header("Content-Length", "9999")
             self.end_headers()
             self.wfile.write(json.dumps(content).encode())
 
@@ -398,15 +401,33 @@ def endpoint():
 
 def test_an_endpoint_is_asked_again_where_it_failed_and_not_where_it_answered(endpoint):
     url, codes, asked, keys = endpoint
-    codes += [500, 429, 0]
+    codes += [500, 429, 0, 1]  # and a reply that breaks off
     items = talked(4)
     done = list(ask_judge(url, "secret", "judge-1", items[:2], workers=1, wait=0.001))
-    assert [row["custom_id"] for row in done] == ["q0", "q1"] and len(asked) == 5
+    assert [row["custom_id"] for row in done] == ["q0", "q1"] and len(asked) == 6
     assert asked[0][0] == "/v1/chat/completions" and set(keys) == {"Bearer secret"}
     done += ask_judge(url + "/", "secret", "judge-1", items, done, wait=0.001)
-    assert [row["custom_id"] for row in done] == ["q0", "q1", "q2", "q3"] and len(asked) == 7
+    assert sorted(row["custom_id"] for row in done) == ["q0", "q1", "q2", "q3"] and len(asked) == 8
     assert read_judgements(done, items)["judge accuracy"] == 1
-    assert list(ask_judge(url, None, "judge-1", items, done)) == [] and len(asked) == 7
+    assert list(ask_judge(url, None, "judge-1", items, done)) == [] and len(asked) == 8
+
+
+def test_what_is_judged_while_one_question_fails_is_kept(endpoint):
+    """Two at a time: the first is refused for good, the other's judgement comes before the error, and no third is asked."""
+    url, codes, asked, _ = endpoint
+    codes += [401]
+    told = []
+    with pytest.raises(ValueError, match="401"):
+        for row in ask_judge(url, "secret", "judge-1", talked(40), workers=2, wait=0.001):
+            told.append(row)
+    assert len(told) == len(asked) - 1 < 39
+
+
+def test_a_key_that_no_header_can_hold_is_refused_unseen(endpoint):
+    for key in ("sk-secret\r", "sk secret", "sk-\u00e9"):
+        with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
+            list(ask_judge(endpoint[0], key, "judge-1", talked(1)))
+        assert "sk" not in str(error.value)
 
 
 def test_an_endpoint_that_refuses_or_never_answers_is_an_error_that_names_it(endpoint):
@@ -680,7 +701,7 @@ def test_the_papers_two_rules_of_a_half_are_both_counted():
         for item in items:
             judge_spatial(item, WORDING)
         metrics = spatial_metrics(items)
-        assert metrics["across triplets"] == 1 and metrics["across triplets, whole box in a half"] == whole
+        assert metrics["across questions"] == 1 and metrics["across questions, whole boxes in their halves"] == whole
         assert len(list(benchmarks.spatial_triplets([record(x1)], random.Random(0), 0, strict=True))) == whole
 
 
@@ -763,6 +784,9 @@ def test_hal_ade_asks_for_two_that_are_there_and_two_that_are_not_none_of_cocos(
     assert drawn == {"wall", "sky", "water"}, "a blind is a screen, as what is there is"
     metrics = answered("hal-ade", items, *[item.truth["label"] for item in items])
     assert metrics["accuracy"] == 1
+    (tmp_path / "wrong.txt").write_text("x" * 200_000)
+    with pytest.raises(ValueError, match="wrong.txt lists no objects"):
+        benchmarks.read_hal_ade(tmp_path / "wrong.txt", None, tmp_path)
     Image.fromarray(np.array([[200]], np.uint8)).save(folder / "ADE_val_00000001.png")
     with pytest.raises(ValueError, match="ADE_val_00000001.png has shape .1, 1. and values 200"):
         BENCHMARKS["hal-ade"].read(tmp_path / "objectInfo150.txt", None, images)
@@ -790,9 +814,9 @@ def test_keywords_are_counted_once_a_conversation_over_both_denominators(tmp_pat
         ["q", "a"],
     ]
     table = keywords(talks)
-    assert table["left", "left"] == (2, 2 / 4, 2 / 10) and table["right", "right"] == (1, 1 / 4, 1 / 10)
-    assert table["the left", "left"][0] == table["left side", "left"][0] == table["to the left", "left"][0] == 1
-    assert table["the right", "right"][0] == 0
+    assert table["left"] == (2, 2 / 4, 2 / 10) and table["right"] == (1, 1 / 4, 1 / 10)
+    assert table["the left"][0] == table["left side"][0] == table["to the left"][0] == 1
+    assert table["the right"][0] == 0
     rows = [{"conversations": [{"from": "human", "value": text} for text in talk]} for talk in talks]
     benchmarks.main(["keywords", str(write(tmp_path / "llava.json", rows))])
     out = capsys.readouterr().out
@@ -803,7 +827,7 @@ def test_keywords_are_counted_once_a_conversation_over_both_denominators(tmp_pat
 def test_keywords_of_real_llava_samples(real):
     talks = benchmarks.read_talk(real("formats/llava/coco2014_val_gpt4_qa_30x3.jsonl"))
     table = keywords(talks)
-    assert len(talks) == 90 and table["left", "left"][0] == 11 and table["to the right", "right"][0] == 3
+    assert len(talks) == 90 and table["left"][0] == 11 and table["to the right"][0] == 3
     with pytest.raises(ValueError, match="expected conversations, or instruction and output"):
         benchmarks.read_talk(real("formats/llava/qa90_gpt4_answer.jsonl"))
 

@@ -277,6 +277,25 @@ def test_shards_and_their_index_are_written_and_replaced(tmp_path):
     assert [stored.shape for stored in open_tensors(tmp_path).values()] == [(3,)]
 
 
+def test_shards_old_and_new_are_never_read_as_one_model(tmp_path, monkeypatch):
+    """Killed after its second shard, a save over another leaves what is refused by name, not a mixture."""
+    tensors = {f"layers.{i}.weight": torch.full((10, 10), float(i)) for i in range(5)}
+    path, written, save_file = tmp_path / "model.safetensors", [], checkpoint.save_file
+
+    def killed(shard, *args, **how):
+        written.append(shard)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        save_file(shard, *args, **how)
+
+    write_tensors(path, tensors, shard_bytes=900)
+    monkeypatch.setattr(checkpoint, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors(path, {name: tensor + 1 for name, tensor in tensors.items()}, shard_bytes=900)
+    with pytest.raises(FileNotFoundError, match=r"is there, its \*.index.json is not"):
+        open_tensors(tmp_path)
+
+
 def test_loading_holds_one_piece_beside_the_model(monkeypatch):
     """While a module is filled, what was read is let go before more is read, in pieces that cover every row once."""
     monkeypatch.setattr(checkpoint, "PIECE_BYTES", 4 * 32 * 10)
@@ -433,7 +452,12 @@ def test_a_missing_shard_of_metas_is_named(model, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"vision_feature_layer": -1}, {"vision_feature_select_strategy": "full"}, {"mm_projector_type": "resampler"}],
+    [
+        {"vision_feature_layer": -1},
+        {"vision_feature_select_strategy": "full"},
+        {"mm_projector_type": "resampler"},
+        {"projector_hidden_act": "relu"},
+    ],
 )
 def test_features_that_are_read_elsewhere_are_refused(model, tmp_path, changes):
     model.save_pretrained(tmp_path / "run")

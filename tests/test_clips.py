@@ -102,6 +102,13 @@ def read(tmp_path):
     return read
 
 
+def test_a_clip_is_found_by_any_ending_that_video_reads(read):
+    for name in ("v_c.npy", "v_d.MOV"):
+        (read.folder / "clips" / name).write_bytes(b"")
+        (record,), _ = read(clips_json(videos=[clips_json()["videos"][0] | {"file_name": name[:3]}]))
+        assert record.image.name == name
+
+
 def test_what_moves_is_present_and_not_asked_for(read):
     (record,), left_out = read(clips_json())
     assert record.id == "7" and record.image == read.folder / "clips/v_a" and record.size == (224, 112)

@@ -254,6 +254,8 @@ def test_stage_one_supervises_the_caption_alone(tokenizer):
 
 def test_an_answer_without_room_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="raise max_length"):
+        pack(list(range(300)), [encode_segment(tokenizer, "plain", [("", "A red circle, a cup and a dog")])], 290)
+    with pytest.raises(ValueError, match="raise max_length"):
         prefix = encode_prefix(tokenizer, "v1", 4)
         pack(prefix, [encode_segment(tokenizer, "v1", [("Where is the object?", "It.")])], len(prefix) + 5)
 
@@ -318,8 +320,8 @@ def test_what_several_files_say_of_an_image_becomes_one_record(coco):
     captions["annotations"] = [{"image_id": 7, "caption": "A grey cat. "}]
     for name, content in (("captions", captions), ("llava", LLAVA), ("localize", LOCALIZE)):
         (coco / f"{name}.json").write_text(json.dumps(content))
-    text = data.join_sources(f"{coco}/localize.json@{coco}*2", coco, coco / "instances.json", coco / "captions.json")
-    records, _ = data.read_records([*data.parse_sources(text), (coco / "llava.json", coco, 1.0)])
+    sources = data.join_sources(f"{coco}/localize.json@{coco}*2", coco, coco / "instances.json", coco / "captions.json")
+    records, _ = data.read_records([*sources, (coco / "llava.json", coco, 1.0)])
     assert [record.image and record.image.name for record in records] == ["1.png", "2.png", None]
     cat = records[0]
     assert cat.objects == (Object("cat", (10.5, 20, 40.5, 60), "cat that is grey"),)
@@ -351,6 +353,14 @@ def test_images_are_read_out_of_a_zip(coco):
         image_size(coco / "images.zip/3.png")
     with pytest.raises(ValueError, match="zip/2.png cannot be read"):
         image_size(coco / "images.zip/2.png")
+    with zipfile.ZipFile(coco / "packed.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(coco / "1.png", "1.png")
+    whole = bytearray((coco / "packed.zip").read_bytes())
+    whole[50:60] = b"damaged..."
+    (coco / "packed.zip").write_bytes(whole)
+    for look in (open_image, image_size):
+        with pytest.raises(ValueError, match="packed.zip/1.png cannot be read"):
+            look(coco / "packed.zip/1.png")
     (coco / "cut.zip").write_bytes((coco / "images.zip").read_bytes()[:100])
     with pytest.raises(ValueError, match="cut.zip is not a whole zip"):
         open_image(coco / "cut.zip/2.png")
@@ -377,6 +387,8 @@ def test_benchmarks_images_are_found_in_any_schema_and_excluded(coco, capsys):
     (coco / "ids.txt").write_text("000000000012.jpg\n7\n")
     assert data.image_ids(coco / "pope.json") == {7, 9} and data.image_ids(coco / "vqa.json") == {9}
     assert data.image_ids_of(f"{coco}/vqa.json,{coco}/ids.txt") == {7, 9, 12}
+    (coco / "null.json").write_text('[{"image": null, "image_id": 9}, {"imageId": "2405722"}]')
+    assert data.image_ids(coco / "null.json") == {9}, "GQA's ids are Visual Genome's"
     (coco / "none.json").write_text('{"image": "GCC_train_000000001.jpg"}')
     with pytest.raises(ValueError, match="names no COCO image"):
         data.image_ids(coco / "none.json")
@@ -400,8 +412,16 @@ def test_benchmarks_images_are_found_in_any_schema_and_excluded(coco, capsys):
         ({"image": "../1.png"}, "leaves the images folder"),
         ({"image": None}, "expected strings"),
         ({"objective": "loc", "names": ["cat"], "box_px": [[0, 0, 5, 5]], "descriptions": [None]}, "lacks its size"),
-        ({"objective": "loc", "names": ["cat"], "box_px": [[0, 0, 5, 500]], "size": [9, 9]}, "inside it"),
-        ({"objective": "loc", "names": ["cat"], "box_px": [[0, float("nan"), 5, 5]], "size": [9, 9]}, "inside it"),
+        (LOCALIZE[0] | {"box_px": [[0, 0, 5, 500]]}, "inside it"),
+        ({"objective": "loc", "names": ["cat"], "box_px": [[0, float("nan"), 5, 5]], "size": [9, 9]}, "lacks its size"),
+        (LOCALIZE[0] | {"box_px": [[0, float("nan"), 5, 5]]}, "inside it"),
+        (LOCALIZE[0] | {"box_px": ["10.5 20 40.5 60"]}, "inside it"),
+        (LOCALIZE[0] | {"size": [9]}, "lacks its size"),
+        (LOCALIZE[0] | {"descriptions": None}, "of one length"),
+        (LOCALIZE[0] | {"names": None}, "of one length"),
+        (LOCALIZE[0] | {"names": [7]}, "expected text"),
+        (LOCALIZE[1] | {"names": None}, "lacks its size"),
+        ({"objective": "caption", "size": [9, 9], "box_px": [0, 0, 5, 5], "name": "cat"}, "expected text"),
     ],
 )
 def test_a_bad_row_is_named_by_check_and_left_out_and_counted(coco, damage, words):
@@ -420,6 +440,59 @@ def test_an_image_of_two_hundred_megapixels_is_refused_by_its_head(tmp_path):
             look(tmp_path / "large.png")
 
 
+def test_a_row_about_a_clip_among_images_is_named(coco):
+    clip = {"id": "v", "video": "v.mp4", "conversations": LLAVA[0]["conversations"]}
+    (coco / "x.json").write_text(json.dumps([LLAVA[0], clip]))
+    (problem,) = check(coco / "x.json", coco)
+    records, left_out = data.read_file(coco / "x.json", coco)
+    assert "row 1: is about the clip v.mp4" in problem and len(records) == left_out.total() == 1
+
+
+def test_captions_are_checked_and_what_is_wrong_with_them_counted(coco):
+    images = [
+        {"id": i, "file_name": name, "width": 100, "height": 80}
+        for i, name in enumerate(("1.png", "../1.png", "3.png"))
+    ]
+    said = [(0, "A cat."), (0, None), (0, " "), (1, "A cat."), (2, "A dog."), (9, "Nothing.")]
+    captions = {"images": images, "annotations": [{"image_id": i, "caption": text} for i, text in said]}
+    (coco / "captions.json").write_text(json.dumps(captions))
+    records, left_out = data.read_file(coco / "captions.json", coco)
+    assert [record.captions for record in records] == [("A cat.",), ("A dog.",)]
+    assert left_out == {
+        "captions that are no text": 2,
+        "captions of unknown images": 1,
+        "images whose path leaves their folder": 1,
+    }
+    problems = check(coco / "captions.json", coco)
+    assert len(problems) == 2 + 3 and any("leaves" in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("content", ["5", "null", '"text"', "[5]", "[]", "{}", '{"annotations": [5]}'])
+def test_json_of_no_schema_is_refused_by_name(coco, content):
+    (coco / "x.json").write_text(content)
+    with pytest.raises(ValueError, match="x.json"):
+        data.read_file(coco / "x.json", coco)
+
+
+def test_few_negatives_leave_no_image_without_a_question(tokenizer):
+    """With half a negative for each object, an image of none still has one to ask for; with none at all, nothing."""
+    bare = replace(RECORD, objects=(), conversations=())
+    for ratio, least in ((0.25, 1), (1.0, 1), (0.0, 0)):
+        wording = Wording(CoordFormat("ivb"), neg_ratio=ratio)
+        counts = {len(draw_questions(bare, wording, random.Random(seed))) for seed in range(40)}
+        assert counts == {least}, ratio
+    alone = Wording(CoordFormat("ivb"), objectives=("neg",), neg_ratio=0.25)
+    assert {len(draw_questions(RECORD, alone, random.Random(seed))) for seed in range(40)} == {1}
+
+
+def test_a_box_within_a_pixel_of_the_corner_is_not_asked_for(tokenizer):
+    """Its numbers read as fractions; it stops nothing."""
+    corner = replace(RECORD, objects=(Object("cup", (0, 0, 1, 1)), Object("dog", (0, 0, 0.9, 0.9))))
+    for location in ("box", "point"):
+        wording = Wording(CoordFormat("ivb"), objectives=("loc", "rev"), location=location)
+        assert draw_questions(corner, wording, random.Random(0)) == []
+
+
 def test_a_text_that_speaks_of_an_image_names_one(coco):
     row = {"id": "c", "conversations": LLAVA[0]["conversations"]}
     assert "names none" in data.row_problem(row)
@@ -429,6 +502,10 @@ def test_a_question_longer_than_the_context_is_told_before_training(coco, tokeni
     long = replace(RECORD, conversations=((("word " * 300, "Yes."),), (("Q?", "word " * 300),)))
     with pytest.raises(ValueError, match="1 conversations.*raise --max-length"):
         examples_of([long], tokenizer, max_length=200)
+    alone = Record("2", None, (0, 0), conversations=long.conversations[:1])  # no image before it
+    asked = tokenizer.encode("\n" + alone.conversations[0][0][0] + " ASSISTANT:")
+    room = len(encode_prefix(tokenizer, "v1", 0)) + len(asked) + 2
+    assert examples_of([alone], tokenizer, max_length=room).left_out == 0
     examples = examples_of([long], tokenizer, max_length=200, skip_bad=True)
     assert examples.left_out == 1 and len(examples.records[0].conversations) == 1
 

@@ -71,6 +71,10 @@ def test_points_count_inside_the_true_box():
 
 
 def test_negpred_wants_the_refusal():
+    item = Item("1", RECORD.image, RECORD.size, "?", {"name": "dog"}, "It is located at (40, 52)")
+    for location, gave in (("point", 1.0), ("box", 0.0)):
+        judge_negpred(item, Wording(CoordFormat("ivb", 224), location=location))
+        assert benchmarks.negpred_metrics([item]) == {"accuracy": 0.0, "gave a box": gave}, location
     assert judged(judge_negpred, "There is no such object in the image", name="dog").correct
     assert not judged(judge_negpred, "It is located at (4, 52, 13, 63)", name="dog").correct
 
@@ -134,10 +138,13 @@ def test_spatial_questions_read_as_in_the_paper():
 
 def test_a_word_counts_where_it_is_said_and_strictly_where_only_it_is():
     items = [
-        judged(judge_spatial, text, setting="across", word="left")
+        judged(judge_spatial, text, setting="across", word="left", whole_boxes=True)
         for text in ("To the left.", "left or right", "Right", "", "leftover")
     ]
     metrics = spatial_metrics(items)
+    right = judged(judge_spatial, "right", setting="across", word="right", whole_boxes=True)
+    both = spatial_metrics([*items, right])
+    assert (both["across"], both["across left"], both["across macro"]) == (3 / 6, 2 / 5, (2 / 5 + 1) / 2)
     assert (
         metrics["across"] == 2 / 5
         and metrics["across strict"] == 1 / 5
@@ -195,7 +202,7 @@ def test_a_run_is_evaluated_from_the_command_line(tmp_path, make_model, blind):
     ]
     evaluate.main(flags + ["--blind"] * blind)
     folder = tmp_path / "run" / ("eval_blind" if blind else "eval")
-    first = {task: result_of(folder, task) for task in TASKS}
+    first = {f"{task}-instances_val": result_of(folder, f"{task}-instances_val") for task in TASKS}
     for task, result in first.items():
         assert (
             result["metrics"]
@@ -208,7 +215,7 @@ def test_a_run_is_evaluated_from_the_command_line(tmp_path, make_model, blind):
         assert len((folder / f"{task}.jsonl").read_text().splitlines()) == result["questions"]
         assert (folder / f"{task}.png").exists()
     evaluate.main(flags + ["--blind"] * blind)
-    assert first == {task: result_of(folder, task) for task in TASKS}
+    assert first == {task: result_of(folder, task) for task in first}
 
 
 def test_images_that_give_no_question_are_an_error(run, tmp_path):
@@ -230,6 +237,33 @@ def test_successes_lie_above_failures(tmp_path):
         evaluate.overlay(items, tmp_path / "sheet.png")
         heights.append(Image.open(tmp_path / "sheet.png").height)
     assert heights[0] > 1.9 * heights[1]
+
+
+def test_a_score_below_a_half_is_drawn_among_the_failures(tmp_path, monkeypatch):
+    Image.new("RGB", (20, 10)).save(tmp_path / "x.png")
+    marks = []
+    monkeypatch.setattr(evaluate.video, "card", lambda image, boxes, lines: marks.append(lines[0]) or image)
+    scores = (0.3, True, 0.9, False, None)
+    evaluate.overlay(
+        [Item(str(n), tmp_path / "x.png", None, "?", {}, correct=s) for n, s in enumerate(scores)], tmp_path / "s.png"
+    )
+    assert marks == ["right: ?", "right: ?", "wrong: ?", "wrong: ?", "?"]
+
+
+def test_results_about_other_files_are_not_replaced(run, tmp_path, capsys):
+    """Files of one name in two folders, as RefCOCO's and RefCOCO+'s; changed files of one path are the same file."""
+    write_world(tmp_path / "else/world", {"val": 3}, seed=5)
+    other = command(run[0], tmp_path / "else/world")
+    evaluate.main(run)
+    before = rows_of(run)
+    with pytest.raises(ValueError, match="locpred-instances_val.json is about .*expected .*else.*--into FOLDER"):
+        evaluate.main(other)
+    assert rows_of(run) == before
+    evaluate.main([*other, "--fresh"])
+    assert rows_of(run) != before
+    shutil.rmtree(tmp_path / "else")
+    write_world(tmp_path / "else/world", {"val": 2}, seed=5)
+    evaluate.main(other)
 
 
 def test_a_question_of_ones_own_is_answered_and_drawn(tmp_path, make_model, capsys):
@@ -278,24 +312,24 @@ def start(words, **environment):
     return subprocess.Popen([sys.executable, ROOT / "evaluate.py", *words], env=environment, stdout=subprocess.PIPE)
 
 
-def rows_of(words, task="locpred", folder="eval"):
+def rows_of(words, task="locpred-instances_val", folder="eval"):
     return (Path(words[0]) / folder / f"{task}.jsonl").read_bytes()
 
 
 def test_killed_and_resumed_on_two_processes_equals_one(run, tmp_path):
     """kill -9 after a batch, a torn line, then two processes: the rows of a run left alone, to the byte, and fewer asked."""
     evaluate.main(run)
-    whole = result_of(Path(run[0]) / "eval", "locpred")
+    whole = result_of(Path(run[0]) / "eval", "locpred-instances_val")
     killed = copy_of(run, tmp_path / "killed")
     shutil.rmtree(Path(killed[0]) / "eval")
     process = start(killed)
-    part = Path(killed[0]) / "eval/locpred.parts/part-0.jsonl"
+    part = Path(killed[0]) / "eval/locpred-instances_val.parts/part-0.jsonl"
     deadline = time.time() + 60
     while process.poll() is None and time.time() < deadline and not (part.exists() and part.read_bytes().count(b"\n")):
         time.sleep(0.001)
     process.kill()
     process.communicate()
-    assert part.read_bytes().count(b"\n") >= 1 and not (Path(killed[0]) / "eval/locpred.json").exists()
+    assert part.read_bytes().count(b"\n") >= 1 and not (Path(killed[0]) / "eval/locpred-instances_val.json").exists()
     with open(part, "ab") as file:
         file.write(b'{"answers": {"1')
     two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29561"}  # what torchrun tells its processes
@@ -303,14 +337,14 @@ def test_killed_and_resumed_on_two_processes_equals_one(run, tmp_path):
     printed, _ = processes[0].communicate(timeout=120)
     assert processes[0].returncode == processes[1].wait(timeout=120) == 0
     assert rows_of(killed) == rows_of(run) and b"going on from there" in printed
-    again = json.loads((Path(killed[0]) / "eval/locpred.json").read_text())
+    again = json.loads((Path(killed[0]) / "eval/locpred-instances_val.json").read_text())
     assert again["world_size"] == 2 and 0 < again["asked"] < again["questions"] == whole["questions"]
-    assert {**whole, "run": killed[0]} == result_of(Path(killed[0]) / "eval", "locpred")
+    assert {**whole, "run": killed[0]} == result_of(Path(killed[0]) / "eval", "locpred-instances_val")
     assert not part.parent.exists()
 
 
 def test_a_journal_of_other_options_is_begun_anew(run, capsys):
-    parts = Path(run[0]) / "eval/locpred.parts"
+    parts = Path(run[0]) / "eval/locpred-instances_val.parts"
     write_json(parts / "options.json", {"decoding": {"seed": 7}})
     (parts / "part-3.jsonl").write_text('{"answers": {"none of ours": "x"}}\n')
     evaluate.main(run)
@@ -375,10 +409,10 @@ def test_a_result_says_what_it_was_made_of(run, tmp_path, make_model):
     notes |= {"images": str(world / "images"), "exclude": "", "init_from": ""}
     config = read_json(folder / "config.json")
     evaluate.main([*run, "--limit", "5"])
-    assert result_of(folder / "eval", "locpred")["contamination"] == "unknown"
+    assert result_of(folder / "eval", "locpred-instances_val")["contamination"] == "unknown"
     write_json(folder / "config.json", {**config, "locvlm": {**config["locvlm"], "trained_with": notes}})
     evaluate.main([*run, "--limit", "5"])
-    result = result_of(folder / "eval", "locpred")
+    result = result_of(folder / "eval", "locpred-instances_val")
     assert result["contamination"] == {"images": 5, "of": 5, "files": [notes["coco"]]}
     assert result["weights_sha256"] == {n: sha256(folder / n) for n in ("config.json", "model.safetensors")}
     assert result["data_sha256"] == {notes["coco"]: sha256(notes["coco"])} and result["images"] == 5
@@ -387,12 +421,39 @@ def test_a_result_says_what_it_was_made_of(run, tmp_path, make_model):
     assert {"torch", "device", "git_commit", "split", "location", "batch", "paper", "left_out"} <= result.keys()
     (tmp_path / "ids.txt").write_text("COCO_val2014_000000000009.jpg\n")
     evaluate.main([*run, "--limit", "5", "--trained-on", str(tmp_path / "ids.txt")])
-    assert result_of(folder / "eval", "locpred")["contamination"]["images"] == 0
+    assert result_of(folder / "eval", "locpred-instances_val")["contamination"]["images"] == 0
     write_json(
         folder / "config.json", {**config, "locvlm": {**config["locvlm"], "trained_with": {**notes, "coco": "gone"}}}
     )
     evaluate.main([*run, "--limit", "5"])
-    assert result_of(folder / "eval", "locpred")["contamination"] == "unknown"
+    assert result_of(folder / "eval", "locpred-instances_val")["contamination"] == "unknown"
+
+
+def test_images_that_were_not_trained_on_are_known_while_their_list_is(run, tmp_path):
+    notes = {"coco": run[4], "captions": "", "llava": "", "data": "", "stages": "2", "images": run[6], "init_from": ""}
+    config = read_json(Path(run[0]) / "config.json")
+    (tmp_path / "ids.txt").write_text("000001000001.jpg\n")
+    for exclude, known in (("", 12), (str(tmp_path / "ids.txt"), 11), (str(tmp_path / "gone.txt"), None)):
+        told = {**config["locvlm"], "trained_with": {**notes, "exclude": exclude}}
+        write_json(Path(run[0]) / "config.json", {**config, "locvlm": told})
+        seen = evaluate.trained_on(run[0])
+        assert known == (seen and len(seen[1])), exclude
+
+
+def test_files_of_pope_have_a_mean_and_every_model_of_the_paper_a_row(run, tmp_path, monkeypatch, capsys):
+    """Two files beside each other, each with its results; of a benchmark with figures of LocVLM-B, those of the others too."""
+    image = next((Path(run[4]).parent / "images").iterdir()).name
+    for name in ("random", "popular"):
+        rows = [{"question_id": n, "image": image, "text": "Is there a cup?", "label": "yes"} for n in range(2)]
+        evaluate.write_rows(tmp_path / f"coco_pope_{name}.json", rows)
+        evaluate.main([run[0], "--task", "pope", "--questions", str(tmp_path / f"coco_pope_{name}.json"), *run[5:7]])
+    out = capsys.readouterr().out
+    results = [read_json(Path(run[0]) / f"eval/pope-coco_pope_{name}.json") for name in ("random", "popular")]
+    mean = sum(result["metrics"]["F1"] for result in results) / 2
+    assert out.count("mean F1 of the 2 files") == 1 and f": {100 * mean:.1f} %" in out
+    evaluate.main([word if word != "locpred" else "hal" for word in run])
+    out = capsys.readouterr().out
+    assert "paper, Shikra: accuracy 86.2 %" in out and "paper, LocVLM-Vid-B+, Hal-Act: accuracy 72.4 %" in out
 
 
 def test_the_blind_baseline_and_the_paper_stand_beside_ours(run, capsys):
@@ -401,15 +462,14 @@ def test_the_blind_baseline_and_the_paper_stand_beside_ours(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if "ours" in line).split() == ["ours", "blind", "paper"]
     accuracy = next(line for line in lines if line.startswith("  accuracy")).split()
-    ours, blind = (result_of(Path(words[0]) / folder, "hal") for folder in ("eval", "eval_blind"))
+    ours, blind = (result_of(Path(words[0]) / folder, "hal-instances_val") for folder in ("eval", "eval_blind"))
     assert accuracy == ["accuracy", f"{100 * ours['metrics']['accuracy']:.1f}", "%"] + [
         f"{100 * blind['metrics']['accuracy']:.1f}", "%", "88.3", "%",
     ]  # fmt: skip
     assert blind["blind"] and not ours["blind"]
     evaluate.main([*words, "--limit", "3", "--into", str(Path(words[0]) / "three")])
-    assert (
-        result_of(Path(words[0]) / "three", "hal")["images"] == 3 and result_of(Path(words[0]) / "eval", "hal") == ours
-    )
+    assert result_of(Path(words[0]) / "three", "hal-instances_val")["images"] == 3
+    assert result_of(Path(words[0]) / "eval", "hal-instances_val") == ours
     assert "two evaluations" not in capsys.readouterr().out
     evaluate.main([*words, "--max-new-tokens", "1"])
     assert "ours and blind are of two evaluations; they differ in decoding" in capsys.readouterr().out
@@ -420,24 +480,24 @@ def test_the_blind_baseline_and_the_paper_stand_beside_ours(run, capsys):
 def test_answers_are_scored_without_a_model_in_any_order(run, tmp_path, monkeypatch, capsys):
     evaluate.main(run)
     folder = Path(run[0]) / "eval"
-    before, rows = result_of(folder, "locpred"), [json.loads(line) for line in rows_of(run).splitlines()]
+    before, rows = result_of(folder, "locpred-instances_val"), [json.loads(line) for line in rows_of(run).splitlines()]
     assert list(rows[0]) == "id image size question answer correct boxes_px mirrored truth".split()
     monkeypatch.setattr(evaluate, "weights_sha256", None)
     made = evaluate.LocVLM.from_pretrained
     only_shapes = lambda folder, vision, device: made(folder, vision, device=device)  # noqa: E731
     monkeypatch.setattr(evaluate.LocVLM, "from_pretrained", only_shapes)
-    evaluate.main([*run, "--score", str(folder / "locpred.jsonl")])
-    assert result_of(folder, "locpred") == before, "a run's own answers stay its own"
+    evaluate.main([*run, "--score", str(folder / "locpred-instances_val.jsonl")])
+    assert result_of(folder, "locpred-instances_val") == before, "a run's own answers stay its own"
 
     (folder / "report.html").unlink()
-    evaluate.main([*run, "--score", os.path.relpath(folder / "locpred.jsonl")])
-    assert result_of(folder, "locpred") == before, "by another spelling of its path"
+    evaluate.main([*run, "--score", os.path.relpath(folder / "locpred-instances_val.jsonl")])
+    assert result_of(folder, "locpred-instances_val") == before, "by another spelling of its path"
     assert (folder / "report.html").exists(), "the page follows the figures"
 
     def score(rows, name="elsewhere.jsonl"):
         evaluate.write_rows(tmp_path / name, rows)
         evaluate.main([*run, "--score", str(tmp_path / name)])
-        return result_of(Path(run[0]) / "eval_scored", "locpred", timed=False)
+        return result_of(Path(run[0]) / "eval_scored", "locpred-instances_val", timed=False)
 
     scored = score(rows[::-1])
     assert scored["metrics"] == before["metrics"] and "weights_sha256" not in scored and scored["scored"]["sha256"]
@@ -450,7 +510,7 @@ def test_answers_are_scored_without_a_model_in_any_order(run, tmp_path, monkeypa
     evaluate.main(
         [str(tmp_path / "none"), *run[1:], "--score", str(tmp_path / "right.jsonl")]
     )  # as LocVLM-B writes boxes
-    result = json.loads((tmp_path / "none/eval_scored/locpred.json").read_text())
+    result = json.loads((tmp_path / "none/eval_scored/locpred-instances_val.json").read_text())
     assert result["metrics"]["acc@0.5"] == 1 and "holds no model" in capsys.readouterr().out
     hostile = [
         "",
@@ -517,20 +577,20 @@ def test_a_benchmark_is_asked_from_its_own_files(fake, monkeypatch, capsys):
     )
     evaluate.main([*fake, "--split", "testB"])
     folder = Path(fake[0]) / "eval"
-    result = result_of(folder, "fake")
+    result = result_of(folder, "fake-questions-testB")
     assert result["metrics"] == {"exact": None, "questions of split testB": 4} and result["split"] == "testB"
     assert result["left_out"] == {"questions of clips that are not there": 3} and result["images"] == 1
-    assert read_json(folder / "fake.submission.json") == ["0-False", "0-True", "1-False", "1-True"]
+    assert read_json(folder / "fake-questions-testB.submission.json") == ["0-False", "0-True", "1-False", "1-True"]
     assert [path.name for path in sorted(folder.iterdir())] == [
-        "fake.json",
-        "fake.jsonl",
-        "fake.png",
-        "fake.submission.json",
+        "fake-questions-testB.json",
+        "fake-questions-testB.jsonl",
+        "fake-questions-testB.png",
+        "fake-questions-testB.submission.json",
         "report.html",
     ]
     out = capsys.readouterr().out
     assert (
-        "fake: 4 questions about 1 images\n  left out: 3 questions of clips" in out
+        "fake-questions-testB: 4 questions about 1 images\n  left out: 3 questions of clips" in out
         and out.splitlines()[-4].split()[-1] == "-"
     )
     assert len(seen) == 2 and ImageOps.mirror(seen[0]).tobytes() == seen[1].tobytes() != seen[0].tobytes()
@@ -571,9 +631,7 @@ def test_what_is_missing_is_told_before_the_weights_are_read(run, fake, monkeypa
     with pytest.raises(ValueError, match="a judge for --task fake"):
         evaluate.main([*fake, "--judgements", "x"])
     sorted((Path(run[4]).parent / "images").iterdir())[0].unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of 1 images are not in .* \(000001000001.png\)"):
-        evaluate.main(fake)
-    with pytest.raises(FileNotFoundError, match=r"1 of 8 images are not in"):
+    with pytest.raises(FileNotFoundError, match=r"1 of the 8 images of .* are not in .* \(000001000001.png\)"):
         evaluate.main(run)
 
 
@@ -591,13 +649,15 @@ def test_a_judge_is_asked_once_about_each_answer(run, tmp_path, monkeypatch):
     words += ["--max-new-tokens", "3"]
     evaluate.main(words)
     folder = Path(run[0]) / "eval"
-    requests = [json.loads(line) for line in (folder / "clips-qa.requests.jsonl").read_text().splitlines()]
-    assert [row["custom_id"] for row in requests] == ["0", "1", "2"] and result_of(folder, "clips-qa")["judge"] is None
+    requests = [json.loads(line) for line in (folder / "clips-qa-q.requests.jsonl").read_text().splitlines()]
+    assert [row["custom_id"] for row in requests] == ["0", "1", "2"] and result_of(folder, "clips-qa-q")[
+        "judge"
+    ] is None
     reply = {"body": {"choices": [{"message": {"content": "{'pred': 'yes', 'score': 4}"}}]}}
     evaluate.write_rows(tmp_path / "replies.jsonl", [{"custom_id": i, "response": reply} for i in ("2", "0")])
-    own = str(folder / "clips-qa.jsonl")
+    own = str(folder / "clips-qa-q.jsonl")
     evaluate.main([*words, "--score", own, "--judgements", str(tmp_path / "replies.jsonl"), "--judge-model", "gpt-x"])
-    result = result_of(folder, "clips-qa")
+    result = result_of(folder, "clips-qa-q")
     assert result["judge"] == {"model": "gpt-x", "file": str(tmp_path / "replies.jsonl")} and result["weights_sha256"]
     assert result["metrics"]["judge accuracy"] == 1 and result["metrics"]["judge missing"] == 1
     asked = []
@@ -618,6 +678,6 @@ def test_a_judge_is_asked_once_about_each_answer(run, tmp_path, monkeypatch):
         evaluate.main(by_address)
     for _ in range(2):
         evaluate.main(by_address)
-    result = result_of(folder, "clips-qa")
+    result = result_of(folder, "clips-qa-q")
     assert asked == ["0", "1", "2"] and result["metrics"]["judge missing"] == 0
     assert result["judge"] == {"model": "gpt-x", "url": "http://localhost/v1"} and "secret" not in json.dumps(result)

@@ -94,7 +94,7 @@ def test_a_shared_prefix_equals_prompts_that_spell_it_out(llama):
     cache = KVCache(TEXT, 2, 5, "cpu", torch.float32)
     with torch.inference_mode():
         llama.hidden(llama.embed_tokens(torch.tensor(prefixes)), cache=cache)
-        answers = llama.generate(PROMPTS, 12, prefix=cache.spread(TEXT, rows, 5 + 8 + 12))
+        answers = llama.generate(PROMPTS, 12, prefix=cache.spread(rows, 5 + 8 + 12))
     assert answers == [uncached(llama, prefixes[row] + prompt, 12) for row, prompt in zip(rows, PROMPTS, strict=True)]
 
 

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,21 @@ def test_faces_are_blurred_and_nothing_else_changes(photos, tmp_path):
             assert (photos / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
         elif name.endswith("png"):
             assert (before == after)[far].all()
+
+
+def test_a_zip_is_blurred_into_a_folder_as_its_images_would_be(photos, tmp_path):
+    faces = tmp_path / "faces.json"
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in sorted(photos.rglob("*")):
+            archive.write(path, path.relative_to(photos))
+    for images, out, processes in ((photos, "one", 1), (tmp_path / "images.zip", "two", 2)):
+        blur(images, tmp_path / out, faces=faces, processes=processes)
+    one, two = files(tmp_path / "one"), files(tmp_path / "two")
+    assert one.pop("blurred.json") != two.pop("blurred.json") and one == two and len(one) == 24
+    with zipfile.ZipFile(tmp_path / "leaving.zip", "w") as archive:
+        archive.writestr("../x.png", b"")
+    with pytest.raises(ValueError, match="outside of itself"):
+        blur(tmp_path / "leaving.zip", tmp_path / "three", faces=faces)
 
 
 def test_a_face_of_any_size_is_lost(tmp_path):

@@ -29,7 +29,7 @@ def fake(tmp_path, monkeypatch):
         seed = int(run[-1])
         metrics = {metric: seed / 10 for other, metric, _ in tables.MEASURES.values() if other == task}
         (tmp_path / into).mkdir(exist_ok=True)
-        (tmp_path / into / f"{task}.json").write_text(json.dumps({"metrics": metrics}))
+        (tmp_path / into / f"{evaluate.name_of(task, argv[4])}.json").write_text(json.dumps({"metrics": metrics}))
 
     monkeypatch.setattr(tables.train, "main", train_main)
     monkeypatch.setattr(tables.evaluate, "main", evaluate_main)
@@ -91,6 +91,21 @@ def test_points_are_asked_for_points(fake):
 def test_cells():
     assert tables.cell([50.0]) == "50.0" and tables.cell([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
     assert tables.cell([math.nan]) == tables.cell([math.nan, 1.0]) == "nan"
+
+
+def test_what_meteor_needs_is_asked_for_before_anything_is_trained(fake, monkeypatch):
+    def lacking():
+        raise ValueError("no java")
+
+    trained, _ = fake
+    monkeypatch.setattr(tables.scores, "require_meteor", lacking)
+    for number in ("10", "all"):
+        with pytest.raises(ValueError, match="no java"):
+            tables.main([number, "--seeds", "0"])
+    tables.main(["8", "--seeds", "0"])
+    assert {config.out for config in trained} == {
+        f"{tables.OUT}/{name}-0" for name in ("stage-1", "seen-none", "seen-all", "silent-none", "silent-all")
+    }
 
 
 def test_seeds_that_are_none_are_refused(capsys):

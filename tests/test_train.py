@@ -89,6 +89,7 @@ def test_flags_come_from_the_dataclass():
     )
     paper = TrainConfig(preset="paper").recipe(2)
     assert (paper.batch, paper.lr, paper.warmup_ratio, paper.epochs) == (64, 2e-5, 0.3, 10), "Sec. 4.1"
+    assert "80g" == TrainConfig(device_memory="80g").device_memory
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,15 @@ def test_flags_come_from_the_dataclass():
         ({"lr": "nan"}, "positive"),
         ({"variant": "b"}, "--vision and --llm"),
         ({"coco": "x.json"}, "--images"),
+        ({"save_every": 0}, "--save-every 0; expected 1 or more"),
+        ({"workers": 0}, "--workers 0"),
+        ({"keep": 0}, "--keep 0"),
+        ({"limit": -5}, "--limit -5; expected 0 or more"),
+        ({"micro_batch": -1}, "--micro-batch -1"),
+        ({"neg_ratio": math.nan}, "--neg-ratio nan"),
+        ({"device_memory": "much"}, "--device-memory much"),
+        ({"init_from": "x", "llm": "y"}, "--init-from with"),
+        ({"data": "a.json@b*1.2.3"}, "expected FILE@IMAGES"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_first(options, words):
@@ -258,6 +268,79 @@ def test_a_killed_run_resumes_to_the_same_bits(parts, tmp_path, kill_after):
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
+def test_a_run_killed_twice_in_stage_two_keeps_what_stage_one_made(parts, tmp_path, monkeypatch):
+    """The model in the run's folder stays the last one that was finished, whatever is resumed and killed again."""
+    rates, calls = train.lr_at, []
+
+    def killing(after):
+        def lr_at(*args):
+            calls.append(args)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return rates(*args)
+
+        monkeypatch.setattr(train, "lr_at", lr_at)
+        calls.clear()
+
+    own = {**parts, "out": str(tmp_path / "run"), "save_every": 2}
+    killing(after=4 + 3)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(TrainConfig(**own))
+    stage_one = (tmp_path / "run/model.safetensors").read_bytes()
+    assert read_json(tmp_path / "run/config.json")["locvlm"]["stage"] == 1
+    killing(after=1)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(TrainConfig(**own, resume=True))
+    assert (tmp_path / "run/model.safetensors").read_bytes() == stage_one
+    assert [path.name for path in (tmp_path / "run/state").iterdir()].count("2-2") == 1
+
+
+def test_as_many_images_for_each_process_or_none(parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="batches of 4 for 3 processes.*--batch 3"):
+        train.main(TrainConfig(**parts, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_model_was_trained_with_stays_unless_a_flag_says_otherwise(parts, tmp_path):
+    one = {**parts, "stages": "1", "steps": "1"}
+    train.main(TrainConfig(**one, geometry="pad", kind="nfp", out=str(tmp_path / "one")))
+    kept = train.build_model(TrainConfig(stages="2", init_from=str(tmp_path / "one"))).config
+    assert (kept.geometry, kept.kind) == ("pad", "nfp")
+    changed = train.build_model(TrainConfig(stages="2", init_from=str(tmp_path / "one"), kind="ivb")).config
+    assert (changed.geometry, changed.kind) == ("pad", "ivb")
+
+
+def test_the_val_split_is_found_as_coco_names_it(tmp_path):
+    for name in (
+        "instances_train2017.json",
+        "instances_val2017.json",
+        "captions_train2017.json",
+        "captions_val2017.json",
+    ):
+        (tmp_path / name).write_text("{}")
+    instances, images = tmp_path / "instances_train2017.json", tmp_path / "train2017"
+    found = str(tmp_path / "instances_val2017.json")
+    assert train.held_out_of(instances, images) == (found, str(images)), "nothing else is there"
+    (tmp_path / "val2017").mkdir()
+    assert train.held_out_of(instances, images) == (found, str(tmp_path / "val2017"))
+    assert train.held_out_of(tmp_path / "captions_train2017.json", images) is None
+    (tmp_path / "instances_val2017.json").unlink()
+    assert train.held_out_of(instances, images) is None
+
+
+def test_a_run_whose_held_out_images_are_missing_ends_well(parts, tmp_path, capsys):
+    world = tmp_path / "world"
+    shutil.copytree(Path(parts["coco"]).parent, world)
+    held_out = read_json(parts["coco"])
+    held_out["images"] = [image | {"file_name": "gone.png"} for image in held_out["images"]]
+    write_json(world / "instances_val.json", held_out)
+    own = {**parts, "coco": str(world / "instances_train.json"), "stages": "1", "steps": "1"}
+    train.main(TrainConfig(**own, out=str(tmp_path / "run")))
+    assert "not evaluated: 1 of the 1 images" in capsys.readouterr().out
+    assert (tmp_path / "run/model.safetensors").is_file()
+
+
 def test_a_run_is_never_written_over(parts, tmp_path):
     config = TrainConfig(**{**parts, "steps": "1"}, out=str(tmp_path / "run"))
     train.main(config)
@@ -290,12 +373,12 @@ def test_damage_that_shows_only_when_decoded_is_told_or_stepped_over(parts, tmp_
         return opened(path)
 
     monkeypatch.setattr(data, "open_image", decode)
-    own = {**parts, "stages": "2", "steps": "8", "save_every": 1}
+    own = {**parts, "stages": "2", "steps": "14", "save_every": 1}  # more than two epochs: the image comes up again
     with pytest.raises(ValueError, match=f"{damaged} cannot be read.*--skip-bad"):
         train.main(TrainConfig(**own, out=str(tmp_path / "stopped")))
     train.main(TrainConfig(**own, skip_bad=True, out=str(tmp_path / "over")))
     rows = [json.loads(line) for line in (tmp_path / "over/log.jsonl").read_text().splitlines()]
-    assert rows[-1]["unreadable"] == 1 and len(rows) == 8
+    assert rows[-1]["unreadable"] == 1 and len(rows) == 14
 
 
 def test_features_on_disk_stand_in_for_images(parts, tmp_path):
@@ -339,6 +422,27 @@ def test_features_begun_are_gone_on_with(parts, tmp_path, monkeypatch):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
 
 
+def test_features_of_what_cannot_be_read_are_left_out_by_name(parts, tmp_path, monkeypatch, capsys):
+    source = f"{parts['coco']}@{parts['images']}"
+    damaged, opened = json.loads(Path(parts["coco"]).read_text())["images"][3]["file_name"], prepare.open_image
+
+    def decode(path):
+        if Path(path).name == damaged:
+            raise ValueError(f"{path} cannot be read as an image")
+        return opened(path)
+
+    monkeypatch.setattr(prepare, "open_image", decode)
+    with pytest.raises(ValueError, match=f"{damaged} cannot be read.*--skip-bad"):
+        prepare.features(source, tmp_path / "features", parts["vision"], batch=2)
+    prepare.features(source, tmp_path / "features", parts["vision"], skip_bad=True)
+    assert [Path(name).name for name in read_json(tmp_path / "features/features.json")["left_out"]] == [damaged]
+    own = {**parts, "stages": "2", "steps": "7", "features": str(tmp_path / "features")}
+    with pytest.raises(ValueError, match="1 images or clips could not be read .*--skip-bad"):
+        train.main(TrainConfig(**own, out=str(tmp_path / "run")))
+    train.main(TrainConfig(**own, skip_bad=True, out=str(tmp_path / "run")))
+    assert "left out: 1 images or clips" in capsys.readouterr().out and len(losses(tmp_path / "run")) == 7
+
+
 @pytest.fixture(scope="session")
 def clips(parts, tmp_path_factory):
     """Flags for a run on 12 clips of the moving world, from a model of images."""
@@ -372,7 +476,7 @@ def test_clips_train_the_adapter_alone_in_stage_three_and_llama_too_in_stage_fou
     asked = ["--coco", str(world / "clips_val.json"), "--images", str(clip.parent), "--max-new-tokens", "4"]
     for a_model in (run, clips["init_from"]):  # the model of images sees the frame in the middle
         evaluate.main([str(a_model), "--task", "hal", *asked])
-        assert read_json(Path(a_model) / "eval/hal.json")["questions"] > 4
+        assert read_json(Path(a_model) / "eval/hal-clips_val.json")["questions"] > 4
 
 
 def test_a_run_on_clips_resumes_to_the_same_bits(clips, tmp_path):
@@ -385,6 +489,12 @@ def test_a_run_on_clips_resumes_to_the_same_bits(clips, tmp_path):
     assert losses(tmp_path / "whole") == losses(tmp_path / "again") and all(
         torch.equal(whole[k], again[k]) for k in whole
     )
+
+
+def test_a_dry_run_on_clips_looks_at_no_clip(clips, tmp_path, capsys):
+    train.main(TrainConfig(**clips, stages="4", dry_run=True, out=str(tmp_path / "run")))
+    out = capsys.readouterr().out
+    assert "«" in out and "clips are looked at when" in out and not list(tmp_path.iterdir())
 
 
 def test_stage_three_without_a_model_to_go_on_from_is_refused(clips):
