@@ -646,7 +646,8 @@ def draw_questions(record, wording, rng, descriptions=None):
     """Draw the objectives' question/answer pairs for one image: (objective, question, answer), in random order.
 
     LocPred and RevLoc for each unique object, NegPred for absent categories (Sec. 3.3, App. B).
-    descriptions: category -> descriptions of it in other images, which NegPred may borrow.
+    descriptions: category -> descriptions of it in other images, which NegPred borrows half of the time unless all is asked
+    by name.
     """
 
     def called(name, description):
@@ -676,7 +677,8 @@ def draw_questions(record, wording, rng, descriptions=None):
         count = max(count, int(wanted > 0 and not pairs))  # an image is never left without a question
         for name in rng.sample(record.absent, count):
             borrowed = rng.choice(descriptions[name]) if descriptions and descriptions.get(name) else None
-            pairs.append(("neg", loc_question(called(name, borrowed), wording, rng), NEG_ANSWER))
+            described = borrowed and wording.words != "name" and rng.random() < 0.5
+            pairs.append(("neg", loc_question(borrowed if described else name, wording, rng), NEG_ANSWER))
     rng.shuffle(pairs)
     return pairs
 

@@ -177,6 +177,18 @@ def test_representation_location_and_words_are_flags_of_the_run():
     assert "There is a cup that is red." in draw(words="description") and "dog" in draw(words="description")
 
 
+def test_half_of_the_negatives_borrow_a_description():
+    """As prepare.py localize writes them; with names alone, none."""
+    descriptions = {"car": ["car that is red"], "bus": ["bus that is far away"]}
+    for words, share in (("description", 0.5), ("mixed", 0.5), ("name", 0.0)):
+        wording, rng = Wording(CoordFormat("ivb"), objectives=("neg",), words=words), random.Random(0)
+        asked = [
+            q for _ in range(400) for _, q, _ in draw_questions(RECORD, wording, rng, descriptions) if "tie" not in q
+        ]
+        borrowed = sum("that is" in question for question in asked) / len(asked)
+        assert abs(borrowed - share) < 0.05, words
+
+
 def test_what_the_crop_does_not_show_is_not_asked_for():
     record = Record(
         "1",
