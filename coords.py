@@ -1,7 +1,7 @@
 """Boxes as text, and text as boxes (LocVLM, Sec. 3.2 and App. A).
 
 A box is (x1, y1, x2, y2): top-left corner, then bottom-right corner, x to the right, y down; a point is (x, y).
-There are three frames, and a name says which one:
+There are three frames, and a name always says which one:
 
     box_px    pixels of the ORIGINAL image, floats in [0, W] x [0, H]
     box_unit  fractions of the MODEL's square input image, floats in [0, 1]
@@ -151,18 +151,18 @@ class CoordFormat:
 
     def encode_box(self, box_px, size):
         """Write a box. Under crop, the part that is seen. Raises ValueError for a box that is not one in this image."""
-        x1, y1, x2, y2 = self._checked(box_px, size, 4)
-        if x2 < 0 or y2 < 0 or x1 > 1 or y1 > 1:
+        box_unit = self._checked(box_px, size, 4)
+        if min(box_unit[2:]) < 0 or max(box_unit[:2]) > 1:
             raise ValueError(
                 f"box {tuple(box_px)} is outside the {self.geometry} of an image of size {size}; "
                 "expected some of it inside; drop it, or use geometry squash or pad"
             )
-        box_unit = tuple(min(max(0.0, v), 1.0) for v in (x1, y1, x2, y2))  # max(0.0, v): -0.0 becomes 0.0
+        box_unit = tuple(min(max(0.0, v), 1.0) for v in box_unit)  # max(0.0, v): -0.0 becomes 0.0
         if self.kind == "nfp":
             return _text(box_unit, ".4f")
-        x1, y1, x2, y2 = self._bins(box_unit)
+        x1, y1, x2, y2 = box_bins = self._bins(box_unit)
         if self.kind == "ivb":
-            return _text((x1, y1, x2, y2))
+            return _text(box_bins)
         p, q, ax, ay = self._anchor((box_unit[0] + box_unit[2]) / 2, (box_unit[1] + box_unit[3]) / 2)
         # left, top, right, bottom distances, as FCOS: the only signs that give the example of App. A. Taken from the
         # integers of IVB, so that decoding gives IVB's box exactly; negative where a thin box misses its anchor.
