@@ -198,8 +198,8 @@ def judge_locpred(item, wording):
     """Right if the first box reaches IoU 0.5 with the truth; for points, if the first one lies in the true box."""
     item.boxes_px, box_px = located(item, wording), item.truth["box_px"]
     if wording.location == "point":
-        x1, y1, x2, y2 = box_px
-        item.correct = any(x1 <= left + 2 <= x2 and y1 <= top + 2 <= y2 for left, top, _, _ in item.boxes_px)
+        (x1, y1, x2, y2), points_px = box_px, wording.fmt.decode_points(item.answer, item.size)[:1]
+        item.correct = any(x1 <= x <= x2 and y1 <= y <= y2 for x, y in points_px)
     else:
         item.truth["iou"] = iou(item.boxes_px[0], box_px) if item.boxes_px else 0.0
         item.correct = item.truth["iou"] >= 0.5

@@ -321,7 +321,7 @@ def write_json(path, value):
 def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
     """Write name -> tensor as one safetensors file, or above `shard_bytes` as shards and their index beside them.
 
-    A kill between shards leaves a folder that `find_weights` refuses.
+    A kill leaves the one file that was there, or shards without an index, which `find_weights` refuses: never a mixture.
     """
     path = Path(path)
     shards, size = [{}], 0

@@ -222,6 +222,8 @@ def row_problem(row):
 
 def objective_problem(row):
     """The same of what prepare.py adds to its rows: what each says of its objects, all lists of one length."""
+    if not isinstance(row["objective"], str):
+        return f"has objective {row['objective']!r}; expected text"
     told = {"caption": ("name", "description", "box_px"), "neg": ("names",)}.get(
         row["objective"], ("names", "descriptions", "box_px")
     )
@@ -333,11 +335,11 @@ def read_file(path, images):
 # ----- clips
 
 
-def static_objects(boxes_by_frame, size, side=224):
+def static_objects(boxes_by_frame, size):
     """Find what stays where it is: list of Objects in order of appearance, each box the mean over the frames it is in.
 
     boxes_by_frame  for each annotated frame (category, box_px) pairs; box_px None for a crowd, or a box that is none
-    size            (width, height) of the frames; distances are taken in the paper's square of `side`, squashed to it
+    size            (width, height) of the frames; distances are taken in a square of 224, to which they are squashed
     An object is a category that no frame has twice, and its box's centre keeps within STATIC of its mean on both axes;
     what is in one frame alone is at its mean, the paper's other case.
 
@@ -356,7 +358,7 @@ def static_objects(boxes_by_frame, size, side=224):
             continue
         mean = tuple(sum(box_px[i] for box_px in boxes[name]) / len(boxes[name]) for i in range(4))
         away = max(
-            abs(box_px[axis] + box_px[axis + 2] - mean[axis] - mean[axis + 2]) / 2 * side / size[axis]
+            abs(box_px[axis] + box_px[axis + 2] - mean[axis] - mean[axis + 2]) / 2 * 224 / size[axis]
             for box_px in boxes[name]
             for axis in (0, 1)
         )
@@ -629,12 +631,13 @@ class Wording:
     def can_place(self, box_px, size):
         """Say whether enough of a box is in the model's square to ask for it: half, and its centre for a point.
 
-        A box within a pixel of the corner is not: `CoordFormat` takes such numbers for fractions.
+        What lies within a pixel of the corner is not: `CoordFormat` takes such numbers for fractions.
         """
-        if max(box_px) <= 1 < min(size):
-            return False
         x1, y1, x2, y2 = box_px
-        centre = self.fmt.unit_from_px(((x1 + x2) / 2, (y1 + y2) / 2), size)
+        centre_px = (x1 + x2) / 2, (y1 + y2) / 2
+        if max(box_px if self.location == "box" else centre_px) <= 1 < min(size):
+            return False
+        centre = self.fmt.unit_from_px(centre_px, size)
         return self.fmt.visible(box_px, size) >= 0.5 and all(0 <= v <= 1 for v in centre)
 
 
@@ -793,7 +796,7 @@ class Examples:
             first = next(r.id for r, f in zip(records, fitting, strict=True) if r is not f)
             raise ValueError(
                 f"{self.left_out} conversations, the first about image {first}, ask more than {max_length} tokens hold with the "
-                "image before it; expected room for an answer; raise --max-length, or leave them out with --skip-bad"
+                "image before it; expected room for an answer; raise --max-length, as far as this LLaMA reads, or leave them out with --skip-bad"
             )
         self.records = [record for record in fitting if self.turns(record, random.Random(0))]
         if not self.records:
@@ -856,7 +859,7 @@ class Examples:
         try:
             return row, preprocess(open_image(record.image), fmt.side, fmt.geometry), record
         except ValueError as error:
-            tolerated = max(1, len(self.records) // 100)
+            tolerated = min(max(1, len(self.records) // 100), len(self.records) - 1)
             if not self.skip_bad or len(self.unreadable | {record.id}) > tolerated:
                 raise ValueError(f"{error}; or leave out up to one in a hundred with --skip-bad") from None
             self.unreadable.add(record.id)
@@ -929,7 +932,8 @@ def check(path, images):
         return check_llava(content, images)
     if of_captions(content):
         left_out = read_captions(content, images, path)[1]  # refuses another schema
-        return image_problems(content, images) + [f"{count} {what}" for what, count in left_out.items()]
+        told = [f"{count} {what}" for what, count in left_out.items() if what.startswith("captions")]
+        return image_problems(content, images) + told
     coco = read_instances(path, content)
     names, problems = {category["id"] for category in coco["categories"]}, image_problems(coco, images)
     sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}

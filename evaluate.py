@@ -3,7 +3,7 @@
     python evaluate.py runs/default --task all                      on the held-out shapes
     python evaluate.py runs/b2 --task spatial --coco instances_val2017.json --images val2017
     torchrun --nproc-per-node 8 evaluate.py runs/b2 --task gqa --questions testdev_balanced_questions.json --images gqa --with-blind
-    python evaluate.py runs/b2 --task gqa --questions testdev_balanced_questions.json --images gqa --score runs/b2/eval/gqa.jsonl
+    python evaluate.py runs/b2 --task gqa --questions testdev_balanced_questions.json --images gqa --score answers.jsonl
     python evaluate.py runs/default --ask "Where is the object described circle located in image in terms of (x1,y1,x2,y2) bbox?" --image photo.jpg
 
     task      asks                                              counts
@@ -136,12 +136,16 @@ def read_jobs(args, wording, frames):
 def require_own(job, folder, data_sha256):
     """Refuse to replace results about other files that go by the same name, as those of refcoco and refcoco+."""
     path = folder / f"{job.name}.json"
-    before = read_json(path).get("data_sha256", {}) if path.is_file() else {}
-    if before and not (before.keys() & data_sha256.keys() or set(before.values()) & set(data_sha256.values())):
-        raise ValueError(
-            f"{path} is about {', '.join(before)}; expected {', '.join(data_sha256)}; keep both with --into FOLDER, or replace it "
-            "with --fresh"
-        )
+    before = read_json(path).get("data_sha256") if path.is_file() else None
+    if before:
+        (file, content), (now, content_now) = (
+            next(iter(before.items())),
+            next(iter(data_sha256.items())),
+        )  # the questions
+        if file != now and content != content_now:
+            raise ValueError(
+                f"{path} is about {file}; expected {now}; keep both with --into FOLDER, or replace it with --fresh"
+            )
 
 
 def questions_sha256(items):
@@ -458,20 +462,19 @@ def judge_of(job, items, folder, args):
     """
     if not judgeable(job):
         return {}, None
-    write_rows(folder / f"{job.name}.requests.jsonl", judge_requests(items, args.judge_model))
+    requests = judge_requests(items, args.judge_model)
+    write_rows(folder / f"{job.name}.requests.jsonl", requests)
     if args.judgements:
         rows = read_rows(args.judgements, ("custom_id",))
         return read_judgements(rows, items), {"model": args.judge_model, "file": args.judgements}
     if not args.judge_url:
         return {}, None
-    said, path = {item.id: item.answer for item in items}, folder / f"{job.name}.judgements.jsonl"
+    wanted = {r["custom_id"]: hashlib.sha256(json.dumps(r["body"]).encode()).hexdigest() for r in requests}
+    path, key = folder / f"{job.name}.judgements.jsonl", os.environ.get("OPENAI_API_KEY")
     with open_journal(path) as journal:
-        kept = [
-            r for r in read_journal(path) if (said.get(r["custom_id"]), args.judge_model) == (r["answer"], r["model"])
-        ]
-        key = os.environ.get("OPENAI_API_KEY")
+        kept = [row for row in read_journal(path) if row.get("request") == wanted.get(row["custom_id"], "")]
         for row in tqdm(ask_judge(args.judge_url, key, args.judge_model, items, kept), desc="judge", disable=None):
-            kept.append(row | {"answer": said[row["custom_id"]], "model": args.judge_model})
+            kept.append(row | {"request": wanted[row["custom_id"]]})
             write_line(journal, kept[-1])
     return read_judgements(kept, items), {"model": args.judge_model, "url": args.judge_url}
 
@@ -534,7 +537,7 @@ def parse(argv):
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     either("--blind", action="store_true", help="blank the images: what language alone achieves")
     either("--with-blind", action="store_true", help="ask with the images and without, and print both")
-    either("--score", help="ask nothing: judge the answers in this file, rows as TASK.jsonl has them")
+    either("--score", help="ask nothing: judge the answers in this file, rows as NAME.jsonl has them")
     add("--temperature", type=float, default=0.0, help="0 is greedy, the paper samples at 0.2 (default: 0)")
     add("--seed", type=int, default=0, help="of questions, and of sampling, with a question's text (default: 0)")
     add("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
@@ -551,7 +554,7 @@ def parse(argv):
 
     group = parser.add_argument_group("a language model as judge of answers about clips")
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    either("--judgements", help="its replies to TASK.requests.jsonl: JSON lines with custom_id and response")
+    either("--judgements", help="its replies to NAME.requests.jsonl: JSON lines with custom_id and response")
     either("--judge-url", help="ask it: https://host/v1, with the key that OPENAI_API_KEY holds")
     add("--judge-model", default="gpt-3.5-turbo", help="its name (default: gpt-3.5-turbo, the paper's)")
 

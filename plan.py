@@ -187,6 +187,7 @@ def peak_flops(device):
 
 CAPTION, QUESTION, ANSWER = 24, 55, 20  # tokens: CC3M's captions; a question of App. B with its answer, and the answer
 SYSTEM_TOKENS = 36
+QUESTIONS = 16  # behind an image, as train.py's preset of the paper has them
 SHARE_OF_PEAK = 0.4  # that such training reaches
 PAPER = {"captions": 595_375, "images": 95_899, "conversations": 191_798, "questions": 402_686, "epochs": 10}
 
@@ -197,12 +198,13 @@ def main(argv=None):
     world = parser.parse_args(argv).world_size
     print("| | stage | run as | GiB a GPU | weights | optimizer | gradients | activations | gathered |")
     print("|---|---|---|---|---|---|---|---|---|")
+    asked, answered = QUESTIONS * QUESTION, QUESTIONS * ANSWER
     for variant in ("b", "l"):
         config = VARIANTS[variant]
         image = config.vision_config.num_patches
         for stage, micro, tokens, answers, engines in (
             (1, 16, image + CAPTION, CAPTION, (("ddp", False), ("fsdp", True))),
-            (2, 8, SYSTEM_TOKENS + image + 6 * QUESTION, 6 * ANSWER, (("ddp", True), ("fsdp", False), ("fsdp", True))),
+            (2, 8, SYSTEM_TOKENS + image + asked, answered, (("ddp", True), ("fsdp", False), ("fsdp", True))),
         ):
             for engine, recompute in engines:
                 plan = plan_step(config, stage, micro, tokens, micro * answers, engine, world, True, recompute)

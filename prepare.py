@@ -25,7 +25,6 @@ import random
 import re
 import shutil
 import sys
-import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -53,7 +52,7 @@ from checkpoint import (
     write_line,
     write_whole,
 )
-from clip_vit import CLIPVisionTower, fingerprint, image_file, open_image, preprocess
+from clip_vit import CLIPVisionTower, fingerprint, image_file, in_zip, open_image, open_zip, preprocess
 from coords import GEOMETRIES, KINDS, CoordFormat
 from data import (
     LOC_ANSWER,
@@ -155,8 +154,8 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes=1):
 
 def image_names(images, out):
     """The images in a folder or zip, as sorted names relative to it; refuses folders that are not to be read or written."""
-    if not images.is_dir() and not zipfile.is_zipfile(images):
-        raise FileNotFoundError(f"no folder or zip {images}; expected the images to blur; check the path")
+    if not images.is_dir() and not in_zip(images / "x")[0]:
+        raise FileNotFoundError(f"no folder or .zip {images}; expected the images to blur; check the path")
     if blurred(images):
         raise ValueError(f"{images} has a {MANIFEST}: it is blurred already; expected the originals; check --images")
     here, there = images.resolve(), out.resolve()
@@ -165,8 +164,8 @@ def image_names(images, out):
     if images.is_dir():
         files = [path.relative_to(images).as_posix() for path in images.rglob("*") if path.is_file()]
     else:
-        with zipfile.ZipFile(images) as file:  # closed again: processes that share an open one read at one place
-            files = [info.filename for info in file.infolist() if not info.is_dir()]
+        files = [info.filename for info in open_zip(images).infolist() if not info.is_dir()]
+        open_zip.cache_clear()  # processes that share an open one would read at one place
     names = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES)
     if outside := [name for name in names if leaves(name)]:
         raise ValueError(f"{images} holds {some(outside)}, outside of itself; expected names inside; make it anew")

@@ -8,7 +8,7 @@
     torchrun train.py --stages 4 --init-from runs/default --out runs/video    clips: the moving shapes
 
 A run is a folder: train.json (these options), log.jsonl (an object per step), state/ (to --resume from, on any number of
-processes), and the model itself (`LocVLM.from_pretrained(run)`). What is drawn at a step depends on the seed and the step
+processes that divides the batch), and the model itself (`LocVLM.from_pretrained(run)`). What is drawn at a step depends on the seed and the step
 alone, so a resumed run equals an uninterrupted one, and N processes see the batches of one.
 """
 
@@ -682,7 +682,8 @@ def print_plan(config, stage, model, examples):
         basis = "the longest of 64 rows"
     else:
         asked = (plan.CAPTION, plan.CAPTION) if stage == 1 else (plan.QUESTION, plan.ANSWER)
-        length = min(plan.SYSTEM_TOKENS + patches + recipe.questions * asked[0], config.max_length)
+        longest = min(config.max_length, model.config.text_config.max_position_embeddings)
+        length = min(plan.SYSTEM_TOKENS + patches + recipe.questions * asked[0], longest)
         answers, basis = recipe.questions * asked[1], "no data given: questions as App. B has them"
 
     def plan_of(micro, parallel, recompute):
@@ -734,7 +735,7 @@ def held_out_of(path, images):
     there = Path(path).with_name(Path(path).name.replace("_train", "_val"))
     if not there.name.startswith(("instances", "clips")) or there == Path(path) or not there.is_file():
         return None
-    folder = Path(images).with_name(Path(images).name.replace("train", "val"))  # train2017 -> val2017; images stays
+    folder = Path(images).parent / Path(images).name.replace("train", "val")  # train2017 -> val2017; images stays
     return str(there), str(folder if folder.exists() else images)
 
 
@@ -751,7 +752,7 @@ def main(config):
         if (batch := config.recipe(stage).batch) % world:
             raise ValueError(
                 f"stage {stage} has batches of {batch} for {world} processes; expected as many for each, for they wait for each "
-                f"other; give --batch {max(1, round(batch / world)) * world}, or start another number of processes"
+                f"other; start a number of processes that divides it, or a run with --batch {max(1, round(batch / world)) * world} here"
             )
     if (world > 1 or config.parallel == "fsdp") and not dist.is_initialized() and not config.dry_run:
         dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
@@ -776,13 +777,14 @@ def main(config):
 
     here, frames, folder = model.vision_tower if rank == 0 else None, config.frames_of_clip, config.features
     if frames and not folder and records and not config.dry_run:  # clips are always read as features, made once
-        if world > 1:
+        folder = f"{config.out}-features"
+        if world == 1:
+            prepare.write_features(records, folder, here, fmt.geometry, frames, skip_bad=config.skip_bad)
+        elif not Path(folder, "features.json").is_file():
             raise ValueError(
                 "clips without --features in several processes; expected what the tower makes of them, made by all of them before; "
                 "run prepare.py features with the same data"
             )
-        folder = f"{config.out}-features"
-        prepare.write_features(records, folder, here, fmt.geometry, frames, skip_bad=config.skip_bad)
     features = Features(folder, fmt.side, fmt.geometry, frames, here) if folder else None
     if features:  # refuses, before training, an image that is not there
         kept = [record for record in records if features.holds(record.image)]
@@ -850,7 +852,7 @@ def main(config):
             data = ["--coco", held_out[0], "--images", held_out[1]] if config.sources else []  # none: the shapes world
             try:
                 evaluate.main([str(run), "--task", "all", *data, "--limit", "200"])
-            except FileNotFoundError as error:
+            except (ValueError, FileNotFoundError) as error:  # the training is done, whatever is wrong with these
                 print(f"not evaluated: {error}")
 
 

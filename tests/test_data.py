@@ -432,6 +432,7 @@ def test_benchmarks_images_are_found_in_any_schema_and_excluded(coco, capsys):
         (LOCALIZE[0] | {"descriptions": None}, "of one length"),
         (LOCALIZE[0] | {"names": None}, "of one length"),
         (LOCALIZE[0] | {"names": [7]}, "expected text"),
+        (LOCALIZE[0] | {"objective": ["loc"]}, "expected text"),
         (LOCALIZE[1] | {"names": None}, "lacks its size"),
         ({"objective": "caption", "size": [9, 9], "box_px": [0, 0, 5, 5], "name": "cat"}, "expected text"),
     ],
@@ -476,7 +477,7 @@ def test_captions_are_checked_and_what_is_wrong_with_them_counted(coco):
         "images whose path leaves their folder": 1,
     }
     problems = check(coco / "captions.json", coco)
-    assert len(problems) == 2 + 3 and any("leaves" in problem for problem in problems), problems
+    assert len(problems) == 2 + 2 and any("leaves" in problem for problem in problems), problems
 
 
 @pytest.mark.parametrize("content", ["5", "null", '"text"', "[5]", "[]", "{}", '{"annotations": [5]}'])
@@ -500,7 +501,11 @@ def test_few_negatives_leave_no_image_without_a_question(tokenizer):
 def test_a_box_within_a_pixel_of_the_corner_is_not_asked_for(tokenizer):
     """Its numbers read as fractions; it stops nothing."""
     corner = replace(RECORD, objects=(Object("cup", (0, 0, 1, 1)), Object("dog", (0, 0, 0.9, 0.9))))
-    for location in ("box", "point"):
+    wider = replace(RECORD, objects=(Object("cup", (0, 0, 1.5, 1.5)),))
+    for location, drawn in (("box", 2), ("point", 0)):
+        assert (
+            len(draw_questions(wider, Wording(CoordFormat("ivb"), ("loc", "rev"), location), random.Random(0))) == drawn
+        )
         wording = Wording(CoordFormat("ivb"), objectives=("loc", "rev"), location=location)
         assert draw_questions(corner, wording, random.Random(0)) == []
 

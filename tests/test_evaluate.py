@@ -261,6 +261,11 @@ def test_results_about_other_files_are_not_replaced(run, tmp_path, capsys):
     assert rows_of(run) == before
     evaluate.main([*other, "--fresh"])
     assert rows_of(run) != before
+    job = evaluate.Job("refcoco", "refcoco-refs(unc)-testB", None, [], {}, [])
+    write_json(tmp_path / f"{job.name}.json", {"data_sha256": {"refcoco/refs(unc).p": "1", "instances.json": "2"}})
+    evaluate.require_own(job, tmp_path, {"/data/refcoco/refs(unc).p": "1", "instances.json": "2"})
+    with pytest.raises(ValueError, match="is about refcoco/refs"):  # though the answers are the same file
+        evaluate.require_own(job, tmp_path, {"refcoco+/refs(unc).p": "3", "instances.json": "2"})
     shutil.rmtree(tmp_path / "else")
     write_world(tmp_path / "else/world", {"val": 2}, seed=5)
     evaluate.main(other)
@@ -663,7 +668,7 @@ def test_a_judge_is_asked_once_about_each_answer(run, tmp_path, monkeypatch):
     asked = []
 
     def ask_judge(url, key, model, items, done):
-        assert (url, key, model) == ("http://localhost/v1", "secret", "gpt-x")
+        assert (url, key) == ("http://localhost/v1", "secret") and model in ("gpt-x", "gpt-y")
         for item in items:
             if item.id not in {row["custom_id"] for row in done}:
                 asked.append(item.id)
@@ -681,3 +686,10 @@ def test_a_judge_is_asked_once_about_each_answer(run, tmp_path, monkeypatch):
     result = result_of(folder, "clips-qa-q")
     assert asked == ["0", "1", "2"] and result["metrics"]["judge missing"] == 0
     assert result["judge"] == {"model": "gpt-x", "url": "http://localhost/v1"} and "secret" not in json.dumps(result)
+    evaluate.main([*by_address[:-1], "gpt-y"])
+    assert asked == ["0", "1", "2"] * 2, "another judge"
+    evaluate.main(by_address)
+    assert asked == ["0", "1", "2"] * 2, "the first one's judgements are still there"
+    items[1].question = "What else?"
+    evaluate.main(by_address)
+    assert asked == ["0", "1", "2"] * 2 + ["1"], "another question under the same id"

@@ -325,6 +325,7 @@ def test_the_val_split_is_found_as_coco_names_it(tmp_path):
     (tmp_path / "val2017").mkdir()
     assert train.held_out_of(instances, images) == (found, str(tmp_path / "val2017"))
     assert train.held_out_of(tmp_path / "captions_train2017.json", images) is None
+    assert train.held_out_of(instances, ".") == (found, ".")
     (tmp_path / "instances_val2017.json").unlink()
     assert train.held_out_of(instances, images) is None
 
@@ -376,6 +377,11 @@ def test_damage_that_shows_only_when_decoded_is_told_or_stepped_over(parts, tmp_
     own = {**parts, "stages": "2", "steps": "14", "save_every": 1}  # more than two epochs: the image comes up again
     with pytest.raises(ValueError, match=f"{damaged} cannot be read.*--skip-bad"):
         train.main(TrainConfig(**own, out=str(tmp_path / "stopped")))
+    monkeypatch.setattr(data.Examples, "order", lambda self, sample: (0, 0))
+    with pytest.raises(ValueError, match="cannot be read"):  # nothing is there to take its place
+        train.main(TrainConfig(**own, limit=1, skip_bad=True, out=str(tmp_path / "one")))
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "open_image", decode)
     train.main(TrainConfig(**own, skip_bad=True, out=str(tmp_path / "over")))
     rows = [json.loads(line) for line in (tmp_path / "over/log.jsonl").read_text().splitlines()]
     assert rows[-1]["unreadable"] == 1 and len(rows) == 14
