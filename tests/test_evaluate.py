@@ -690,6 +690,7 @@ def test_a_judge_is_asked_once_about_each_answer(run, tmp_path, monkeypatch):
     assert asked == ["0", "1", "2"] * 2, "another judge"
     evaluate.main(by_address)
     assert asked == ["0", "1", "2"] * 2, "the first one's judgements are still there"
-    items[1].question = "What else?"
-    evaluate.main(by_address)
-    assert asked == ["0", "1", "2"] * 2 + ["1"], "another question under the same id"
+    for question in ("What else?", "And what else?"):  # no longer the run's own rows: they are judged in eval_scored
+        items[1].question = question
+        evaluate.main(by_address)
+    assert asked == ["0", "1", "2"] * 3 + ["1"], "another question under the same id"
