@@ -701,7 +701,7 @@ def test_the_papers_two_rules_of_a_half_are_both_counted():
         for item in items:
             judge_spatial(item, WORDING)
         metrics = spatial_metrics(items)
-        assert metrics["across questions"] == 1 and metrics["across questions, whole boxes in their halves"] == whole
+        assert metrics["across questions"] == 1 and metrics["across questions, whole in their halves"] == whole
         assert len(list(benchmarks.spatial_triplets([record(x1)], random.Random(0), 0, strict=True))) == whole
 
 
