@@ -83,7 +83,7 @@ def article(words):
 
 
 CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".npy")
-STATIC = 5  # pixels of a square of 224 from the mean, on each axis (App. D; which pixels, it does not say)
+STATIC, STATIC_SIDE = 5, 224  # pixels from the mean on each axis, of a square (App. D; which pixels, it does not say)
 # what files must hold: lists, and the keys of their rows
 CLIP_KEYS = {
     "videos": {"id", "file_name", "width", "height", "frames"},
@@ -224,14 +224,11 @@ def objective_problem(row):
     """The same of what prepare.py adds to its rows: what each says of its objects, all lists of one length."""
     if not isinstance(row["objective"], str):
         return f"has objective {row['objective']!r}; expected text"
-    told = {"caption": ("name", "description", "box_px"), "neg": ("names",)}.get(
-        row["objective"], ("names", "descriptions", "box_px")
-    )
+    keys = {"caption": ("name", "description", "box_px"), "neg": ("names",)}
+    told = keys.get(row["objective"], ("names", "descriptions", "box_px"))
     lists = [[row.get(key)] if row["objective"] == "caption" else row.get(key) for key in told]
-    size = row.get("size")
-    if not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists) or not are_numbers(
-        size, 2
-    ):
+    size, alike = row.get("size"), all(isinstance(v, list) and len(v) == len(lists[0]) for v in lists)
+    if not alike or not are_numbers(size, 2):
         return f"lacks its size, or {', '.join(told)} of one length; expected what prepare.py writes"
     for key, values in zip(told, lists, strict=True):
         for value in values:
@@ -339,7 +336,7 @@ def static_objects(boxes_by_frame, size):
     """Find what stays where it is: list of Objects in order of appearance, each box the mean over the frames it is in.
 
     boxes_by_frame  for each annotated frame (category, box_px) pairs; box_px None for a crowd, or a box that is none
-    size            (width, height) of the frames; distances are taken in a square of 224, to which they are squashed
+    size            (width, height) of the frames; distances are taken in a square of STATIC_SIDE, to which they are squashed
     An object is a category that no frame has twice, and its box's centre keeps within STATIC of its mean on both axes;
     what is in one frame alone is at its mean, the paper's other case.
 
@@ -358,7 +355,7 @@ def static_objects(boxes_by_frame, size):
             continue
         mean = tuple(sum(box_px[i] for box_px in boxes[name]) / len(boxes[name]) for i in range(4))
         away = max(
-            abs(box_px[axis] + box_px[axis + 2] - mean[axis] - mean[axis + 2]) / 2 * 224 / size[axis]
+            abs(box_px[axis] + box_px[axis + 2] - mean[axis] - mean[axis + 2]) / 2 * STATIC_SIDE / size[axis]
             for box_px in boxes[name]
             for axis in (0, 1)
         )
@@ -796,7 +793,8 @@ class Examples:
             first = next(r.id for r, f in zip(records, fitting, strict=True) if r is not f)
             raise ValueError(
                 f"{self.left_out} conversations, the first about image {first}, ask more than {max_length} tokens hold with the "
-                "image before it; expected room for an answer; raise --max-length, as far as this LLaMA reads, or leave them out with --skip-bad"
+                "image before it; expected room for an answer; raise --max-length, as far as this LLaMA reads, or leave them out "
+                "with --skip-bad"
             )
         self.records = [record for record in fitting if self.turns(record, random.Random(0))]
         if not self.records:

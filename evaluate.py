@@ -105,8 +105,8 @@ def read_jobs(args, wording, frames):
         items = [item for item in items if item.image in first]
         jobs = [Job(args.task, name, rules, items, dict(left_out), files)]
     else:
-        given = args.coco
-        if not given:
+        file = args.coco
+        if not file:
             world = shapes.ensure_clips() if frames else shapes.ensure_world()
             annotations, images = ("clips_val.json", "clips") if frames else ("instances_val.json", "images")
             args.coco, args.images = world / annotations, world / images
@@ -114,8 +114,8 @@ def read_jobs(args, wording, frames):
         records, jobs = records[: args.limit], []
         for task in TASKS if args.task == "all" else [args.task]:
             items = TASKS[task].items(records, wording, random.Random(f"{args.seed} {task}"))
-            jobs.append(Job(task, name_of(task, given), TASKS[task], items, dict(left_out), [args.coco]))
-            require_images((item.image for item in items), args.coco, args.images)
+            jobs.append(Job(task, name_of(task, file), TASKS[task], items, dict(left_out), [args.coco]))
+        require_images((item.image for job in jobs for item in job.items), args.coco, args.images)
     for job in [job for job in jobs if not job.items]:
         print(f"{job.name}: no image of {job.files[0]} has a question for it")
     jobs = [job for job in jobs if job.items]
@@ -138,10 +138,8 @@ def require_own(job, folder, data_sha256):
     path = folder / f"{job.name}.json"
     before = read_json(path).get("data_sha256") if path.is_file() else None
     if before:
-        (file, content), (now, content_now) = (
-            next(iter(before.items())),
-            next(iter(data_sha256.items())),
-        )  # the questions
+        file, content = next(iter(before.items()))  # the questions; answers may be one file for several
+        now, content_now = next(iter(data_sha256.items()))
         if file != now and content != content_now:
             raise ValueError(
                 f"{path} is about {file}; expected {now}; keep both with --into FOLDER, or replace it with --fresh"
@@ -299,8 +297,7 @@ def read_rows(path, texts):
 
 def overlay(items, path):
     """Draw four successes and four failures, with the boxes of truth (green) and answer (blue)."""
-    judged = [(item, verdict(item.correct)) for item in items]
-    right, wrong = [item for item, good in judged if good][:4], [item for item, good in judged if not good][:4]
+    right, wrong = ([item for item in items if bool(verdict(item.correct)) is good][:4] for good in (True, False))
     cards = []
     for item in right + wrong:
         truth = [item.truth["box_px"]] if "box_px" in item.truth else item.truth.get("boxes_px", [])
@@ -498,9 +495,10 @@ def table(job, folders):
     print(" " * 42 + "".join(f"{title:>10}" for title in columns))
     for name in dict.fromkeys(name for title, figures in columns.items() if title != "paper" for name in figures):
         print(f"  {name:40}" + "".join(f"{shown(figures.get(name)):>10}" for figures in columns.values()).rstrip())
-    f1 = [result["metrics"]["F1"] for result in read_results(folders["ours"]).values() if result["task"] == "pope"]
-    if job.task == "pope" and len(f1) > 1:  # as LLaVA reports it
-        print(f"  mean F1 of the {len(f1)} files of POPE in {folders['ours']}: {shown(sum(f1) / len(f1))}")
+    if job.task == "pope":  # as LLaVA reports it
+        f1 = [result["metrics"]["F1"] for result in read_results(folders["ours"]).values() if result["task"] == "pope"]
+        if len(f1) > 1:
+            print(f"  mean F1 of the {len(f1)} files of POPE in {folders['ours']}: {shown(sum(f1) / len(f1))}")
     for model, figures in PAPER_ROWS.get(job.task, ()):
         print(f"  paper, {model}: " + ", ".join(f"{name} {value} %" for name, value in figures.items()))
 
@@ -544,11 +542,7 @@ def parse(argv):
     add("--batch", type=int, default=128, help="questions at a time, those of an image together (default: 128)")
     add("--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
     add("--compile", action="store_true", help="torch.compile the decoder: a minute, then faster")
-    add(
-        "--fresh",
-        action="store_true",
-        help="ask everything again, whatever a killed run or one about other files has left",
-    )
+    add("--fresh", action="store_true", help="ask everything again, whatever another run has left")
     add("--trained-on", default="", help="files that name the images trained on, by commas (default: the run's own)")
     add("--into", help="folder of the results; those of --blind and --score lie beside it (default: RUN/eval)")
 

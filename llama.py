@@ -301,9 +301,8 @@ class Llama(nn.Module):
         if mask is not None:  # as what is added to scores: attention would make it of the booleans in every layer
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
         cos, sin = rotary(positions, self.config, x.dtype)
-        one = x.shape[1] == 1 and (
-            len(x) == 1 or x.is_cuda
-        )  # where compiled blocks are the faster ones: see for_inference
+        # where compiled blocks are the faster ones, see for_inference
+        one = x.shape[1] == 1 and (len(x) == 1 or x.is_cuda)
         for layer, block in enumerate(self.compiled if one and self.compiled else self.layers):
             x = block(x, cos, sin, mask, None if cache is None else cache.of_layer(layer))
         if cache is not None:

@@ -756,9 +756,9 @@ def features(data, out, vision, geometry="squash", frames=0, batch=32, skip_bad=
     frames  of a clip, which is pooled to frames + P tokens (video.pool); 0: images, P tokens
     Takes P x Dv x 2 bytes an image: half a megabyte at ViT-L/14 and 224 px. May be several processes, and several starts.
     """
-    rank, world, wait = start_processes()
     if (Path(out) / "features.json").exists():
-        return print(f"{out} is complete") if rank == 0 else None
+        return print(f"{out} is complete") if os.environ.get("RANK", "0") == "0" else None
+    rank, world, wait = start_processes()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     tower = CLIPVisionTower.from_pretrained(vision, device=device)
     records, left_out = read_records(parse_sources(data))
@@ -785,7 +785,7 @@ def write_features(records, out, tower, geometry, frames=0, batch=32, skip_bad=F
     begun, paths = out / "begun.json", [out / "features.npy", out / "done.npy"]
     last = next((path for path in (begun, out / "features.json") if path.is_file()), None)
     if rank == 0 and last:
-        if {**read_json(last), "left_out": None} != {**about, "left_out": None}:
+        if not read_json(last).items() >= about.items():
             raise ValueError(f"{out} was begun with another tower or other images; expected the same; change --out")
     elif rank == 0:
         require_new(out)

@@ -201,10 +201,9 @@ class TrainConfig:
                 "--init-from with --adapter or --llm; expected a whole model, or its parts by --vision, --llm and --adapter; leave "
                 "out the one or the other"
             )
-        for name, least in (
-            *dict.fromkeys(("workers", "save_every", "keep", "max_length"), 1).items(),
-            *dict.fromkeys(("limit", "frames", "micro_batch", "world_size", "neg_ratio", "weight_decay"), 0).items(),
-        ):
+        at_least_1 = ("workers", "save_every", "keep", "max_length")
+        for name in (*at_least_1, "limit", "frames", "micro_batch", "world_size", "neg_ratio", "weight_decay"):
+            least = int(name in at_least_1)
             if not getattr(self, name) >= least:
                 raise ValueError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}; expected {least} or more; leave it out for the default"
@@ -426,6 +425,10 @@ class States:
         names = [path.name.split("-") for path in self.folder.glob("*-*") if path.suffix != ".tmp"]
         return sorted((int(stage), int(step)) for stage, step in names)
 
+    def newest(self):
+        """(stage, step) of the newest finished one, (0, 0) where there is none."""
+        return max(self.whole(), default=(0, 0))
+
     def save(self, stage, step, model, optimizer):
         """Start writing; weights are copied before this returns."""
         self.finish()
@@ -545,12 +548,10 @@ def train_stage(config, stage, model, examples, run, states, rank, world, device
     steps = recipe.steps or math.ceil(recipe.epochs * examples.epoch_length / recipe.batch)
     learned = trainable(model, stage)
     optimizer = make_optimizer(learned, config)
-    first_step = 0
-    if config.resume and states.whole():
-        at_stage, at_step = states.whole()[-1]
-        if at_stage == stage:
-            states.load(stage, at_step, model, optimizer)
-            first_step = at_step
+    at_stage, at_step = states.newest() if config.resume else (0, 0)
+    first_step = at_step if at_stage == stage else 0
+    if first_step:
+        states.load(stage, first_step, model, optimizer)
     fsdp = config.parallel == "fsdp"
     parallel = model
     if world > 1 and not fsdp:
@@ -739,6 +740,53 @@ def held_out_of(path, images):
     return str(there), str(folder if folder.exists() else images)
 
 
+def evaluate_held_out(config, run, sources):
+    """Evaluate a run on the val splits beside what it was trained on; the training is done, whatever is wrong with these."""
+    for path, images, _ in sources:
+        if held_out := held_out_of(path, images):
+            data = ["--coco", held_out[0], "--images", held_out[1]] if config.sources else []  # none: the shapes world
+            try:
+                evaluate.main([str(run), "--task", "all", *data, "--limit", "200"])
+            except (ValueError, FileNotFoundError) as error:
+                print(f"not evaluated: {error}")
+
+
+def require_even_batches(config, world):
+    """Refuse a batch that gives some processes more images than others: they wait for each other."""
+    for stage in config.stage_list:
+        if (batch := config.recipe(stage).batch) % world:
+            raise ValueError(
+                f"stage {stage} has batches of {batch} for {world} processes; expected as many for each, for they wait for each "
+                f"other; start a number of processes that divides it, or a run with --batch {max(1, round(batch / world)) * world} here"
+            )
+
+
+def with_features(config, records, model, rank, world):
+    """Open the features of a run, made first where they are of clips and not given: (the records that they hold, Features)."""
+    fmt, frames, folder = model.config.coord_format(), config.frames_of_clip, config.features
+    tower = model.vision_tower if rank == 0 else None
+    if not folder:  # clips are always read as features, made once
+        folder = f"{config.out}-features"
+        if world == 1:
+            prepare.write_features(records, folder, tower, fmt.geometry, frames, skip_bad=config.skip_bad)
+        elif not Path(folder, "features.json").is_file():
+            raise ValueError(
+                "clips without --features in several processes; expected what the tower makes of them, made by all of them before; "
+                "run prepare.py features with the same data"
+            )
+    features = Features(folder, fmt.side, fmt.geometry, frames, tower)
+    kept = [record for record in records if features.holds(record.image)]  # refuses an image that is not there
+    if lost := len(records) - len(kept):
+        told = f"{lost} images or clips could not be read when {folder} was made"
+        if not config.skip_bad:
+            raise ValueError(
+                f"{told}; expected all of the run's; mend them and make it anew, or leave them out with --skip-bad"
+            )
+        if rank == 0:
+            print(f"left out: {told}")
+    return kept, features
+
+
 def main(config):
     # 1 devices and seed
     keep_freed_memory()
@@ -748,12 +796,8 @@ def main(config):
     )
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before anything asks CUDA: fsdp gathers on the current device
-    for stage in config.stage_list if not config.dry_run else ():
-        if (batch := config.recipe(stage).batch) % world:
-            raise ValueError(
-                f"stage {stage} has batches of {batch} for {world} processes; expected as many for each, for they wait for each "
-                f"other; start a number of processes that divides it, or a run with --batch {max(1, round(batch / world)) * world} here"
-            )
+    if not config.dry_run:
+        require_even_batches(config, world)
     if (world > 1 or config.parallel == "fsdp") and not dist.is_initialized() and not config.dry_run:
         dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
     bf16 = config.precision == "bf16" or (
@@ -775,28 +819,9 @@ def main(config):
         config.neg_ratio,
     )
 
-    here, frames, folder = model.vision_tower if rank == 0 else None, config.frames_of_clip, config.features
-    if frames and not folder and records and not config.dry_run:  # clips are always read as features, made once
-        folder = f"{config.out}-features"
-        if world == 1:
-            prepare.write_features(records, folder, here, fmt.geometry, frames, skip_bad=config.skip_bad)
-        elif not Path(folder, "features.json").is_file():
-            raise ValueError(
-                "clips without --features in several processes; expected what the tower makes of them, made by all of them before; "
-                "run prepare.py features with the same data"
-            )
-    features = Features(folder, fmt.side, fmt.geometry, frames, here) if folder else None
-    if features:  # refuses, before training, an image that is not there
-        kept = [record for record in records if features.holds(record.image)]
-        if lost := len(records) - len(kept):
-            told = f"{lost} images or clips could not be read when {folder} was made"
-            if not config.skip_bad:
-                raise ValueError(
-                    f"{told}; expected all of the run's; mend them and make it anew, or leave them out with --skip-bad"
-                )
-            if rank == 0:
-                print(f"left out: {told}")
-        records = kept
+    frames, features = config.frames_of_clip, None
+    if records and (config.features or frames and not config.dry_run):
+        records, features = with_features(config, records, model, rank, world)
 
     def examples_of(stage):
         return Examples(
@@ -828,7 +853,7 @@ def main(config):
 
     # 3 stages
     states = States(run, config.keep, world, rank)
-    done, _ = states.whole()[-1] if config.resume and states.whole() else (0, 0)
+    done, _ = states.newest() if config.resume else (0, 0)
     for stage in [stage for stage in config.stage_list if stage >= done]:  # what those before learned is in the last
         try:
             train_stage(config, stage, model, examples[stage], run, states, rank, world, device, dtype)
@@ -847,13 +872,8 @@ def main(config):
         dist.barrier()
         dist.destroy_process_group()
         os.environ["WORLD_SIZE"] = "1"
-    for path, images, _ in sources if rank == 0 and config.evaluate else ():
-        if held_out := held_out_of(path, images):
-            data = ["--coco", held_out[0], "--images", held_out[1]] if config.sources else []  # none: the shapes world
-            try:
-                evaluate.main([str(run), "--task", "all", *data, "--limit", "200"])
-            except (ValueError, FileNotFoundError) as error:  # the training is done, whatever is wrong with these
-                print(f"not evaluated: {error}")
+    if rank == 0 and config.evaluate:
+        evaluate_held_out(config, run, sources)
 
 
 if __name__ == "__main__":

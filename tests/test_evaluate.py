@@ -655,9 +655,8 @@ def test_a_judge_is_asked_once_about_each_answer(run, tmp_path, monkeypatch):
     evaluate.main(words)
     folder = Path(run[0]) / "eval"
     requests = [json.loads(line) for line in (folder / "clips-qa-q.requests.jsonl").read_text().splitlines()]
-    assert [row["custom_id"] for row in requests] == ["0", "1", "2"] and result_of(folder, "clips-qa-q")[
-        "judge"
-    ] is None
+    assert [row["custom_id"] for row in requests] == ["0", "1", "2"]
+    assert result_of(folder, "clips-qa-q")["judge"] is None
     reply = {"body": {"choices": [{"message": {"content": "{'pred': 'yes', 'score': 4}"}}]}}
     evaluate.write_rows(tmp_path / "replies.jsonl", [{"custom_id": i, "response": reply} for i in ("2", "0")])
     own = str(folder / "clips-qa-q.jsonl")

@@ -364,24 +364,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path):
     assert last.name == f"2-{steps}" and (last / ".metadata").is_file()
 
 
-def test_damage_that_shows_only_when_decoded_is_told_or_stepped_over(parts, tmp_path, monkeypatch):
-    """An image with a whole head and end: the run stops by name, its checkpoint whole; with --skip-bad another takes its place."""
-    damaged, opened = json.loads(Path(parts["coco"]).read_text())["images"][0]["file_name"], data.open_image
+def damage(monkeypatch, module, parts, index):
+    """Make one image of the world one that cannot be decoded, where `module` opens it; gives its name."""
+    damaged, opened = json.loads(Path(parts["coco"]).read_text())["images"][index]["file_name"], module.open_image
 
     def decode(path):
         if Path(path).name == damaged:
             raise ValueError(f"{path} cannot be read as an image")
         return opened(path)
 
-    monkeypatch.setattr(data, "open_image", decode)
+    monkeypatch.setattr(module, "open_image", decode)
+    return damaged
+
+
+def test_damage_that_shows_only_when_decoded_is_told_or_stepped_over(parts, tmp_path, monkeypatch):
+    """An image with a whole head and end: the run stops by name, its checkpoint whole; with --skip-bad another takes its place."""
+    damaged = damage(monkeypatch, data, parts, 0)
     own = {**parts, "stages": "2", "steps": "14", "save_every": 1}  # more than two epochs: the image comes up again
     with pytest.raises(ValueError, match=f"{damaged} cannot be read.*--skip-bad"):
         train.main(TrainConfig(**own, out=str(tmp_path / "stopped")))
-    monkeypatch.setattr(data.Examples, "order", lambda self, sample: (0, 0))
     with pytest.raises(ValueError, match="cannot be read"):  # nothing is there to take its place
         train.main(TrainConfig(**own, limit=1, skip_bad=True, out=str(tmp_path / "one")))
-    monkeypatch.undo()
-    monkeypatch.setattr(data, "open_image", decode)
     train.main(TrainConfig(**own, skip_bad=True, out=str(tmp_path / "over")))
     rows = [json.loads(line) for line in (tmp_path / "over/log.jsonl").read_text().splitlines()]
     assert rows[-1]["unreadable"] == 1 and len(rows) == 14
@@ -430,14 +433,7 @@ def test_features_begun_are_gone_on_with(parts, tmp_path, monkeypatch):
 
 def test_features_of_what_cannot_be_read_are_left_out_by_name(parts, tmp_path, monkeypatch, capsys):
     source = f"{parts['coco']}@{parts['images']}"
-    damaged, opened = json.loads(Path(parts["coco"]).read_text())["images"][3]["file_name"], prepare.open_image
-
-    def decode(path):
-        if Path(path).name == damaged:
-            raise ValueError(f"{path} cannot be read as an image")
-        return opened(path)
-
-    monkeypatch.setattr(prepare, "open_image", decode)
+    damaged = damage(monkeypatch, prepare, parts, 3)
     with pytest.raises(ValueError, match=f"{damaged} cannot be read.*--skip-bad"):
         prepare.features(source, tmp_path / "features", parts["vision"], batch=2)
     prepare.features(source, tmp_path / "features", parts["vision"], skip_bad=True)
