@@ -11,13 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import benchmarks
 import pytest
 import torch
-from conftest import ROOT
-from PIL import Image, ImageOps
-
-import benchmarks
-import evaluate
 from benchmarks import (
     TASKS,
     Benchmark,
@@ -33,9 +29,13 @@ from benchmarks import (
     spatial_triplets,
 )
 from checkpoint import read_json, sha256, write_json
+from conftest import ROOT
+from PIL import Image, ImageOps
+from shapes import write_world
+
+import evaluate
 from coords import CoordFormat
 from data import Object, Record, Wording
-from shapes import write_world
 
 WORDING = Wording(CoordFormat("ivb", 224))
 RECORD = Record("1", "x.png", (224, 224), (Object("cup", (0, 0, 100, 100)),), ("cup",), ("dog", "cat"))

@@ -10,21 +10,21 @@ import sys
 import time
 from pathlib import Path
 
+import prepare
 import pytest
 import torch
+from checkpoint import read_json, write_json, write_tensors
 from conftest import ROOT, TEXT, VISION
 from PIL import Image
 from safetensors.torch import load_file
+from shapes import write_clips, write_world
 
 import data
 import evaluate
-import prepare
 import train
-from checkpoint import read_json, write_json, write_tensors
 from clip_vit import CLIPVisionTower
 from llama import Llama
 from model import LocVLM
-from shapes import write_clips, write_world
 from train import TrainConfig, lr_at, parse_config
 
 

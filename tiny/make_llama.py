@@ -25,8 +25,9 @@ import sentencepiece
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from checkpoint import write_json, write_tensors
+from shapes import COLOURS, NAMES, article, caption, converse, describe, draw_scene, phrase, presence, side_of
+
 from coords import iou
 from data import (
     IGNORE,
@@ -45,7 +46,6 @@ from data import (
 )
 from llama import Llama, Tokenizer
 from model import VARIANTS, answer_loss, packed_mask
-from shapes import COLOURS, NAMES, article, caption, converse, describe, draw_scene, phrase, presence, side_of
 from train import keep_freed_memory
 
 HERE = Path(__file__).parent

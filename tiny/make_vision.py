@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from checkpoint import write_json, write_tensors
+from shapes import COLOURS, NAMES, draw_scene, render
+
 from clip_vit import CLIPVisionTower, preprocess
 from coords import CoordFormat, iou
 from model import VARIANTS
-from shapes import COLOURS, NAMES, draw_scene, render
 
 HERE = Path(__file__).parent
 CONFIG = VARIANTS["tiny"].vision_config

@@ -41,10 +41,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-import shapes
-from benchmarks import TASKS
-from checkpoint import write_json, write_tensors
-from clip_vit import CLIPVisionConfig, open_image, preprocess
+from clip_vit import CLIPVisionConfig, preprocess
 from coords import CoordFormat
 from data import (
     IMAGE_ID,
@@ -56,10 +53,15 @@ from data import (
     encode_segment,
     loc_question,
     pack,
-    read_file,
 )
+from evaluate import TASKS
+from formats.annotations import read_file
+from formats.files import write_json
+from formats.images import open_image
+from formats.weights import write_tensors
 from llama import Llama, LlamaConfig
 from model import LocVLM, LocVLMConfig
+from tiny.shapes import ensure_world
 from train import keep_freed_memory
 
 VISION = CLIPVisionConfig(256, 1024, 6, 4, image_size=224)  # 256 patches, as ViT-L/14 at 224 px
@@ -353,7 +355,7 @@ def of_run(args):
 
     ours = LocVLM.from_pretrained(args.run).eval()
     theirs = LlavaForConditionalGeneration.from_pretrained(args.run, dtype=torch.float32).eval()
-    fmt, world, by_image = ours.config.coord_format(), shapes.ensure_world(), {}
+    fmt, world, by_image = ours.config.coord_format(), ensure_world(), {}
     records, _ = read_file(world / "instances_val.json", world / "images")
     for task in TASKS.values():
         for item in task.items(records, Wording(fmt), random.Random(0)):

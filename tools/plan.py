@@ -9,6 +9,8 @@ optimizer and what fsdp gathers are counted from the parameters.
 """
 
 import argparse
+import math
+import os
 import weakref
 from dataclasses import dataclass
 
@@ -18,7 +20,48 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from data import IGNORE
 from model import VARIANTS, LocVLM
+
+
+def print_plan(config, stage, model, examples):
+    """Print what each process will hold in a step of a stage; refuse what --device-memory cannot."""
+    recipe, world = config.recipe(stage), config.world_size or int(os.environ.get("WORLD_SIZE", 1))
+    micro = config.micro_batch or math.ceil(recipe.batch / world)
+    on_gpu = bool(config.device_memory) or torch.cuda.is_available()
+    patches, bf16 = (
+        model.config.visual_tokens,
+        config.precision == "bf16" or (config.precision == "auto" and on_gpu),
+    )
+    if examples:
+        rows = [examples.text_row(examples.records[index], epoch) for index, epoch in map(examples.order, range(64))]
+        length = max(len(row["input_ids"]) for row in rows)
+        answers = max(sum(label != IGNORE for label in row["labels"]) for row in rows)
+        basis = "the longest of 64 rows"
+    else:
+        asked = (CAPTION, CAPTION) if stage == 1 else (QUESTION, ANSWER)
+        longest = min(config.max_length, model.config.text_config.max_position_embeddings)
+        length = min(SYSTEM_TOKENS + patches + recipe.questions * asked[0], longest)
+        answers, basis = recipe.questions * asked[1], "no data given: questions as App. B has them"
+
+    def plan_of(micro, parallel, recompute):
+        how = (parallel, world, bf16, recompute)
+        return plan_step(model.config, stage, micro, length, micro * answers, *how)
+
+    planned = plan_of(micro, config.parallel, config.recompute)
+    print(f"  {micro} rows of {length} tokens ({basis}), {world} processes, {'bf16' if bf16 else 'fp32'}")
+    print(f"  each holds {planned}")
+    flops = step_flops(model.config, stage, micro, length, micro * answers)
+    print(f"  {flops / 1e12:.2f} TFLOP forward and backward")
+    if not config.device_memory:
+        return
+    room = float(config.device_memory.upper().rstrip("GIB")) * 2**30
+    if not planned.fits(room):
+        remedy = remedies(lambda *how: plan_of(*how).fits(room), micro, config.parallel, config.recompute, world)
+        raise ValueError(
+            f"stage {stage} needs {planned.total / 2**30:.0f} GiB a process; expected to fit into {config.device_memory}; "
+            + (f"add {remedy}" if remedy else "use more processes with --parallel fsdp, or larger GPUs")
+        )
 
 RESERVE = 1.5 * 2**30  # bytes of a GPU that its context, libraries and communication take
 SPARE = 0.05  # share that the allocator cannot use for the gaps it leaves
@@ -184,6 +227,7 @@ def peak_flops(device):
 
 
 # ----- LocVLM-B and -L on eight A100s
+
 
 CAPTION, QUESTION, ANSWER = 24, 55, 20  # tokens: CC3M's captions; a question of App. B with its answer, and the answer
 SYSTEM_TOKENS = 36

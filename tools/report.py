@@ -22,57 +22,22 @@ from pathlib import Path
 
 from PIL import ImageOps
 
-import video
-from benchmarks import TASKS
-from checkpoint import read_json, write_whole
-from clip_vit import open_image
+from formats.clips import is_clip
+from formats.eval_folder import differences, is_number, read_lines, read_results, verdict
+from formats.files import read_json, write_whole
+from formats.images import open_image
+from video import read_frames
 
 MAIN = {"spatial": ("across", "along", "icl across", "icl along")}  # the headline; of other tasks, the first metric
 CARDS = 6  # at most, of successes and of failures each
 FRAMES = 4  # of a clip
 PICTURES_BYTES = 1_800_000  # of all pictures; base64 makes them a third larger
 FOLDED, LONGEST, FILE = 170, 1500, 50_000  # characters from which on a text is folded, a text is cut, a result file is
-SAME = ("questions", "images", "weights_sha256", "data_sha256", "seed", "split", "decoding", "location", "template")
-
-# ----- reading
-
-
-def read_results(folder):
-    """Read what evaluate.py wrote: {name: result}, the tasks of `benchmarks` first, in their order."""
-    found, order = {}, list(TASKS)
-    for path in sorted(folder.glob("*.json")):
-        result = read_json(path)
-        if isinstance(result, dict) and "metrics" in result:  # else a submission file, or a list of requests
-            found[path.stem] = {**result, "task": str(result.get("task", path.stem))}
-    place = {name: order.index(r["task"]) if r["task"] in order else len(order) for name, r in found.items()}
-    return {name: found[name] for name in sorted(found, key=place.get)}
-
-
-def read_lines(path):
-    """Read a JSONL file: (its objects, how many lines are none). A killed process may leave half a line."""
-    rows, bad = [], 0
-    if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in filter(str.strip, file):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if isinstance(row, dict):
-                    rows.append(row)
-                else:
-                    bad += 1
-    return rows, bad
 
 
 def part(mapping, key):
     """Give the dict under a key, or an empty one."""
     return mapping[key] if isinstance(mapping.get(key), dict) else {}
-
-
-def is_number(value):
-    """Say whether a value is a number that can be drawn and written: finite, and an int no longer than a float."""
-    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 # ----- text
@@ -120,14 +85,6 @@ def table(caption, head, rows, text_columns=1):
         f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table><caption>{caption}</caption>'
         f"<thead>{line(head, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table></div>"
     )
-
-
-# ----- which rows become cards
-
-
-def verdict(correct):
-    """Say whether an answer is a success: True, False, or None where nobody has judged it. A score is from 0.5 on."""
-    return correct >= 0.5 if is_number(correct) else None
 
 
 def kind_of(row):
@@ -205,7 +162,7 @@ def picture(row, truth_px, said_px, allowed):
     if not path:
         return '<p class="missing">Asked without an image.</p>'
     try:
-        frames = video.read_frames(path, FRAMES) if video.is_clip(path) else [open_image(path)]
+        frames = read_frames(path, FRAMES) if is_clip(path) else [open_image(path)]
     except (OSError, ValueError, TypeError, ImportError) as error:
         return f'<div class="missing">No picture: {prose(error)}</div>'
     marks, alt = "", [Path(path).name + ", mirrored" * bool(row.get("mirrored"))]
@@ -339,14 +296,6 @@ def curves(log):
             f'<text x="192" y="318" text-anchor="middle">step</text></svg><figcaption>{caption}</figcaption></figure>'
         )
     return figures
-
-
-# ----- the page
-
-
-def differences(result, blind):
-    """Name what sets a blind baseline apart from the result beside it, besides the blank images."""
-    return [key for key in SAME if key in result and key in blind and result[key] != blind[key]]
 
 
 def figures_of(result, blind, names, task=()):
@@ -486,7 +435,6 @@ about and <b class="blue">blue</b> what was answered.</p>
 <section id="provenance"><h2>Provenance</h2><details><summary>Everything in the result files</summary>{everything}</details>
 </section></main></body></html>
 """
-
 STYLE = """
 :root { color-scheme: light dark; --page: #fdfdfc; --text: #1b1c1d; --soft: #5b6066; --rule: #dcdfe2; --raised: #f4f5f5;
   --green: #15803d; --blue: #1d4ed8; --red: #b42318; --amber: #8a5a00 }

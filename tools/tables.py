@@ -16,14 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import evaluate
-import prepare
-import scores
-import shapes
 import train
-from checkpoint import read_json, write_json, write_whole
+from evaluate import folders_of
+from formats.files import read_json, write_json, write_whole
+from tasks.__main__ import name_of
+from tasks.words import require_meteor
+from tiny.moving import ensure_clips
+from tiny.shapes import NAMES, SPLITS, ensure_world, write_world
+from tools import features, prefcoco
+from train import TrainConfig, parse_config
 
 OUT, STILL, MOVING = Path("runs/tables"), Path("data/shapes"), Path("data/moving")
-SEEN, UNSEEN = shapes.NAMES[:5], shapes.NAMES[5:]  # the shapes that tuning is about in Tab. 8, and the others
+SEEN, UNSEEN = NAMES[:5], NAMES[5:]  # the shapes that tuning is about in Tab. 8, and the others
 FEW, OTHER = Path("data/shapes-seen"), Path("data/shapes-unseen")  # worlds of the one and of the other
 CLIPS = f"{MOVING}/clips_train.json@{MOVING}/clips,{MOVING}/conversations_train.json@{MOVING}/clips"
 FEATURES = OUT / "clips-features"
@@ -210,8 +214,6 @@ TABLES = {
         ),
     ),
 }
-
-
 DENIABLE = re.compile("(Yes|No)\\b")
 
 
@@ -221,12 +223,12 @@ def answer_of(row):
 
 def ensure_worlds():
     """Write the worlds that are not there yet."""
-    shapes.ensure_world(STILL)
-    shapes.ensure_clips(MOVING)
-    for folder, names, images in ((FEW, SEEN, shapes.SPLITS), (OTHER, UNSEEN, {"val": shapes.SPLITS["val"]})):
+    ensure_world(STILL)
+    ensure_clips(MOVING)
+    for folder, names, images in ((FEW, SEEN, SPLITS), (OTHER, UNSEEN, {"val": SPLITS["val"]})):
         if not (folder / "instances_val.json").exists():
             print(f"writing the world of {', '.join(names)} to {folder}")
-            shapes.write_world(folder, images, names=names)
+            write_world(folder, images, names=names)
     if not (FEW / "silent_train.json").exists():  # conversations as LLaVA's: nothing is ever denied
         rows = read_json(FEW / "conversations_train.json")
         write_json(FEW / "silent_train.json", [row for row in rows if not DENIABLE.match(answer_of(row))])
@@ -242,13 +244,13 @@ def tuned(name, seed):
     if "captions" in name:
         caption("stage-1" if name == "own-captions" else "none", seed)
     if name.startswith("clips"):  # the tower is frozen: once for all of them
-        prepare.features(CLIPS, FEATURES, Path(__file__).parent / "tiny/clip", frames=8)
+        features.features(CLIPS, FEATURES, Path(__file__).parent / "tiny/clip", frames=8)
     stage = flags.split()[1]
     argv = flags.replace("SEED", str(seed)).split() + RECIPES[stage].split() + ["--out", str(run), "--seed", str(seed)]
     argv += ["--init-from", str(start)] if start else []
     argv += ["--no-evaluate"] + ["--resume"] * (run / "train.json").exists()
     print("\ntrain.py", " ".join(argv), flush=True)
-    train.main(train.parse_config(train.TrainConfig, argv))
+    train.main(parse_config(TrainConfig, argv))
     return run
 
 
@@ -257,11 +259,11 @@ def caption(captioner, seed):
     told, localize = OUT / f"prefcoco-{captioner}-{seed}.json", OUT / f"localize-{captioner}-{seed}.json"
     coco = STILL / "instances_train.json"
     if not told.exists():
-        prepare.caption(
+        prefcoco.caption(
             tuned(captioner, seed), coco, STILL / "images", told, batch=32, limit=CAPTIONED, max_new_tokens=32
         )
     if not localize.exists():
-        prepare.localize(told, coco, localize)
+        prefcoco.localize(told, coco, localize)
 
 
 def figure(heading, name, seed):
@@ -273,8 +275,8 @@ def figure(heading, name, seed):
     argv += ["--blind"] if blind else []
     world = Path(flags.split()[1]).parent.name
     into = run / f"eval-{world}"
-    folder = evaluate.folders_of(run, into)["blind" if blind else "ours"]
-    result = folder / f"{evaluate.name_of(task, flags.split()[1])}.json"
+    folder = folders_of(run, into)["blind" if blind else "ours"]
+    result = folder / f"{name_of(task, flags.split()[1])}.json"
     if not result.exists():
         evaluate.main([str(run), "--task", task, *argv, "--into", str(into)])
     value = read_json(result)["metrics"][metric]
@@ -313,7 +315,7 @@ def main(argv=None):
         parser.error(f"--seeds {args.seeds}; expected whole numbers parted by commas, as 0,1,2; give them so")
     numbers = list(TABLES) if args.table == "all" else [args.table]
     if any("METEOR" in TABLES[number].measures for number in numbers):
-        scores.require_meteor()  # before hours of training
+        require_meteor()  # before hours of training
     ensure_worlds()
     for number in numbers:
         make(number, seeds)

@@ -5,12 +5,12 @@ import re
 import shutil
 
 import pytest
-from PIL import Image
-
 from checkpoint import read_json
-from data import check, find_clips, merge, read_clips, static_objects
+from PIL import Image
 from prepare import clips_from_panoptic, panoptic
 from shapes import NAMES, write_clips
+
+from data import check, find_clips, merge, read_clips, static_objects
 
 
 def refused(words, function, *args, error=ValueError, **options):

@@ -7,13 +7,13 @@ import weakref
 from dataclasses import asdict, replace
 from functools import partial
 
+import checkpoint
 import pytest
 import torch
+from checkpoint import Stored, build, open_tensors, write_tensors
 from conftest import TEXT
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-from checkpoint import Stored, build, open_tensors, write_tensors
 from clip_vit import CLIPVisionConfig, CLIPVisionTower
 from llama import Llama, LlamaConfig, Tokenizer, rotary_frequencies
 from model import LocVLM, LocVLMConfig

@@ -124,6 +124,7 @@ def compare_large():
     """Ours against theirs at the real shapes, random weights, fp32: the tower at 224 px, and a whole LLaVA-1.5 at 336 px."""
     sys.path.insert(0, str(HERE.parents[1]))
     from checkpoint import Stored, build, sort_tensors
+
     from clip_vit import CLIPVisionConfig as OurVision
     from clip_vit import CLIPVisionTower
     from llama import Llama

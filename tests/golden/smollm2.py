@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from checkpoint import write_json, write_tensors
+
 from llama import Llama
 
 NAMES = {

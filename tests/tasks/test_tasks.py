@@ -11,11 +11,9 @@ import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import benchmarks
 import numpy as np
 import pytest
-from PIL import Image
-
-import benchmarks
 import scores
 from benchmarks import (
     BENCHMARKS,
@@ -30,9 +28,11 @@ from benchmarks import (
     spatial_items,
     spatial_metrics,
 )
+from PIL import Image
+from scores import SHORT, ask_judge, judge_requests, parse_judgement, read_judgements, vqa_normal, vqa_scores
+
 from coords import CoordFormat, iou
 from data import Object, Record, Wording, box_from_xywh
-from scores import SHORT, ask_judge, judge_requests, parse_judgement, read_judgements, vqa_normal, vqa_scores
 
 WORDING = Wording(CoordFormat("ivb", 224))
 LONG = "left right no 12 ... 1,2 don't " * 33_000  # a megabyte

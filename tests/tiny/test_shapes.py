@@ -5,12 +5,8 @@ import random
 
 import numpy as np
 import pytest
-from conftest import ROOT
-
 from checkpoint import read_json
-from clip_vit import open_image
-from data import read_records
-from llama import Tokenizer
+from conftest import ROOT
 from prepare import boxes_from_panoptic, panoptic
 from shapes import (
     CATEGORY_IDS,
@@ -29,6 +25,10 @@ from shapes import (
     write_clips,
     write_world,
 )
+
+from clip_vit import open_image
+from data import read_records
+from llama import Tokenizer
 
 
 def scenes(count):

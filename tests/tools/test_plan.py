@@ -5,18 +5,18 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import plan
 import pytest
 import torch
 from conftest import ROOT
+from plan import plan_step, remedies, step_flops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import plan
 import train
 from clip_vit import CLIPVisionConfig
 from llama import LlamaConfig
 from model import VARIANTS, LocVLM, LocVLMConfig
-from plan import plan_step, remedies, step_flops
 
 SHAPES = {  # hidden_size, layers, vocabulary, adapter, stage, rows, questions, recompute
     "wide": (512, 3, 4000, "linear", 2, 2, 3, False),

@@ -14,16 +14,16 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import prepare
 import pytest
 import torch
+from checkpoint import read_json
 from conftest import ROOT
 from PIL import Image
+from prepare import blur, blurred, boxes_from_panoptic, caption, clean_caption, localize, panoptic
 
 import data
-import prepare
-from checkpoint import read_json
 from coords import CoordFormat
-from prepare import blur, blurred, boxes_from_panoptic, caption, clean_caption, localize, panoptic
 
 
 def files(folder):

@@ -7,10 +7,9 @@ import shutil
 import subprocess
 
 import pytest
-from PIL import Image
-
 import report
 from benchmarks import TASKS
+from PIL import Image
 
 HOSTILE = [
     '<script>alert(1)</script><img src="https://evil.example/x.png" onerror="alert(1)">',

@@ -3,11 +3,11 @@
 import json
 import math
 
-import pytest
-
 import benchmarks
-import evaluate
+import pytest
 import tables
+
+import evaluate
 import train
 
 

@@ -1,0 +1,77 @@
+"""How fast training runs: operations per second, and the share of time that the device waits for data."""
+
+import time
+
+import torch
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}  # bf16, dense, per second
+
+
+def peak_flops(device):
+    """Return the bf16 operations per second that a GPU is sold with, or None."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+
+
+def step_flops(config, stage, rows, length, answers, runs_tower=True):
+    """Count the operations of a forward and backward pass: rows of one image and `length` tokens, `answers` tokens in all.
+
+    Two per weight and token: once forward, once for the gradient that passes through, once for the weight's own gradient if it
+    learns. Attention counts as if nothing were masked. What recomputation repeats does not count.
+    """
+    v, t = config.vision_config, config.text_config
+    passes = 3 if stage in (2, 4) else 2
+    patches = v.num_patches + 1
+    block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
+    per_patch = (2 * block + 4 * patches * v.hidden_size) * (v.num_hidden_layers - 1) + 6 * v.patch_size**2 * v.hidden_size
+    adapter = 2 * 2 * v.hidden_size * t.hidden_size + (config.adapter != "linear") * 3 * 2 * t.hidden_size**2
+    heads, kv_heads = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
+    layer = 2 * t.hidden_size * (heads + kv_heads) + 3 * t.hidden_size * t.intermediate_size
+    layers = (passes * 2 * layer + 3 * 4 * length * heads) * t.num_hidden_layers
+    head = passes * 2 * t.hidden_size * t.vocab_size * answers
+    image = runs_tower * patches * per_patch + config.visual_tokens * adapter
+    return rows * (image + length * layers) + head
+
+
+class Meter:
+    """Measures one stage in this process."""
+
+    def __init__(self, config, stage, device, runs_tower):
+        self.config, self.stage, self.runs_tower = config, stage, runs_tower
+        self.peak, self.flops, self.waited, self.began = peak_flops(device), 0, 0.0, time.time()
+
+    def waiting(self, batches):
+        """Pass batches on, and measure how long each made us wait."""
+        batches = iter(batches)
+        while True:
+            since = time.time()
+            batch = next(batches, None)
+            self.waited += time.time() - since
+            if batch is None:
+                return
+            yield batch
+
+    def count(self, batch):
+        """Add the operations of a micro-batch."""
+        size = (*batch["input_ids"].shape, batch["answers"].shape[1])
+        self.flops += step_flops(self.config, self.stage, *size, runs_tower=self.runs_tower)
+
+    def row(self):
+        """Return what the log keeps of a step: times since the stage began, and speed (mfu: share of the GPU's peak)."""
+        seconds = time.time() - self.began
+        speed = self.flops / seconds
+        return {
+            "seconds": round(seconds, 2),
+            "waited": round(self.waited, 2),
+            "tflops": round(speed / 1e12, 3),
+            "mfu": self.peak and round(speed / self.peak, 4),
+        }
+
+    def summary(self, stage):
+        seconds = time.time() - self.began
+        speed = self.flops / seconds
+        share = f", {speed / self.peak:.1%} of the GPU's peak" if self.peak else ""
+        return (
+            f"stage {stage}: {speed / 1e12:.3f} TFLOP/s in each process{share}; waited for data "
+            f"{self.waited / seconds:.1%} of the time"
+        )

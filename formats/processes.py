@@ -1,0 +1,96 @@
+"""Training in one or several processes: DDP (a whole model in each) or FSDP2 (weights and optimizer sharded), and precision.
+
+With one process and fp32, every method of `Processes` does nothing. Read train.train_stage first.
+"""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process runs: its rank of `world`, its device, the dtype of the forward pass, ddp or fsdp."""
+
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+    is_fsdp: bool
+
+    @classmethod
+    def start(cls, config):
+        """Read torchrun's environment and join the other processes. Raise ValueError if they cannot share the batch evenly."""
+        world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)  # before anything asks CUDA: fsdp gathers on the current device
+        for batch in [config.recipe(stage).batch for stage in config.stage_list]:
+            if batch % world and not config.dry_run:
+                fix = max(1, round(batch / world)) * world
+                raise ValueError(f"batch {batch} does not divide by {world} processes; use --batch {fix}")
+        is_fsdp = config.parallel == "fsdp" and not config.dry_run
+        if (world > 1 or is_fsdp) and not dist.is_initialized() and not config.dry_run:
+            # an hour: reading a million annotations or writing 27 GB keeps the others waiting
+            dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(hours=1))
+        has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16)
+        return cls(rank, world, device, torch.bfloat16 if bf16 else torch.float32, is_fsdp)
+
+    def sum(self, value):
+        """Sum a number over all processes: a float64 tensor on the device."""
+        total = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total
+
+    def wrap(self, model):
+        """Make gradients travel between processes (DDP). FSDP's do already, see `shard`."""
+        if self.world == 1 or self.is_fsdp:
+            return model
+        ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def accumulate(self, parallel, is_last):
+        """Let DDP's gradients travel once per step; FSDP's travel after each micro-batch, or each process would hold them whole."""
+        return nullcontext() if is_last or self.world == 1 or self.is_fsdp else parallel.no_sync()
+
+    def autocast(self):
+        """Compute in bf16 if asked; weights stay float32. FSDP casts by itself."""
+        is_plain = self.dtype == torch.float32 or self.is_fsdp
+        return nullcontext() if is_plain else torch.autocast(self.device.type, self.dtype)
+
+
+def shard(model, env):
+    """Split a model over all processes, one decoder or tower layer at a time (FSDP2), and copy rank 0's weights there.
+
+    Weights, gradients and their sums stay float32; layers compute in env.dtype. Other ranks' models may be on the meta device.
+    """
+    if model.config.text_config.tie_word_embeddings:
+        raise ValueError("fsdp cannot train a LLaMA whose head is its embedding; use --parallel ddp")
+    weights = model.state_dict() if env.rank == 0 else {}
+    model.to("meta")
+    how = {
+        "mesh": init_device_mesh(env.device.type, (dist.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(None if env.dtype == torch.float32 else env.dtype, torch.float32),
+    }
+    # the tower's last layer never runs
+    for layer in [*model.vision_tower.encoder["layers"][:-1], *model.language_model.layers]:
+        fully_shard(layer, **how)
+    fully_shard(model, **how)
+    model.to_empty(device=env.device)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def whole_state_dict(model):
+    """Gather a sharded model's weights on rank 0's CPU. All processes must call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
