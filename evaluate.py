@@ -27,7 +27,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -330,17 +330,12 @@ def hal_metrics(items):
 # ----- the tasks
 
 
-@lru_cache(maxsize=1)
-def read_annotated(coco, images, limit):
-    """Read annotated images or clips, once for all tasks."""
-    records, skipped = read_file(coco, images)
-    return records[:limit], skipped
-
-
 def read_items(task, make, args, wording):
-    """Read a task's questions about the annotated images of the command line."""
-    records, skipped = read_annotated(args.coco, args.images, args.limit)
-    return make(records, wording, random.Random(f"{args.seed} {task}")), skipped
+    """Read a task's questions about the annotated images of the command line; the file is read once for all tasks."""
+    if args.annotated is None:
+        args.annotated = read_file(args.coco, args.images)
+    records, skipped = args.annotated
+    return make(records[: args.limit], wording, random.Random(f"{args.seed} {task}")), skipped
 
 
 ITEMS = {o.task: partial(objective_items, o) for o in OBJECTIVES.values()} | {"spatial": spatial_items, "hal": hal_items}
@@ -495,7 +490,7 @@ def check_options(parser, args, refused=()):
     for is_wrong, message in refused:
         if is_wrong:
             parser.error(message)
-    args.is_default_data = not args.coco
+    args.is_default_data, args.annotated = not args.coco, None
     return args
 
 

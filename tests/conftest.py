@@ -83,3 +83,11 @@ def make_model(tokenizer):
         return model
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_page(monkeypatch):
+    """Evaluations in tests make no HTML page: it is a process of its own."""
+    import evaluate
+
+    monkeypatch.setattr(evaluate, "write_page", lambda run: None)
