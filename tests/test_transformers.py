@@ -12,7 +12,9 @@ from PIL import Image
 from clip_vit import open_image, preprocess
 from data import IMAGE_ID, SYSTEM, encode_prefix, encode_question
 from llama import Tokenizer
-from model import LocVLM, place_image, tokenizer_json
+from formats.llava_hf import tokenizer_json
+from llama import Tokenizer
+from model import LocVLM, place_image
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers")
 
