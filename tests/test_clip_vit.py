@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from clip_vit import CLIPVisionConfig, CLIPVisionTower, open_image, preprocess
 from coords import GEOMETRIES, CoordFormat
 
-
 SQUARE, SMALL = CLIPVisionConfig(image_size=224), CLIPVisionConfig(image_size=28)
 
 
