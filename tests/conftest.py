@@ -1,4 +1,4 @@
-"""What the tests share: real material if it is there, a tokenizer made on the spot, and a random model small enough to read."""
+"""Fixtures that the tests share: real material, a tokenizer trained on the spot, a small random model, no HTML pages."""
 
 import os
 from pathlib import Path
@@ -16,23 +16,18 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 REAL = Path(os.environ.get("LOCVLM_REAL", ROOT / "../shared/real"))
 
-VISION = CLIPVisionConfig(
+VISION = CLIPVisionConfig(  # 2 x 2 patches
     hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28
-)  # 2 x 2 patches
-TEXT = LlamaConfig(
-    vocab_size=400,
-    hidden_size=32,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
 )
+TEXT = LlamaConfig(
+    vocab_size=400, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=512,
+)  # fmt: skip
 
 
 @pytest.fixture
 def real():
-    """Give real("llama/stories260K"): a path of the real material, or skip the test where it is absent."""
+    """Return real("llama/stories260K"): the path of real material, or skip the test if it is missing."""
 
     def find(name):
         if not (REAL / name).exists():
@@ -43,27 +38,14 @@ def real():
 
 
 def train_tokenizer(folder, extra=""):
-    """Train a sentencepiece model of 400 pieces in LLaMA's manner: digits alone, bytes for what it does not know."""
+    """Train a sentencepiece model of 400 pieces with LLaMA's settings: single digits, bytes for unknown characters."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        SYSTEM,
-        *LOC_PROMPTS,
-        *REV_PROMPTS,
-        "It is located at (0, 1, 2, 3)",
-        "There is a red circle. 4 5 6 7 8 9",
-        extra,
-    ] * 4
+    answers = "It is located at (0, 1, 2, 3)", "There is a red circle. 4 5 6 7 8 9"
+    lines = [SYSTEM, *LOC_PROMPTS, *REV_PROMPTS, *answers, extra] * 4
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
+        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=400,
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
     return Tokenizer(folder)
 
 
@@ -74,7 +56,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def make_model(tokenizer):
-    """Give make_model(adapter="linear", ...): a LocVLM of random weights, the same ones every time."""
+    """Return make_model(adapter="linear", ...): a LocVLM with random weights, the same ones every time."""
 
     def make(**options):
         torch.manual_seed(0)
@@ -85,9 +67,13 @@ def make_model(tokenizer):
     return make
 
 
-@pytest.fixture(autouse=True)
-def no_page(monkeypatch):
-    """Evaluations in tests make no HTML page: it is a process of its own."""
-    import evaluate
+@pytest.fixture
+def page():
+    """Let evaluate.py write its HTML page in this test."""
 
-    monkeypatch.setattr(evaluate, "write_page", lambda run: None)
+
+@pytest.fixture(autouse=True)
+def no_page(request, monkeypatch):
+    """Skip the HTML page of an evaluation, which a process of its own writes, unless a test uses the fixture `page`."""
+    if "page" not in request.fixturenames:
+        monkeypatch.setattr("evaluate.write_page", lambda run: None)
