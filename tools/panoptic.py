@@ -65,7 +65,7 @@ def clips_from_panoptic(folder, stuff=False):
     """Make the content of a clips_*.json (see formats.annotations.read_clips) from a folder of panoptic files."""
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:
-        raise FileNotFoundError(f"no panoptic JSON in {folder}; expected one per clip")
+        raise FileNotFoundError(f"no panoptic JSON in {folder}; each clip needs one")
     categories, videos, annotations = {}, [], []
     for path in paths:
         content, sizes, name = read_panoptic(path), set(), path.stem
@@ -104,7 +104,7 @@ def wanted_categories(content, stuff):
 def read_masks(frames, paths):
     """Yield (frame, path of its mask, size of the mask, boxes of its segments) for each of a panoptic file's annotations."""
     if missing := [path.name for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"{len(missing)} masks are not in {paths[0].parent} ({some(missing)}); expected one per frame")
+        raise FileNotFoundError(f"{len(missing)} masks are not in {paths[0].parent} ({some(missing)}); each frame needs one")
     for frame, path in zip(tqdm(frames, disable=None), paths, strict=True):
         mask = open_image(path)
         try:

@@ -10,6 +10,7 @@ processes, and ends in the same files.
 """
 
 import argparse
+import inspect
 import os
 import random
 import re
@@ -29,14 +30,7 @@ from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, r
 from formats.annotations import image_ids_of, read_records
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json
 from formats.images import open_image
-from formats.journal import (
-    open_journal,
-    read_journal,
-    require_new,
-    require_same_options,
-    start_processes,
-    write_line,
-)  # fmt: skip
+from formats.journal import open_journal, read_journal, require_new, require_same_options, start_processes, write_line
 from formats.weights import weights_sha256
 from model import LocVLM
 
@@ -46,7 +40,6 @@ PROMPT = (  # App. C, to the letter
     "Describe the {category} in this image using one short sentence, referring to its visual features and spatial "
     "position relative to other objects in image."
 )
-PAPER = {"images": 95_899, "pairs": 402_686}
 
 
 def caption(model, coco, images, out, vision=None, batch=8, limit=None, exclude="", **decoding):
@@ -61,11 +54,10 @@ def caption(model, coco, images, out, vision=None, batch=8, limit=None, exclude=
     chunks = range(0, len(records), batch)  # each is named by its first record
     parts, rejects = out.with_name(out.name + ".parts"), out.with_name(out.stem + ".rejected.json")
     if rank == 0:
-        pairs = sum(len(record.objects) for record in records)
         for reason, count in skipped.items():
             print(f"skipped: {count} {reason}")
-        paper = f"the paper: {PAPER['images']:,} images and {PAPER['pairs']:,} pairs"
-        print(f"{len(records)} images with {pairs} unique objects ({paper})")
+        pairs = sum(len(record.objects) for record in records)
+        print(f"{len(records)} images with {pairs} unique objects (the paper: 95,899 images and 402,686 pairs)")
         options = {
             "model": weights_sha256(model), "vision": weights_sha256(vision) if vision else None, "coco": sha256(coco),
             "images": str(images), "limit": limit, "exclude": [sha256(path) for path in exclude.split(",") if path],
@@ -154,14 +146,10 @@ def prefcoco_rows(records, captions, images):
         for o, text in zip(record.objects, texts, strict=True):
             question = "<image>\n" + PROMPT.format(category=o.name)
             row = {
-                "id": f"{record.id}-{o.name}",
-                "image": record.image.relative_to(images).as_posix(),
-                "size": list(record.size),
+                "id": f"{record.id}-{o.name}", "image": record.image.relative_to(images).as_posix(), "size": list(record.size),
                 "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": text}],
-                "objective": "caption",
-                "name": o.name,
-                "box_px": [round(v, 2) for v in o.box_px],  # COCO's own precision
-            }
+                "objective": "caption", "name": o.name, "box_px": [round(v, 2) for v in o.box_px],  # COCO's own precision
+            }  # fmt: skip
             description, reason = (None, "damaged image") if text is None else clean_caption(text, o.name)
             if reason:
                 rejected.append({**row, "reason": reason})
@@ -265,7 +253,7 @@ def localize(prefcoco, coco, out, kind="ivb", location="box", neg_ratio=1.0, see
             if turns := [turn for name, *turn in questions if name == objective]:
                 rows.append(conversation(objective, record, turns))
     write_json(out, rows)
-    print(f"{out}: {len(rows)} conversations about {len(described)} images (the paper: 200K, {PAPER['images']:,})")
+    print(f"{out}: {len(rows)} conversations about {len(described)} images (the paper: 200K, 95,899)")
     for objective in OBJECTIVES:
         counts = [len(row["conversations"]) // 2 for row in rows if row["objective"] == objective]
         print(f"  {objective}: {len(counts)} conversations of {sum(counts)} questions")
@@ -288,16 +276,12 @@ def conversation(objective, record, turns):
     for _, question, answer in turns:
         values.append({"from": "human", "value": question if values else "<image>\n" + question})
         values.append({"from": "gpt", "value": answer})
+    boxes_px = None if OBJECTIVES[objective].about == "absent" else [list(o.box_px) for o in objects]
     return {
-        "id": f"{record.id}-{objective}",
-        "image": record.image.as_posix(),
-        "size": list(record.size),
-        "objective": objective,
-        "names": [o.name for o in objects],
-        "descriptions": [o.description for o in objects],
-        "box_px": None if OBJECTIVES[objective].about == "absent" else [list(o.box_px) for o in objects],
+        "id": f"{record.id}-{objective}", "image": record.image.as_posix(), "size": list(record.size), "objective": objective,
+        "names": [o.name for o in objects], "descriptions": [o.description for o in objects], "box_px": boxes_px,
         "conversations": values,
-    }
+    }  # fmt: skip
 
 
 # ----- command line
@@ -308,7 +292,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, **how)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    add = commands.add_parser("caption", help="describe objects", description=caption.__doc__, **how).add_argument
+    add = commands.add_parser("caption", help="describe objects", description=inspect.getdoc(caption), **how).add_argument
     add("--model", required=True, help="run, llava-hf or LLaVA folder")
     add("--vision", help="CLIP, for an original LLaVA that does not hold its tower")
     add("--coco", required=True, help="instances_*.json")
@@ -321,7 +305,7 @@ def main(argv=None):
     add("--limit", type=int, help="use the first so many images only")
     add("--exclude", default="", help="files that name COCO images to skip, separated by commas")
 
-    add = commands.add_parser("localize", help="write conversations", description=localize.__doc__, **how).add_argument
+    add = commands.add_parser("localize", help="write conversations", description=inspect.getdoc(localize), **how).add_argument
     add("--prefcoco", required=True, help="file that `caption` wrote")
     add("--coco", required=True, help="the instances_*.json it was made from")
     add("--out", required=True, help="file to write")

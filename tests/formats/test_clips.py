@@ -286,7 +286,7 @@ def test_masks_make_the_records_that_boxes_make(moving):
 
 def test_bad_masks_are_named(tmp_path):
     """Stuff is no object and no negative, unless wanted; a mask that is missing or of another size is named."""
-    refused("no panoptic JSON in .*; expected one per clip", clips_from_panoptic, tmp_path, error=FileNotFoundError)
+    refused("no panoptic JSON in .*; each clip needs one", clips_from_panoptic, tmp_path, error=FileNotFoundError)
     categories = [{"id": 1, "name": "kite", "isthing": 1}, {"id": 9, "name": "sky", "isthing": 0}]
     segments = [{"id": 7, "category_id": 1}, {"id": 8, "category_id": 9}]
     frames = [{"file_name": f"{i}.jpg", "segments_info": segments} for i in (0, 1)]

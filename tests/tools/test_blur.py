@@ -155,7 +155,7 @@ def test_a_second_run_does_nothing_and_another_is_refused(photos, tmp_path, caps
     (tmp_path / "other/a.txt").write_text("mine")
     refused("holds other files", blur, photos, tmp_path / "other", faces=faces)
     (photos / "22.png").rename(tmp_path / "22.png")
-    refused("has changed since .*out was made", blur, photos, out, faces=faces)
+    refused("have changed since .*out was made", blur, photos, out, faces=faces)
     faces.write_text(json.dumps({name: [] for name in read_json(faces)}))
     refused("made with other options: faces was", blur, photos, out, faces=faces)
     refused("no folder", blur, tmp_path / "gone", out, faces=faces)
@@ -180,7 +180,7 @@ def test_a_killed_blur_ends_in_the_same_files(photos, tmp_path):
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 def test_a_torn_journal_line_is_done_again(photos, tmp_path, monkeypatch):
-    """And what is in the journal but not on disk; a journal that another run holds, or with other options, is not gone on with."""
+    """So is an image that is in the journal but not on disk. A journal that another run holds, or with other options, is refused."""
     blur(photos, tmp_path / "whole", tmp_path / "faces.json")
     out = tmp_path / "out"
     blur(photos, out, tmp_path / "faces.json")

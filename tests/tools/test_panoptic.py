@@ -63,7 +63,9 @@ def video(tmp_path):
         "annotations": [
             {
                 "file_name": "f1.jpg",
-                "segments_info": [{"id": 7, "category_id": 1}, {"id": 3000, "category_id": 9}, {"id": 16000000, "category_id": 9}],
+                "segments_info": [
+                    {"id": 7, "category_id": 1}, {"id": 3000, "category_id": 9}, {"id": 16000000, "category_id": 9},
+                ],
             },
             {"file_name": "f2.jpg", "segments_info": [{"id": 7, "category_id": 1}, {"id": 3000, "category_id": 2}]},
         ],
