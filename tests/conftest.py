@@ -1,11 +1,13 @@
 """Fixtures that the tests share: real material, a tokenizer trained on the spot, a small random model, no HTML pages."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from PIL import Image
 
 from clip_vit import CLIPVisionConfig
 from data import LOC_PROMPTS, REV_PROMPTS, SYSTEM
@@ -77,3 +79,70 @@ def no_page(request, monkeypatch):
     """Skip the HTML page of an evaluation, which a process of its own writes, unless a test uses the fixture `page`."""
     if "page" not in request.fixturenames:
         monkeypatch.setattr("evaluate.write_page", lambda run: None)
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A COCO folder of two images: a crowd, two dogs, a box without area, one over the edge, categories with gaps."""
+    for number, size in ((1, (100, 80)), (2, (64, 64))):
+        Image.new("RGB", size, "grey").save(tmp_path / f"{number}.png")
+    instances = {
+        "images": [
+            {"id": 7, "file_name": "1.png", "width": 100, "height": 80},
+            {"id": 9, "file_name": "2.png", "width": 64, "height": 64},
+        ],
+        "categories": [
+            {"id": 1, "name": "person"},
+            {"id": 17, "name": "cat"},
+            {"id": 18, "name": "dog"},
+            {"id": 90, "name": "toothbrush"},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 17, "bbox": [10.5, 20, 30, 40], "iscrowd": 0},
+            {"id": 2, "image_id": 7, "category_id": 18, "bbox": [0, 0, 10, 10], "iscrowd": 0},
+            {"id": 3, "image_id": 7, "category_id": 18, "bbox": [50, 50, 10, 10], "iscrowd": 0},
+            {"id": 4, "image_id": 7, "category_id": 1, "bbox": [5, 5, 50, 50], "iscrowd": 1},
+            {"id": 5, "image_id": 9, "category_id": 90, "bbox": [5, 5, 0, 10], "iscrowd": 0},
+            {"id": 6, "image_id": 9, "category_id": 1, "bbox": [60, 5, 30, 10], "iscrowd": 0},
+        ],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(instances))
+    return tmp_path
+
+
+LLAVA = [
+    {
+        "id": "a",
+        "image": "1.png",
+        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}],
+    },
+    {
+        "id": "b",
+        "conversations": [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi."}],
+        "model": "x",
+    },
+]
+
+
+LOCALIZE = [
+    {
+        "id": "7-loc",
+        "image": "1.png",
+        "size": [100, 80],
+        "objective": "loc",
+        "names": ["cat"],
+        "descriptions": ["cat that is grey"],
+        "box_px": [[10.5, 20, 40.5, 60]],
+        "conversations": LLAVA[0]["conversations"],
+    },
+    {
+        "id": "7-neg",
+        "image": "1.png",
+        "size": [100, 80],
+        "objective": "neg",
+        "names": ["kite"],
+        "descriptions": [None],
+        "box_px": [None],
+        "conversations": LLAVA[0]["conversations"],
+    },
+]
