@@ -536,10 +536,11 @@ class Examples:
         """Draw the text of a record in an epoch: a packed row."""
         rng = random.Random(f"{self.seed} {epoch} {record.id}")
         first = "\n" if record.image else ""
-        segments = [
-            encode_segment(self.tokenizer, self.template, turns, first) for turns in self.draw_segments(record, rng)
-        ]
-        return pack(self.prefix if record.image else self.text_prefix, segments, self.max_length)
+        drawn, prefix = self.draw_segments(record, rng), self.prefix if record.image else self.text_prefix
+        segments = [encode_segment(self.tokenizer, self.template, turns, first) for turns in drawn]
+        if len(prefix) + sum(len(ids) for ids, _ in segments) > self.max_length:
+            rng.shuffle(segments)  # a full row drops its last segments; chance decides which, not their kind
+        return pack(prefix, segments, self.max_length)
 
     def row(self, index, epoch):
         """Draw record `index` of epoch `epoch`: (packed row, image (3, S, S) or features (P, Dv) or None, record).
