@@ -9,7 +9,7 @@ Score      accuracy, by POPE's reading of an answer (evaluate.says_no)
     python -m tasks hal-ade runs/b2 --questions ADEChallengeData2016/objectInfo150.txt \\
         --images ADEChallengeData2016/images/validation
 
-    >>> item = Item("ADE_val_1:no:sky", None, None, ask_presence("sky"), {"label": "no", "name": "sky"}, "No, there is none.")
+    >>> item = Item("ADE_val_1:no:sky", None, None, ask_presence("sky"), {"label": "no", "name": "sky"}, "No.")
     >>> judge_hal(item, None); item.question, item.correct
     ('Is there a sky in the image?', True)
 """

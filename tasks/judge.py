@@ -92,8 +92,8 @@ def parse_judgement(reply):
 
     As in Video-ChatGPT, 4.8 counts as 4. Text around the dictionary, such as a code fence, is ignored.
 
-    >>> parse_judgement("{'pred': 'yes', 'score': 4.8}"), parse_judgement("Yes, 5"), parse_judgement("{'pred': 'no', 'score': 9}")
-    ((True, 4), None, None)
+    >>> [parse_judgement(reply) for reply in ("{'pred': 'yes', 'score': 4.8}", "Yes, 5", "{'pred': 'no', 'score': 9}")]
+    [(True, 4), None, None]
     """
     start, end = reply.find("{"), reply.rfind("}")
     if start < 0 or len(reply) > LONGEST_REPLY:
@@ -109,7 +109,7 @@ def parse_judgement(reply):
 
 
 def read_judgements(rows, items):
-    """Join a judge's replies to items by id, and count: {name: share or count}. Valid ones also go to item.truth["judged"].
+    """Join a judge's replies to items by id: {name: share or count}. Valid ones also go to item.truth["judged"].
 
     rows  of OpenAI's batch output, as `ask_judge` yields them: custom_id, response.body.choices
     Accuracy and score are over valid replies; invalid and missing ones are counted beside them.
@@ -188,7 +188,7 @@ def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, t
 
 
 def send_request(row, url, headers, opener, retries, wait, timeout):
-    """Send a request until it is answered: a row of OpenAI's batch output. Raise ValueError if it is refused or never answered."""
+    """Send a request until it is answered: a row of OpenAI's batch output. Raise ValueError if it is refused or times out."""
     request = urllib.request.Request(url, json.dumps(row["body"]).encode(), headers)
     for attempt in range(retries):
         if attempt:

@@ -106,29 +106,19 @@ def read_rec(args, wording):
     return items, skipped
 
 
+SETS = ("RefCOCO testB", "RefCOCO+ testB", "RefCOCOg val", "RefCOCOg test")
+METEOR = {  # * tuned on the sets' training split
+    "LLaVA": (4.23, 7.26, 10.6, 10.3),
+    "LocVLM-B": (11.0, 11.1, 20.6, 20.7),
+    "LLaVA *": (8.43, 8.73, 13.5, 13.5),
+    "LocVLM-B *": (14.6, 15.2, 26.0, 26.2),
+}
+PAPER = [(f"{model}, {name}", value) for model in METEOR for name, value in zip(SETS, METEOR[model], strict=True)]
 FILES = f"questions: {FILE}; answers: instances.json, if it is not beside the pickle"
 TASKS = {
     "refcoco": Task(
         read_refcoco, judge_refcoco, refcoco_metrics, REV_PROMPTS, FILES, ("split",), submission=submission,
-        paper=paper_rows(  # * tuned on the sets' training split
-            ("METEOR 1.5",),
-            ("LLaVA, RefCOCO testB", 4.23),
-            ("LLaVA, RefCOCO+ testB", 7.26),
-            ("LLaVA, RefCOCOg val", 10.6),
-            ("LLaVA, RefCOCOg test", 10.3),
-            ("LocVLM-B, RefCOCO testB", 11.0),
-            ("LocVLM-B, RefCOCO+ testB", 11.1),
-            ("LocVLM-B, RefCOCOg val", 20.6),
-            ("LocVLM-B, RefCOCOg test", 20.7),
-            ("LLaVA *, RefCOCO testB", 8.43),
-            ("LLaVA *, RefCOCO+ testB", 8.73),
-            ("LLaVA *, RefCOCOg val", 13.5),
-            ("LLaVA *, RefCOCOg test", 13.5),
-            ("LocVLM-B *, RefCOCO testB", 14.6),
-            ("LocVLM-B *, RefCOCO+ testB", 15.2),
-            ("LocVLM-B *, RefCOCOg val", 26.0),
-            ("LocVLM-B *, RefCOCOg test", 26.2),
-        ),
+        paper=paper_rows(("METEOR 1.5",), *PAPER),
     ),
     "rec": Task(read_rec, judge_loc, locpred_metrics, LOC_PROMPTS, FILES, ("split",)),
 }  # fmt: skip

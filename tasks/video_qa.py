@@ -64,7 +64,7 @@ def read_questions(path, answers, prefix):
 
 
 def clip_finder(images, questions):
-    """Return a function from a clip's name to its path, or None. youtube_mapping.txt beside the questions has other names (MSVD)."""
+    """Return a function: clip's name -> path or None. MSVD's youtube_mapping.txt, beside the questions, has other names."""
     clips, mapping = find_clips(images), Path(questions).with_name("youtube_mapping.txt")
     lines = [line.split() for line in mapping.read_text(encoding="utf-8").splitlines()] if mapping.is_file() else []
     other = {line[1]: line[0] for line in lines if len(line) == 2}
@@ -98,7 +98,7 @@ def read_video_qa(args, wording, types=(), prefix=""):
     names = some(list(missing))
     if not items:
         raise FileNotFoundError(
-            f"none of the {len(missing)} clips of {args.questions} is in {args.images}, as a file or a folder of frames ({names})"
+            f"none of the {len(missing)} clips of {args.questions} is in {args.images} ({names}), as file or folder of frames"
         )
     if missing:
         skipped[f"questions about {len(missing)} clips that are not in {args.images} ({names})"] = missing.total()
@@ -110,7 +110,7 @@ def judge_video_qa(item, wording):
     item.truth["contains"] = item.correct or contains(item.answer, item.truth["answer"])
 
 
-def video_task(files, *rows, types=(), prefix=""):
+def video_task(files, rows, types=(), prefix=""):
     read = partial(read_video_qa, types=types, prefix=prefix)
     return Task(
         read, judge_video_qa, exact_metrics, ("{question}",), files, ("short",), paper_rows(("judge accuracy",), *rows),
@@ -124,19 +124,21 @@ QA_FILES = (
 TASKS = {
     "activitynet-qa": video_task(
         "questions: test_q.json; answers: test_a.json",
-        ("LLaVA-v1, one frame", 28.7),
-        ("LLaVA-v1.5, one frame", 31.5),
-        ("LocVLM-B, one frame", 29.2),
-        ("LocVLM-L, one frame", 32.1),
-        ("Video-ChatGPT", 35.2),
-        ("LocVLM-Vid-B", 37.4),
-        ("LocVLM-Vid-B+", 38.2),
+        (
+            ("LLaVA-v1, one frame", 28.7),
+            ("LLaVA-v1.5, one frame", 31.5),
+            ("LocVLM-B, one frame", 29.2),
+            ("LocVLM-L, one frame", 32.1),
+            ("Video-ChatGPT", 35.2),
+            ("LocVLM-Vid-B", 37.4),
+            ("LocVLM-Vid-B+", 38.2),
+        ),
         types=ACTIVITYNET_TYPES,
     ),
-    "msrvtt-qa": video_task(QA_FILES, ("Video-ChatGPT", 49.3), ("LocVLM-Vid-B", 51.2), prefix="video"),
-    "msvd-qa": video_task(QA_FILES, ("Video-ChatGPT", 64.9), ("LocVLM-Vid-B", 66.1), prefix="vid"),
+    "msrvtt-qa": video_task(QA_FILES, (("Video-ChatGPT", 49.3), ("LocVLM-Vid-B", 51.2)), prefix="video"),
+    "msvd-qa": video_task(QA_FILES, (("Video-ChatGPT", 64.9), ("LocVLM-Vid-B", 66.1)), prefix="vid"),
     "tgif-qa": video_task(
         "questions: Test_frameqa_question.csv; or test_q.json with answers: test_a.json",
-        ("Video-ChatGPT", 51.4), ("LocVLM-Vid-B", 51.8), types=TGIF_TYPES,
+        (("Video-ChatGPT", 51.4), ("LocVLM-Vid-B", 51.8)), types=TGIF_TYPES,
     ),
 }  # fmt: skip
