@@ -86,7 +86,8 @@ def read_jobs(tasks, args, wording):
         else:
             print(f"{job.name}: no image of {files[0]} has a question for it")
     if not jobs:
-        raise ValueError(f"{files[0]} yields no question for {', '.join(tasks)}; it needs boxes and absent categories")
+        hint = "is it the right file, or split?" if task.files else "it needs boxes and absent categories"
+        raise ValueError(f"{files[0]} yields no question for {', '.join(tasks)}; {hint}")
     require_images([item.image for job in jobs for item in job.items], files[0], args.images)
     return jobs
 
