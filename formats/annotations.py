@@ -65,8 +65,9 @@ def static_objects(boxes_by_frame, size):
     An object is a category that no frame shows twice, whose centre stays within STATIC of its mean on both axes. An object in
     a single frame counts: it is at its mean.
 
-    >>> static_objects([[("cup", (0, 0, 4, 4))], [("cup", (2, 0, 6, 4)), ("dog", (8, 8, 9, 9))]], (224, 224))
-    [Object(name='cup', box_px=(1.0, 0.0, 5.0, 4.0), description=None), Object(name='dog', box_px=(8.0, 8.0, 9.0, 9.0), description=None)]
+    >>> objects = static_objects([[("cup", (0, 0, 4, 4))], [("cup", (2, 0, 6, 4)), ("dog", (8, 8, 9, 9))]], (224, 224))
+    >>> [(o.name, o.box_px) for o in objects]
+    [('cup', (1.0, 0.0, 5.0, 4.0)), ('dog', (8.0, 8.0, 9.0, 9.0))]
     """
     boxes, repeated = {}, set()
     for frame in boxes_by_frame:
