@@ -42,6 +42,8 @@ class CLIPVisionConfig:
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
+        for name in ("image_mean", "image_std"):  # JSON has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.hidden_act != "quick_gelu":
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported; this tower has CLIP's own 'quick_gelu' only")
         if self.image_size % self.patch_size:

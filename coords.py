@@ -262,5 +262,5 @@ class CoordFormat:
         if problem := fault(xy_px, size):
             raise ValueError(f"{xy_px} is {problem}; expected a {what} in pixels of an image of size {size}")
         if max(xy_px) <= 1 < min(size) and any(v % 1 for v in xy_px):
-            raise ValueError(f"{xy_px} looks like fractions; expected a {what} in pixels of an image of size {size}")
+            raise ValueError(f"{xy_px} looks like fractions; multiply by width and height: a {what} is in pixels, here of {size}")
         return self.unit_from_px(xy_px, size)

@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -590,27 +591,17 @@ class Examples:
 
 
 def marked(tokenizer, row):
-    """Write a packed row as text: visual tokens counted, tokens with loss between « and »."""
-    out, run, loss = [], [], False
-
-    def flush():
-        if run:
-            text = tokenizer.decode(run).replace("\n", "\\n")
-            out.append(f"«{text}{'</s>' if run[-1] == tokenizer.eos_token_id else ''}»" if loss else text)
-            run.clear()
-
-    for i, (token, label, segment) in enumerate(zip(row["input_ids"], row["labels"], row["segments"], strict=True)):
-        if i and segment != row["segments"][i - 1]:
-            flush()
-            out.append("\n  ")
-        if (label != IGNORE) != loss:
-            flush()
-            loss = label != IGNORE
-        if token == IMAGE_ID:
-            if row["input_ids"][i - 1] != IMAGE_ID:
-                flush()
-                out.append(f"<image x {row['input_ids'].count(IMAGE_ID)}>")
+    """Write a packed row as text: visual tokens counted, tokens with loss between « and », a line per segment."""
+    tokens = zip(row["input_ids"], row["labels"], row["segments"], strict=True)
+    parts, last = [], 0
+    for (segment, has_loss, is_image), run in groupby(tokens, lambda t: (t[2], t[1] != IGNORE, t[0] == IMAGE_ID)):
+        ids = [token for token, _, _ in run]
+        parts += ["\n  "] * (segment != last)
+        last = segment
+        if is_image:
+            parts.append(f"<image x {len(ids)}>")
         else:
-            run.append(token)
-    flush()
-    return "<s>" + " ".join(out).replace("\n   ", "\n  ")
+            text = tokenizer.decode(ids).replace("\n", "\\n")
+            end = "</s>" if ids[-1] == tokenizer.eos_token_id else ""
+            parts.append(f"«{text}{end}»" if has_loss else text)
+    return "<s>" + " ".join(parts).replace("\n   ", "\n  ")

@@ -134,9 +134,11 @@ def objective_items(objective, records, wording, rng):
     """Ask an objective of data.OBJECTIVES: about every unique object (or pair), or as many absent categories, at least one."""
     items = []
     for record in records:
-        targets = targets_of(record, objective.about, wording, rng) if objective.about != "absent" else [
-            Object(name, None) for name in rng.sample(record.absent, min(len(record.absent), max(1, len(record.objects))))
-        ]  # fmt: skip
+        if objective.about == "absent":
+            count = min(len(record.absent), max(1, len(record.objects)))
+            targets = [Object(name, None) for name in rng.sample(record.absent, count)]
+        else:
+            targets = targets_of(record, objective.about, wording, rng)
         for target in targets:
             question, answer = objective.ask(target, record, wording, rng)
             if isinstance(target, Object):
@@ -357,13 +359,8 @@ TASKS["spatial"] = Task(
 TASKS["hal"] = Task(
     partial(read_items, "hal", hal_items), judge_hal, hal_metrics, (HAL_PROMPT,),
     paper=paper_rows(  # Tab. 8
-        ("accuracy",),
-        ("Shikra", 86.2),
-        ("LLaVA", 61.9),
-        ("LocVLM-B", 88.3),
-        ("Video-ChatGPT, Hal-Act", 50.6),
-        ("LocVLM-Vid-B, Hal-Act", 68.7),
-        ("LocVLM-Vid-B+, Hal-Act", 72.4),
+        ("accuracy",), ("Shikra", 86.2), ("LLaVA", 61.9), ("LocVLM-B", 88.3),
+        ("Video-ChatGPT, Hal-Act", 50.6), ("LocVLM-Vid-B, Hal-Act", 68.7), ("LocVLM-Vid-B+, Hal-Act", 72.4),
     ),
 )  # fmt: skip
 
@@ -503,15 +500,12 @@ def parse(argv):
     parser.add_argument("--out", help="where --ask draws (default: ask.png in the folder of the results)")
     args = parser.parse_args(argv)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return check_options(
-        parser,
-        args,
-        [
-            (bool(args.ask) != bool(args.image), "--ask and --image belong together"),
-            (several and args.ask, "--ask runs in one process only"),
-            (args.images and not args.coco, "--images without --coco, the annotations"),
-        ],
-    )
+    refused = [
+        (bool(args.ask) != bool(args.image), "--ask and --image belong together"),
+        (several and args.ask, "--ask runs in one process only"),
+        (args.images and not args.coco, "--images without --coco, the annotations"),
+    ]
+    return check_options(parser, args, refused)
 
 
 def use_default_data(args, config):

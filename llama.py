@@ -278,9 +278,7 @@ class Llama(nn.Module):
         return self
 
     @torch.inference_mode()
-    def generate(
-        self, prompts, max_new_tokens, eos_token_id=None, temperature=0.0, seed=0, *, prefix=None, on_token=None
-    ):
+    def generate(self, prompts, max_new_tokens, eos_token_id=None, temperature=0.0, seed=0, *, prefix=None, on_token=None):
         """Continue prompts of different lengths together: list of id lists -> list of id lists (without the end token).
 
         temperature  0 takes the most likely token; else multinomial over softmax(logits / temperature)

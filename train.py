@@ -62,6 +62,10 @@ class Recipe:
     grad_clip: float = 1.0  # largest gradient norm
 
 
+CLIPS = {  # as Video-ChatGPT: Vid-B reads 100 frames, Vid-B+ 8
+    3: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8, frames=100),
+    4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
+}
 PRESETS = {  # to change what has no option, add a recipe here and name it with --preset
     # found on the shapes world, see LOG.md
     "tiny": {
@@ -70,20 +74,18 @@ PRESETS = {  # to change what has no option, add a recipe here and name it with 
         3: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=100, questions=6),
         4: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=260, questions=6),
     },
-    # stage 1 as LLaVA v1; stage 2 of Sec. 4.1, with the warm-up ratio 0.3 printed there; video as Video-ChatGPT. An epoch draws
-    # each image once, so `questions` is chosen to make it about one pass over the questions (PRefCOCO has four descriptions
-    # per image, each for LocPred and RevLoc, and as many absent objects; a video has about eight questions)
+    # stage 1 as LLaVA v1; stage 2 of Sec. 4.1, with the warm-up ratio 0.3 printed there. An epoch draws each image once, so
+    # `questions` is chosen to make it about one pass over the questions (PRefCOCO has four descriptions per image, each for
+    # LocPred and RevLoc, and as many absent objects; a video has about eight questions)
     "paper": {
         1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
         2: Recipe(batch=64, lr=2e-5, warmup_ratio=0.3, epochs=10, questions=16),
-        3: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8, frames=100),
-        4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
+        **CLIPS,
     },
     "llava": {
         1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
         2: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
-        3: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8, frames=100),
-        4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
+        **CLIPS,
     },
 }
 

@@ -1,11 +1,13 @@
-"""What the tests share: real material if it is there, a tokenizer made on the spot, and a random model small enough to read."""
+"""Fixtures that the tests share: real material, a tokenizer trained on the spot, a small random model, no HTML pages."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from PIL import Image
 
 from clip_vit import CLIPVisionConfig
 from data import LOC_PROMPTS, REV_PROMPTS, SYSTEM
@@ -16,23 +18,18 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 REAL = Path(os.environ.get("LOCVLM_REAL", ROOT / "../shared/real"))
 
-VISION = CLIPVisionConfig(
+VISION = CLIPVisionConfig(  # 2 x 2 patches
     hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28
-)  # 2 x 2 patches
-TEXT = LlamaConfig(
-    vocab_size=400,
-    hidden_size=32,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
 )
+TEXT = LlamaConfig(
+    vocab_size=400, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=512,
+)  # fmt: skip
 
 
 @pytest.fixture
 def real():
-    """Give real("llama/stories260K"): a path of the real material, or skip the test where it is absent."""
+    """Return real("llama/stories260K"): the path of real material, or skip the test if it is missing."""
 
     def find(name):
         if not (REAL / name).exists():
@@ -43,27 +40,14 @@ def real():
 
 
 def train_tokenizer(folder, extra=""):
-    """Train a sentencepiece model of 400 pieces in LLaMA's manner: digits alone, bytes for what it does not know."""
+    """Train a sentencepiece model of 400 pieces with LLaMA's settings: single digits, bytes for unknown characters."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        SYSTEM,
-        *LOC_PROMPTS,
-        *REV_PROMPTS,
-        "It is located at (0, 1, 2, 3)",
-        "There is a red circle. 4 5 6 7 8 9",
-        extra,
-    ] * 4
+    answers = "It is located at (0, 1, 2, 3)", "There is a red circle. 4 5 6 7 8 9"
+    lines = [SYSTEM, *LOC_PROMPTS, *REV_PROMPTS, *answers, extra] * 4
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
+        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=400,
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
     return Tokenizer(folder)
 
 
@@ -74,7 +58,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def make_model(tokenizer):
-    """Give make_model(adapter="linear", ...): a LocVLM of random weights, the same ones every time."""
+    """Return make_model(adapter="linear", ...): a LocVLM with random weights, the same ones every time."""
 
     def make(**options):
         torch.manual_seed(0)
@@ -85,9 +69,80 @@ def make_model(tokenizer):
     return make
 
 
-@pytest.fixture(autouse=True)
-def no_page(monkeypatch):
-    """Evaluations in tests make no HTML page: it is a process of its own."""
-    import evaluate
+@pytest.fixture
+def page():
+    """Let evaluate.py write its HTML page in this test."""
 
-    monkeypatch.setattr(evaluate, "write_page", lambda run: None)
+
+@pytest.fixture(autouse=True)
+def no_page(request, monkeypatch):
+    """Skip the HTML page of an evaluation, which a process of its own writes, unless a test uses the fixture `page`."""
+    if "page" not in request.fixturenames:
+        monkeypatch.setattr("evaluate.write_page", lambda run: None)
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A COCO folder of two images: a crowd, two dogs, a box without area, one over the edge, categories with gaps."""
+    for number, size in ((1, (100, 80)), (2, (64, 64))):
+        Image.new("RGB", size, "grey").save(tmp_path / f"{number}.png")
+    instances = {
+        "images": [
+            {"id": 7, "file_name": "1.png", "width": 100, "height": 80},
+            {"id": 9, "file_name": "2.png", "width": 64, "height": 64},
+        ],
+        "categories": [
+            {"id": 1, "name": "person"},
+            {"id": 17, "name": "cat"},
+            {"id": 18, "name": "dog"},
+            {"id": 90, "name": "toothbrush"},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 17, "bbox": [10.5, 20, 30, 40], "iscrowd": 0},
+            {"id": 2, "image_id": 7, "category_id": 18, "bbox": [0, 0, 10, 10], "iscrowd": 0},
+            {"id": 3, "image_id": 7, "category_id": 18, "bbox": [50, 50, 10, 10], "iscrowd": 0},
+            {"id": 4, "image_id": 7, "category_id": 1, "bbox": [5, 5, 50, 50], "iscrowd": 1},
+            {"id": 5, "image_id": 9, "category_id": 90, "bbox": [5, 5, 0, 10], "iscrowd": 0},
+            {"id": 6, "image_id": 9, "category_id": 1, "bbox": [60, 5, 30, 10], "iscrowd": 0},
+        ],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(instances))
+    return tmp_path
+
+
+LLAVA = [
+    {
+        "id": "a",
+        "image": "1.png",
+        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}],
+    },
+    {
+        "id": "b",
+        "conversations": [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi."}],
+        "model": "x",
+    },
+]
+
+
+LOCALIZE = [
+    {
+        "id": "7-loc",
+        "image": "1.png",
+        "size": [100, 80],
+        "objective": "loc",
+        "names": ["cat"],
+        "descriptions": ["cat that is grey"],
+        "box_px": [[10.5, 20, 40.5, 60]],
+        "conversations": LLAVA[0]["conversations"],
+    },
+    {
+        "id": "7-neg",
+        "image": "1.png",
+        "size": [100, 80],
+        "objective": "neg",
+        "names": ["kite"],
+        "descriptions": [None],
+        "box_px": [None],
+        "conversations": LLAVA[0]["conversations"],
+    },
+]

@@ -10,8 +10,10 @@ from conftest import GOLDEN, ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from clip_vit import MEAN, STD, CLIPVisionConfig, CLIPVisionTower, open_image, preprocess
+from clip_vit import CLIPVisionConfig, CLIPVisionTower, open_image, preprocess
 from coords import GEOMETRIES, CoordFormat
+
+SQUARE, SMALL = CLIPVisionConfig(image_size=224), CLIPVisionConfig(image_size=28)
 
 
 def noise(size, seed=0):
@@ -53,7 +55,7 @@ def test_a_whole_clip_checkpoint_gives_the_same_tower(tmp_path):
         (lambda tensors: tensors.pop("pre_layrnorm.weight"), "missing: pre_layrnorm.weight"),
         (
             lambda tensors: tensors.update({"pre_layernorm.weight": torch.ones(32)}),
-            "pre_layernorm.weight belong to no part",
+            "pre_layernorm.weight are no tensors of a CLIP",
         ),
         (
             lambda tensors: tensors.update({"embeddings.class_embedding": torch.ones(31)}),
@@ -95,7 +97,7 @@ def test_shapes_that_the_tower_lacks_are_refused():
     ):
         with pytest.raises(ValueError, match=hint):
             CLIPVisionConfig(**options)
-    with pytest.raises(ValueError, match=r"expected \(B, 3, 28, 28\)"):
+    with pytest.raises(ValueError, match=r"not \(B, 3, 28, 28\)"):
         CLIPVisionTower.from_pretrained(GOLDEN / "clip")(torch.zeros(1, 3, 42, 42))
 
 
@@ -123,8 +125,8 @@ def test_a_painted_box_is_found_where_coords_says(geometry, size, box):
     """White on black, brought to the square, lies within a pixel of unit_from_px: pixels and boxes share one geometry."""
     image = Image.new("RGB", size)
     image.paste((255, 255, 255), box)
-    pixels = preprocess(image, 224, geometry)
-    white = pixels[0] * STD[0] + MEAN[0] > 0.6  # above the grey of the bars
+    pixels = preprocess(image, SQUARE, geometry)
+    white = pixels[0] * SQUARE.image_std[0] + SQUARE.image_mean[0] > 0.6  # above the grey of the bars
     rows, columns = white.any(1).nonzero(), white.any(0).nonzero()
     found = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
     expected = [224 * min(max(v, 0), 1) for v in CoordFormat("ivb", 224, geometry).unit_from_px(box, size)]
@@ -134,8 +136,8 @@ def test_a_painted_box_is_found_where_coords_says(geometry, size, box):
 def test_a_flipped_image_flips_its_box():
     """Mirrored pixels are the mirrored tensor, and a mirrored box is written with mirrored numbers."""
     image, box, size = noise((448, 224)), (40, 20, 200, 100), (448, 224)
-    flipped = preprocess(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), 224)
-    assert (flipped - preprocess(image, 224).flip(2)).abs().max() < 0.05  # a grey level or two of 256
+    flipped = preprocess(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), SQUARE)
+    assert (flipped - preprocess(image, SQUARE).flip(2)).abs().max() < 0.05  # a grey level or two of 256
     assert CoordFormat("ivb").encode_box(box, size) == "(20, 20, 100, 100)"
     assert CoordFormat("ivb").encode_box((448 - 200, 20, 448 - 40, 100), size) == "(124, 20, 204, 100)"
 
@@ -152,8 +154,8 @@ def test_crop_and_pad_equal_the_image_processors_of_clip_and_llava(size):
     image, longer = noise(size), max(size)
     square = Image.new("RGB", (longer, longer), (122, 116, 104))
     square.paste(image, ((longer - size[0]) // 2, (longer - size[1]) // 2))
-    assert (preprocess(image, 28, "crop") - theirs(image)).abs().max() < 1e-5
-    assert (preprocess(image, 28, "pad") - theirs(square)).abs().max() < 1e-5
+    assert (preprocess(image, SMALL, "crop") - theirs(image)).abs().max() < 1e-5
+    assert (preprocess(image, SMALL, "pad") - theirs(square)).abs().max() < 1e-5
 
 
 # ----- image files
@@ -193,7 +195,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
         assert image.mode == "RGB"
         assert image.getpixel((0, 0)) == pytest.approx(expected[kind], abs=3), kind
         for geometry in GEOMETRIES:
-            assert preprocess(image, 28, geometry).shape == (3, 28, 28)
+            assert preprocess(image, SMALL, geometry).shape == (3, 28, 28)
 
 
 def test_an_exif_rotation_is_not_followed(tmp_path):
@@ -247,11 +249,7 @@ def test_the_committed_tiny_tower_loads():
     """tiny/clip is read by the same strict loader as the 7B model's tower."""
     folder = ROOT / "tiny/clip"
     if not (folder / "model.safetensors").is_file():
-        pytest.skip(f"no {folder}: python tiny/make_vision.py makes it")
+        pytest.skip(f"no {folder}: python -m tiny.make_vision makes it")
     tower = CLIPVisionTower.from_pretrained(folder)
-    side = tower.config.image_size
-    assert tower(preprocess(noise((50, 40)), side)[None]).shape == (
-        1,
-        tower.config.num_patches,
-        tower.config.hidden_size,
-    )
+    patches = tower(preprocess(noise((50, 40)), tower.config)[None])
+    assert patches.shape == (1, tower.config.num_patches, tower.config.hidden_size)

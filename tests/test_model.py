@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from clip_vit import preprocess
 from data import IGNORE, IMAGE_ID, collate, encode_prefix, encode_question, encode_segment, pack
-from model import VARIANTS, Adapter, LocVLM, LocVLMConfig, describe_parts, packed_mask, place_image
+from model import ADAPTERS, VARIANTS, LocVLM, LocVLMConfig, packed_mask, place_image
 
 TURNS = [  # of three images, a different number of conversations each, one of them with two turns
     [
@@ -99,7 +99,10 @@ def test_logits_loss_and_gradient_match_the_reference(golden_llava):
 
     positions = torch.arange(real.shape[1]).expand(real.shape)
     segments = torch.where(real, (positions >= 6).long(), -1)  # bos, a word, four patches, then one segment
-    loss = model(reference["pixel_values"], reference["input_ids"], reference["labels"], segments, positions)
+    rows = {key: reference[key] for key in ("input_ids", "labels")} | {"segments": segments, "positions": positions}
+    batch = collate([{key: rows[key][row][real[row]].tolist() for key in rows} for row in (0, 1)])
+    assert torch.equal(batch["input_ids"], reference["input_ids"])
+    loss = model(reference["pixel_values"], **{**batch, "segments": segments})
     loss.backward()
     assert_close(loss, reference["loss"])
     assert_close(model.adapter.linear_1.weight.grad, reference["adapter_gradient"])
@@ -108,7 +111,8 @@ def test_logits_loss_and_gradient_match_the_reference(golden_llava):
 def test_the_papers_adapters_have_the_papers_sizes():
     """4,198,400 parameters for one linear layer (B), 20,979,712 for the two of L; 256 and 576 visual tokens."""
     with torch.device("meta"):
-        counts = [sum(p.numel() for p in Adapter(VARIANTS[name].adapter, 1024, 4096).parameters()) for name in "bl"]
+        adapters = [ADAPTERS[VARIANTS[name].adapter](1024, 4096) for name in "bl"]
+    counts = [sum(p.numel() for p in adapter.parameters()) for adapter in adapters]
     assert counts == [4_198_400, 20_979_712]
     assert [VARIANTS[name].vision_config.num_patches for name in "bl"] == [256, 576]
 
@@ -141,15 +145,12 @@ def test_k_questions_in_one_row_cost_what_k_rows_cost(make_model, tokenizer, tem
 
 
 def test_the_vision_tower_learns_nothing(make_model, tokenizer):
-    """It is frozen: no gradient reaches it; describe_parts says so."""
+    """It is frozen: no gradient reaches it, and none of its parameters asks for one."""
     model = make_model()
     _, gradients = loss_and_gradients(model, collate(packed_rows(tokenizer, "v1")), pixel_values())
     assert not any(name.startswith("vision_tower") for name in gradients)
-    assert [(name, trainable > 0) for name, _, trainable in describe_parts(model)] == [
-        ("vision_tower", False),
-        ("adapter", True),
-        ("language_model", True),
-    ]
+    trainable = {name: any(p.requires_grad for p in part.parameters()) for name, part in model.named_children()}
+    assert trainable == {"vision_tower": False, "adapter": True, "language_model": True}
 
 
 def test_segments_see_the_prefix_and_themselves():
@@ -184,7 +185,7 @@ def test_an_answer_is_what_decoding_token_by_token_gives(make_model, tokenizer):
     model, image = make_model(), pictures()[1]
     question = QUESTIONS[0][1]
     answer = model.generate([image], [[question]], max_new_tokens=12)[0][0]
-    visual = model.adapter(model.vision_tower(preprocess(image, 28)[None]))
+    visual = model.adapter(model.vision_tower(preprocess(image, VISION)[None]))
     ids, llama, said = (
         encode_prefix(tokenizer, "v1", VISION.num_patches) + encode_question(tokenizer, question),
         model.language_model,
@@ -214,12 +215,12 @@ def test_images_may_come_as_pictures_paths_or_tensors(make_model, tmp_path):
     image.save(tmp_path / "image.png")
     answers = [
         model.generate([given], [["What is this?"]], max_new_tokens=8)
-        for given in (image, tmp_path / "image.png", str(tmp_path / "image.png"), preprocess(image, 28))
+        for given in (image, tmp_path / "image.png", str(tmp_path / "image.png"), preprocess(image, VISION))
     ]
     assert answers == answers[:1] * 4
     assert model.generate([image, image], [[], ["What is this?"]], max_new_tokens=8) == [[], answers[0][0]]
     assert model.generate([image], [[]]) == [[]]
-    with pytest.raises(ValueError, match="1 images and 2 lists of questions"):
+    with pytest.raises(ValueError, match="1 images but 2 lists of questions"):
         model.generate([image], [["a"], ["b"]])
 
 
@@ -228,16 +229,21 @@ def test_images_may_come_as_pictures_paths_or_tensors(make_model, tmp_path):
 
 def test_prompt_image_and_padding_carry_no_loss(tokenizer):
     """What is supervised is each answer and its end token, nothing else; each label is its own input id."""
-    batch = collate(packed_rows(tokenizer, "v1"))
-    supervised = batch["labels"] != IGNORE
-    assert torch.equal(batch["labels"][supervised], batch["input_ids"][supervised])
-    assert not supervised[batch["segments"] <= 0].any()
-    for row, segments in enumerate(TURNS):
-        for number, turns in enumerate(segments, start=1):
-            labels = batch["labels"][row][supervised[row] & (batch["segments"][row] == number)].tolist()
-            assert labels == [
+    rows = packed_rows(tokenizer, "v1")
+    batch, found = collate(rows), []
+    for number, row in enumerate(rows):
+        labels, ids, of_row = (torch.tensor(row[key]) for key in ("labels", "input_ids", "segments"))
+        supervised = labels != IGNORE
+        assert torch.equal(labels[supervised], ids[supervised])
+        assert not supervised[of_row <= 0].any()
+        for segment, turns in enumerate(TURNS[number], start=1):
+            assert labels[supervised & (of_row == segment)].tolist() == [
                 token for _, answer in turns for token in [*tokenizer.encode(answer), tokenizer.eos_token_id]
             ]
+        found += [(number, label) for label in labels[supervised].tolist()]
+    at, columns, targets = batch["answers"]
+    assert list(zip(at.tolist(), targets.tolist(), strict=True)) == found
+    assert (batch["segments"][at, columns] >= 0).all()
 
 
 @pytest.mark.parametrize("template", ["v1", "plain"])
@@ -265,9 +271,10 @@ def test_padding_changes_nothing(make_model, tokenizer, rows_of):
     """The losses of rows alone add up to that of the padded batch, and what the padding holds does not matter."""
     model, rows = make_model(), rows_of(tokenizer, "v1")
     images, batch = pixel_values(len(rows)), collate(rows)
+    padding = torch.arange(batch["input_ids"].shape[1]) >= torch.tensor([[len(row["input_ids"])] for row in rows])
     together = model(images, **batch, reduction="sum")
     alone = sum(model(images[i : i + 1], **collate([row]), reduction="sum") for i, row in enumerate(rows))
-    batch["input_ids"][batch["segments"] == -1] = 77
+    batch["input_ids"][padding] = 77
     assert_close(together, alone)
     assert model(images, **batch, reduction="sum") == together
 
@@ -277,7 +284,7 @@ def test_each_image_lands_on_its_own_placeholders():
     ids = torch.tensor([[1, IMAGE_ID, IMAGE_ID, 5], [1, 6, IMAGE_ID, IMAGE_ID]])
     words, visual = torch.zeros(2, 4, 3), torch.arange(1, 5).view(2, 2, 1).expand(2, 2, 3).float()
     assert place_image(words, visual, ids)[..., 0].tolist() == [[0, 1, 2, 0], [0, 0, 3, 4]]
-    with pytest.raises(ValueError, match="4 image placeholders for 1 images of 2 patches"):
+    with pytest.raises(ValueError, match=r"4 image placeholders but 2 visual tokens \(1 images of 2\)"):
         place_image(words, visual[:1], ids)
 
 
@@ -286,15 +293,8 @@ def test_another_image_changes_only_its_own_row(make_model, tokenizer):
     model, rows = make_model(), separate_rows(tokenizer, "v1")[0][:2]
     images, batch = pixel_values(2), collate(rows)
     other = torch.stack([images[0], images[1].flip(2)])
-    losses = [
-        [
-            model(
-                given, **{**batch, "labels": batch["labels"].where(torch.tensor([[row == 0], [row == 1]]), IGNORE)}
-            ).item()
-            for row in (0, 1)
-        ]
-        for given in (images, other)
-    ]
+    answers = [batch["answers"][:, batch["answers"][0] == row] for row in (0, 1)]
+    losses = [[model(given, **{**batch, "answers": of_row}).item() for of_row in answers] for given in (images, other)]
     assert losses[0][0] == losses[1][0]
     assert losses[0][1] != losses[1][1]
 
@@ -334,7 +334,7 @@ def test_another_tokenizer_is_refused(make_model, tmp_path):
     make_model().save_pretrained(tmp_path / "saved")
     other = train_tokenizer(tmp_path / "other", extra="quite different words for the very same world")
     shutil.copyfile(other.path, tmp_path / "saved/tokenizer.model")
-    with pytest.raises(ValueError, match="is not the tokenizer of these weights"):
+    with pytest.raises(ValueError, match="is not the tokenizer that these weights were trained with"):
         LocVLM.from_pretrained(tmp_path / "saved")
 
 

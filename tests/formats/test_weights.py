@@ -7,14 +7,14 @@ import weakref
 from dataclasses import asdict, replace
 from functools import partial
 
-import checkpoint
 import pytest
 import torch
-from checkpoint import Stored, build, open_tensors, write_tensors
 from conftest import TEXT
 from safetensors.torch import load_file, save_file
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower
+from formats import weights
+from formats.weights import Stored, build, open_tensors, write_tensors
 from llama import Llama, LlamaConfig, Tokenizer, rotary_frequencies
 from model import LocVLM, LocVLMConfig
 
@@ -114,11 +114,7 @@ def test_a_tower_loads_under_every_naming(model, tmp_path, naming):
     else:
         tensors = named(tower, "" if naming == "bare" else CLIP_PREFIX)
         if naming == "whole CLIP":
-            tensors |= {
-                "text_model.x": torch.ones(1),
-                "logit_scale": torch.ones(()),
-                "text_projection.weight": torch.ones(2),
-            }
+            tensors |= {"text_model.x": torch.ones(1), "logit_scale": torch.ones(()), "text_projection.weight": torch.ones(2)}
             config = {"model_type": "clip", "vision_config": config}
         tensors["vision_model.embeddings.position_ids"] = torch.arange(5)
         path = write_folder(tmp_path / "clip", tensors, config, "bin" if naming == "bin" else "safetensors")
@@ -280,7 +276,7 @@ def test_shards_and_their_index_are_written_and_replaced(tmp_path):
 def test_shards_old_and_new_are_never_read_as_one_model(tmp_path, monkeypatch):
     """Killed after its second shard, a save over another leaves what is refused by name, not a mixture."""
     tensors = {f"layers.{i}.weight": torch.full((10, 10), float(i)) for i in range(5)}
-    path, written, save_file = tmp_path / "model.safetensors", [], checkpoint.save_file
+    path, written, save_file = tmp_path / "model.safetensors", [], weights.save_file
 
     def killed(shard, *args, **how):
         written.append(shard)
@@ -289,16 +285,16 @@ def test_shards_old_and_new_are_never_read_as_one_model(tmp_path, monkeypatch):
         save_file(shard, *args, **how)
 
     write_tensors(path, tensors, shard_bytes=900)
-    monkeypatch.setattr(checkpoint, "save_file", killed)
+    monkeypatch.setattr(weights, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         write_tensors(path, {name: tensor + 1 for name, tensor in tensors.items()}, shard_bytes=900)
-    with pytest.raises(FileNotFoundError, match=r"is there, its \*.index.json is not"):
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-00003.safetensors, but no \*.index.json"):
         open_tensors(tmp_path)
 
 
 def test_loading_holds_one_piece_beside_the_model(monkeypatch):
     """While a module is filled, what was read is let go before more is read, in pieces that cover every row once."""
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 4 * 32 * 10)
+    monkeypatch.setattr(weights, "PIECE_BYTES", 4 * 32 * 10)
     alive, most = [], 0
     shapes = {k: tuple(v.shape) for k, v in Llama(TEXT).state_dict().items()}
 
@@ -383,9 +379,9 @@ DAMAGE = {
     ),
     "another model": (
         lambda f: rewrite(f, lambda t: t.update({"transformer.h.0.weight": torch.ones(1)})),
-        "transformer.h.0.weight belong to no part",
+        "transformer.h.0.weight are no tensors of a CLIP",
     ),
-    "config of another size": (lambda f: edit_config(f, intermediate_size=96), "expected what config.json describes"),
+    "config of another size": (lambda f: edit_config(f, intermediate_size=96), "does config.json belong to these weights"),
     "config with fewer layers": (lambda f: edit_config(f, num_hidden_layers=1), "unexpected: layers.1"),
     "NaN": (
         lambda f: rewrite(f, lambda t: t["model.norm.weight"].fill_(float("nan"))),
@@ -395,11 +391,11 @@ DAMAGE = {
     "pointer": (lambda f: pointer(f / "model.safetensors"), "Git LFS pointer.*git lfs pull"),
     "pointer for a config": (lambda f: pointer(f / "config.json"), "config.json is a Git LFS pointer"),
     "pickle that runs code": (lambda f: to_bin(f, pickle.dumps({"a": Harm()}, protocol=2)), "a pickle that wants"),
-    "truncated bin": (lambda f: to_bin(f, b"PK\3\4" + bytes(100)), "pytorch_model.bin is cut short"),
+    "truncated bin": (lambda f: to_bin(f, b"PK\3\4" + bytes(100)), "pytorch_model.bin is damaged; download it again"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights in"),
     "shards without index": (
         lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
-        "model-00001-of-00002.safetensors is there, its .*index.json is not",
+        "model-00001-of-00002.safetensors, but no .*index.json",
     ),
 }
 
@@ -412,7 +408,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(model, tmp_path, damage):
     harm(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=hint) as raised:
         Llama.from_pretrained(folder)
-    assert "\n" not in str(raised.value) and "expected" in str(raised.value)
+    assert "\n" not in str(raised.value) and "; " in str(raised.value)
 
 
 def test_a_pickle_does_not_run(tmp_path):
@@ -446,7 +442,7 @@ def test_a_missing_shard_of_metas_is_named(model, tmp_path):
     params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-6}
     (tmp_path / "params.json").write_text(json.dumps(params))
     torch.save(meta_state(model.language_model, 2)[0], tmp_path / "consolidated.00.pth")
-    with pytest.raises(FileNotFoundError, match=r"1 of 2 shards; expected consolidated.00.pth to .01.pth"):
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 shards, consolidated.00.pth to .01.pth; complete the download"):
         Llama.from_pretrained(tmp_path)
 
 

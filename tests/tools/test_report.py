@@ -7,13 +7,14 @@ import shutil
 import subprocess
 
 import pytest
-import report
-from benchmarks import TASKS
 from PIL import Image
+
+from evaluate import TASKS
+from tools import report
 
 HOSTILE = [
     '<script>alert(1)</script><img src="https://evil.example/x.png" onerror="alert(1)">',
-    "</dd></dl></article></main>{style}{0}%s",
+    "</dd></dl></article></main>{style}{0}%s{{ name }}{% for %}{#",
     "x" * 1_000_000,
     "\u202eright to left \u0000\ud800 \U0001f600 é 左",
     "",
@@ -123,7 +124,7 @@ def test_hostile_text_stays_text(tmp_path, picture, text):
         prompts=[str(text)],
     )
     page = page_of(tmp_path)
-    assert "<script" not in page and 'evil.example/x.png"' not in page and "onerror=&quot;" not in unfold(page)
+    assert "<script" not in page and 'evil.example/x.png"' not in page and not re.search("onerror=&(quot|#34);", unfold(page))
     assert not re.search("[\x00-\x08\ud800-\udfff]", page)
     assert page.count("<article") == page.count("</article>") == 2 and page.count("</main>") == 1
     if text == "x" * 1_000_000:

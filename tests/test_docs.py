@@ -1,0 +1,121 @@
+"""The commands in README.md and docs/ run: their programs exist and accept their options. What the pages point to exists."""
+
+import argparse
+import importlib
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+import train
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOREIGN = {"lmms_eval"}  # modules of other projects
+
+
+def commands_of(text):
+    """Yield the commands in ``` blocks that start with python or torchrun, as lists of words. What && joins is split."""
+    for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True) if re.search(r"(^|&& )\W*(python|torchrun) ", line) else []
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                command, words = words[:end], words[end + 1 :]
+                command = command[1:] if command[:1] == ["$"] else command
+                if command and command[0] in ("python", "torchrun"):
+                    yield command
+
+
+def program_of(command):
+    """Return (is a module, its name or file, its arguments)."""
+    if command[0] == "torchrun":
+        args = torchrun_parser().parse_args(command[1:])
+        return args.module, args.training_script, args.training_script_args
+    is_module = command[1] == "-m"
+    return is_module, command[1 + is_module], command[2 + is_module :]
+
+
+def module_of(is_module, name):
+    """Return the module that a program is, or None for other projects' modules. Fails if there is none."""
+    if not is_module:
+        assert (ROOT / name).is_file(), f"no file {name}"
+        return name.removesuffix(".py").replace("/", ".")
+    if name.split(".")[0] in FOREIGN:
+        return None
+    path = ROOT / name.replace(".", "/")
+    assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), f"no module {name}"
+    return f"{name}.__main__" if path.is_dir() else name
+
+
+class Accepted(Exception):
+    """Raised instead of running a program whose command line was accepted."""
+
+
+def parse(module, words, monkeypatch):
+    """Let a program parse its command line, and stop it there. SystemExit: refused."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(*args, **kwargs):
+        original(*args, **kwargs)
+        raise Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    program = importlib.import_module(module)
+    if module == "train":
+        program.parse_config(program.TrainConfig)
+    else:
+        program.main()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_its_commands_are_accepted(page, monkeypatch, capsys):
+    for command in commands_of(page.read_text()):
+        is_module, name, words = program_of(command)
+        module = module_of(is_module, name)
+        if module is None or module.startswith("tiny.") or not words:  # tiny's programs take no options
+            continue
+        try:
+            parse(module, words, monkeypatch)
+        except Accepted:
+            continue
+        except SystemExit:
+            pytest.fail(f"{shlex.join(command)}\n{capsys.readouterr().err}")
+        finally:
+            monkeypatch.undo()
+        pytest.fail(f"{shlex.join(command)} parsed no command line")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_options_in_its_sentences_exist(page):
+    programs = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("tasks/*.py")]
+    declared = set(re.findall(r'"--([\w-]+)"', "\n".join(path.read_text() for path in programs)))
+    declared |= {field.replace("_", "-") for field in train.TrainConfig.__dataclass_fields__}
+    sentences = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for code in re.findall(r"`([^`\n]+)`", sentences):
+        for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", code):
+            assert flag in declared or flag.removeprefix("no-") in declared, f"{flag} in `{code}`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_and_tests_that_it_points_to_exist(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", text):
+        assert (page.parent / link).exists(), link
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests or f"/{name}.py" in text, name
+    for path in re.findall(r"`([\w/]+/[\w/]+\.(?:py|md))`", text):
+        assert (ROOT / path).is_file(), path
+
+
+def test_a_command_that_a_program_refuses_is_found(monkeypatch, capsys):
+    [command] = commands_of("```\ncd x && torchrun --nproc-per-node 8 train.py --variant b\n```")
+    assert program_of(command) == (False, "train.py", ["--variant", "b"])
+    with pytest.raises(SystemExit):
+        parse("train", ["--variant", "b"], monkeypatch)
+    with pytest.raises(AssertionError, match="no module tools.nothing"):
+        module_of(True, "tools.nothing")
