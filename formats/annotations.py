@@ -13,19 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from data import Object, Record, read_coco, read_llava
+from formats import schema
 from formats.files import read_json, require_file, some
 from formats.images import image_size, is_clip
-from formats.schema import (
-    CAPTION_KEYS,
-    CLIP_KEYS,
-    box_from_xywh,
-    box_problem,
-    clip_row_problem,
-    is_about_clips,
-    is_captions,
-    leaves_folder,
-    require_rows,
-)
 
 CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".npy")
 STATIC, STATIC_SIDE = 5, 224  # at most 5 px from the mean, in a square of 224 px (App. D does not say in which pixels)
@@ -33,7 +23,7 @@ STATIC, STATIC_SIDE = 5, 224  # at most 5 px from the mean, in a square of 224 p
 
 def read_captions(coco, images, path):
     """Read the content of COCO's captions_*.json: a Record for each image that has captions."""
-    require_rows(coco, CAPTION_KEYS, path, "COCO's captions_*.json")
+    schema.require_rows(coco, schema.CAPTION_KEYS, path, "COCO's captions_*.json")
     records, skipped, captions_of = [], Counter(), {image["id"]: [] for image in coco["images"]}
     for annotation in coco["annotations"]:
         caption = annotation["caption"]
@@ -44,7 +34,7 @@ def read_captions(coco, images, path):
         else:
             captions_of[annotation["image_id"]].append(caption.strip())
     for image in coco["images"]:
-        if leaves_folder(image["file_name"]):
+        if schema.leaves_folder(image["file_name"]):
             skipped["images whose path leaves their folder"] += 1
         elif captions := tuple(captions_of[image["id"]]):
             path, size = Path(images) / image["file_name"], (image["width"], image["height"])
@@ -55,11 +45,11 @@ def read_captions(coco, images, path):
 def read_file(path, images):
     """Read an annotation file about images or clips, in any of the formats."""
     content = read_json(require_file(path, "an annotation file"))
-    if is_about_clips(content):
+    if schema.is_about_clips(content):
         return read_clips(path, images, content=content)
     if isinstance(content, list):
         return read_llava(path, images, content)
-    if is_captions(content):
+    if schema.is_captions(content):
         return read_captions(content, images, path)
     return read_coco(path, images, content)
 
@@ -75,8 +65,9 @@ def static_objects(boxes_by_frame, size):
     An object is a category that no frame shows twice, whose centre stays within STATIC of its mean on both axes. An object in
     a single frame counts: it is at its mean.
 
-    >>> static_objects([[("cup", (0, 0, 4, 4))], [("cup", (2, 0, 6, 4)), ("dog", (8, 8, 9, 9))]], (224, 224))
-    [Object(name='cup', box_px=(1.0, 0.0, 5.0, 4.0), description=None), Object(name='dog', box_px=(8.0, 8.0, 9.0, 9.0), description=None)]
+    >>> objects = static_objects([[("cup", (0, 0, 4, 4))], [("cup", (2, 0, 6, 4)), ("dog", (8, 8, 9, 9))]], (224, 224))
+    >>> [(o.name, o.box_px) for o in objects]
+    [('cup', (1.0, 0.0, 5.0, 4.0)), ('dog', (8.0, 8.0, 9.0, 9.0))]
     """
     boxes, repeated = {}, set()
     for frame in boxes_by_frame:
@@ -85,51 +76,26 @@ def static_objects(boxes_by_frame, size):
         for name, box_px in frame:
             boxes.setdefault(name, []).append(box_px)
     objects = []
-    for name in boxes:
-        if name in repeated:
-            continue
-        mean = tuple(sum(box_px[i] for box_px in boxes[name]) / len(boxes[name]) for i in range(4))
-        distance = max(
+    for name in (name for name in boxes if name not in repeated):
+        mean = tuple(sum(edge) / len(edge) for edge in zip(*boxes[name], strict=True))
+        distances = [
             abs(box_px[axis] + box_px[axis + 2] - mean[axis] - mean[axis + 2]) / 2 * STATIC_SIDE / size[axis]
-            for box_px in boxes[name]
-            for axis in (0, 1)
-        )
-        if distance <= STATIC + 1e-6:  # float noise must not decide
+            for box_px in boxes[name] for axis in (0, 1)
+        ]
+        if max(distances) <= STATIC + 1e-6:  # float noise must not decide
             objects.append(Object(name, mean))
     return objects
 
 
 def find_clips(folder):
     """Find the clips in a folder: {file name, with and without its suffix: path}. A folder of frames has priority."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no folder {folder} of clips, each a {' '.join(CLIP_SUFFIXES)} or a folder of frames"
-        )
-    found = {}
-    for path in sorted(folder.iterdir()):
-        suffix = path.suffix.lower()
-        if path.is_dir():
-            found[path.name] = (-1, path)
-        elif suffix in CLIP_SUFFIXES:
-            found[path.name] = (-1, path)
-            rank = CLIP_SUFFIXES.index(suffix)
-            found[path.stem] = min(found.get(path.stem, (rank, path)), (rank, path))
-    return {name: path for name, (_, path) in found.items()}
-
-
-def with_clips(records, path, folder):
-    """Put the clips' paths into records whose `image` is a name: (the records whose clip exists, Counter of missing clips)."""
-    clips = find_clips(folder)
-    missing = sorted({record.image for record in records} - clips.keys())
-    if records and len(missing) == len({record.image for record in records}):
-        raise FileNotFoundError(
-            f"none of the {len(missing)} clips of {path} is in {folder} ({some(missing)}), as a {' '.join(CLIP_SUFFIXES)} or "
-            "a folder of frames"
-        )
-    found = [replace(record, image=clips[record.image]) for record in records if record.image in clips]
-    reason = f"clips of {path} that are not in {folder} ({some(missing)})"
-    return found, Counter({reason: len(missing)} if missing else {})
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no folder {folder} of clips, each a {' '.join(CLIP_SUFFIXES)} or a folder of frames")
+    paths = sorted(Path(folder).iterdir(), reverse=True)
+    folders = [path for path in paths if path.is_dir()]
+    files = [path for path in paths if path.suffix.lower() in CLIP_SUFFIXES and not path.is_dir()]
+    files.sort(key=lambda path: CLIP_SUFFIXES.index(path.suffix.lower()), reverse=True)  # the first suffix overwrites
+    return {path.stem: path for path in files} | {path.name: path for path in files + folders}
 
 
 def read_clips(path, folder, content=None):
@@ -139,17 +105,24 @@ def read_clips(path, folder, content=None):
     VideoInstruct_Dataset.json      Video-ChatGPT's [{q, a, video_id}], or its converter's [{id, video, conversations}]
     """
     content = read_json(require_file(path, "annotations of clips")) if content is None else content
-    if isinstance(content, list):
-        return read_clip_rows(content, path, folder)
-    require_rows(content, CLIP_KEYS, path, "a clips_*.json")
-    return clip_records(content, path, folder)
+    records, skipped = clip_rows(content, path) if isinstance(content, list) else clip_records(content, path)
+    clips, names = find_clips(folder), {record.image for record in records}
+    missing = sorted(names - clips.keys())
+    if missing and len(missing) == len(names):
+        kinds = f"as a {' '.join(CLIP_SUFFIXES)} or a folder of frames"
+        raise FileNotFoundError(f"none of the {len(missing)} clips of {path} is in {folder} ({some(missing)}), {kinds}")
+    if missing:
+        skipped[f"clips of {path} that are not in {folder} ({some(missing)})"] = len(missing)
+    return [replace(record, image=clips[record.image]) for record in records if record.image in clips], skipped
 
 
-def clip_records(content, path, folder):
+def clip_records(content, path):
     """Make Records of a clips_*.json. Invalid boxes are counted; their category is present, but not asked for."""
+    schema.require_rows(content, schema.CLIP_KEYS, path, "a clips_*.json")
     names = {category["id"]: category["name"] for category in content["categories"]}
-    skipped, frames = Counter(), {v["id"]: [[] for _ in range(v["frames"])] for v in content["videos"]}
     sizes = {v["id"]: (v["width"], v["height"]) for v in content["videos"]}
+    frames = {v["id"]: [[] for _ in range(v["frames"])] for v in content["videos"]}
+    records, skipped = [], Counter()
     for a in content["annotations"]:
         clip = a["video_id"]
         if clip not in frames:
@@ -159,41 +132,30 @@ def clip_records(content, path, folder):
         elif not isinstance(a["frame"], int) or not 0 <= a["frame"] < len(frames[clip]):
             skipped["annotations of frames beyond their clip's last"] += 1
         else:
-            box_px, problem = None, box_problem(a.get("bbox"), sizes[clip])
-            if problem:
+            box_px = None
+            if problem := schema.box_problem(a.get("bbox"), sizes[clip]):
                 skipped[f"boxes where the box {problem.split(' of size')[0]}"] += 1
             elif not a.get("iscrowd"):
-                x1, y1, x2, y2 = box_from_xywh(a["bbox"])
+                x1, y1, x2, y2 = schema.box_from_xywh(a["bbox"])
                 box_px = x1, y1, min(x2, sizes[clip][0]), min(y2, sizes[clip][1])
             frames[clip][a["frame"]].append((names[a["category_id"]], box_px))
-    records = []
     for v in content["videos"]:
-        if leaves_folder(v["file_name"]):
+        if schema.leaves_folder(v["file_name"]):
             skipped["clips whose path leaves their folder"] += 1
             continue
-        present = {name for frame in frames[v["id"]] for name, _ in frame}
-        records.append(
-            Record(
-                str(v["id"]),
-                v["file_name"],
-                sizes[v["id"]],
-                tuple(static_objects(frames[v["id"]], sizes[v["id"]])),
-                tuple(sorted(present)),
-                tuple(name for name in names.values() if name not in present),
-            )
-        )
-    records, missing = with_clips(records, path, folder)
-    return records, skipped + missing
+        boxes, size = frames[v["id"]], sizes[v["id"]]
+        present = {name for frame in boxes for name, _ in frame}
+        absent = tuple(name for name in names.values() if name not in present)
+        objects = tuple(static_objects(boxes, size))
+        records.append(Record(str(v["id"]), v["file_name"], size, objects, tuple(sorted(present)), absent))
+    return records, skipped
 
 
-def read_clip_rows(rows, path, folder):
-    """Read Video-ChatGPT's rows, one Record each (`merge` joins those of a clip).
-
-    Its converter names feature files, v_ID.pkl; we look for the clip v_ID.
-    """
+def clip_rows(rows, path):
+    """Make a Record of each row of Video-ChatGPT's. Its converter names feature files, v_ID.pkl; we look for the clip v_ID."""
     records, skipped = [], Counter()
     for index, row in enumerate(rows):
-        if problem := clip_row_problem(row):
+        if problem := schema.clip_row_problem(row):
             skipped[f"rows of {path} (the first: row {index}, it {problem})"] += 1
             continue
         if "q" in row:
@@ -205,8 +167,7 @@ def read_clip_rows(rows, path, folder):
         records.append(Record(str(row.get("id", f"{clip}_{index}")), clip, (0, 0), conversations=(turns,)))
     if not records:
         raise ValueError(f"{path}: no usable row: {next(iter(skipped), 'the list is empty')}")
-    records, missing = with_clips(records, path, folder)
-    return records, skipped + missing
+    return records, skipped
 
 
 # ----- mixtures
@@ -220,23 +181,19 @@ def merge(records):
     merged = {}
     for record in records:
         key = os.path.abspath(record.image) if record.image else len(merged)
-        known = merged.setdefault(key, record)
-        if known is record:
+        first = merged.setdefault(key, record)
+        if first is record:
             continue
-        objects = {o.name: o for o in known.objects}
+        objects = {o.name: o for o in first.objects}
         for o in record.objects:
             if objects.setdefault(o.name, o).description is None:
                 objects[o.name] = replace(objects[o.name], description=o.description)
-        present = dict.fromkeys(known.present + record.present)
+        present = dict.fromkeys(first.present + record.present)
+        absent = tuple(name for name in dict.fromkeys(first.absent + record.absent) if name not in present)
         merged[key] = replace(
-            known,
-            size=known.size if any(known.size) else record.size,
-            objects=tuple(objects.values()),
-            present=tuple(present),
-            absent=tuple(name for name in dict.fromkeys(known.absent + record.absent) if name not in present),
-            captions=known.captions + record.captions,
-            conversations=known.conversations + record.conversations,
-            weight=max(known.weight, record.weight),
+            first, size=first.size if any(first.size) else record.size, weight=max(first.weight, record.weight),
+            objects=tuple(objects.values()), present=tuple(present), absent=absent,
+            captions=first.captions + record.captions, conversations=first.conversations + record.conversations,
         )
     return list(merged.values())
 
@@ -317,21 +274,15 @@ def image_ids(path):
     except json.JSONDecodeError:
         lines = [line for line in text.splitlines() if line.strip()]
         content = [json.loads(line) if line.lstrip()[:1] in "{[" else {"image_id": line.strip()} for line in lines]
-    found = set()
 
     def visit(value, key=None):
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                visit(inner, name)
-        elif isinstance(value, list):
-            for inner in value:
-                visit(inner, key)
+        if isinstance(value, dict | list):
+            for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
+                yield from visit(inner, name)
         elif key in ("image_id", "image", "file_name") and value is not None:
-            number = coco_id(value) if isinstance(value, str) and not value.isdigit() else int(value)
-            found.add(number)
+            yield coco_id(value) if isinstance(value, str) and not value.isdigit() else int(value)
 
-    visit(content)
-    found.discard(None)
+    found = set(visit(content)) - {None}
     if not found:
         raise ValueError(f"{path} names no COCO image (keys image_id, image or file_name)")
     return found

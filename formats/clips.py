@@ -12,20 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-from formats.files import require_file
-from formats.images import ANIMATIONS, IMAGES, open_image, split_zip
-
-READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what PIL and numpy raise
-
-
-@contextmanager
-def naming(path, *errors):
-    """Turn a reader's exceptions into a ValueError that names the file."""
-    try:
-        yield
-    except errors as error:
-        why = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} cannot be read ({why}); replace the file") from None
+from formats.files import naming, require_file
+from formats.images import ANIMATIONS, IMAGES, PIL_ERRORS, open_image, split_zip
 
 
 def open_clip(path, decode_all=False):
@@ -53,7 +41,7 @@ def open_folder(folder):
 
 def open_array(path):
     """Open an .npy of frames, uint8 (T, H, W, 3). Only the requested frames are read."""
-    with naming(path, *READ_ERRORS):
+    with naming(path, *PIL_ERRORS):
         frames = np.load(path, mmap_mode="r", allow_pickle=False)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"{path} holds {frames.dtype} {frames.shape}, not uint8 (T, H, W, 3)")
@@ -63,7 +51,7 @@ def open_array(path):
 def open_animation(path):
     """Open a GIF, WebP or PNG, animated or still. Frames are as a viewer shows them, without transparency."""
     spans = []
-    with naming(path, *READ_ERRORS), Image.open(path) as image:
+    with naming(path, *PIL_ERRORS), Image.open(path) as image:
         for frame in ImageSequence.Iterator(image):
             frame.load()  # WebP knows its span only then
             spans.append(frame.info.get("duration", 0))
@@ -73,7 +61,7 @@ def open_animation(path):
         if len(spans) == 1:
             return {0: open_image(path)}
         frames = {}
-        with naming(path, *READ_ERRORS), Image.open(path) as image:
+        with naming(path, *PIL_ERRORS), Image.open(path) as image:
             for place in places:
                 image.seek(place)
                 frames[place] = image.convert("RGB")
@@ -113,7 +101,6 @@ def open_video(path, decode_all=False):
         best = max(streams, key=lambda s: (s.width * s.height, len(listed[s.index])))
         number, unit, promised, codec = best.index, best.time_base, best.frames, best.codec_context.name
         about = f"{codec}, stream {number + 1} of {len(file.streams)}"
-
     times, keys = [pts for pts, _, _ in listed[number]], {}
     if not decode_all and None not in times and len(set(times)) == len(times) and codec != "vp8":  # vp8 hides frames
         times.sort()
@@ -140,7 +127,6 @@ def open_video(path, decode_all=False):
 @contextmanager
 def opened(path):
     import av
-
     with naming(path, av.FFmpegError), av.open(str(path)) as file:
         yield file
 
@@ -148,11 +134,8 @@ def opened(path):
 def packets(file, streams):
     """Yield the complete packets, up to where the file ends or is cut off."""
     import av
-
     try:
-        for packet in file.demux(streams):
-            if packet.size and not packet.is_corrupt:
-                yield packet
+        yield from (packet for packet in file.demux(streams) if packet.size and not packet.is_corrupt)
     except av.FFmpegError:
         return
 
@@ -160,7 +143,6 @@ def packets(file, streams):
 def decoded(file, number):
     """Yield a stream's frames from the current position, in display order. Undecodable packets are skipped."""
     import av
-
     stream = file.streams[number]
     for packet in chain(packets(file, stream), [None]):  # None flushes the decoder
         try:

@@ -59,11 +59,7 @@ def name_of(task, file=None, split=None):
 def folders_of(run, into=None):
     """Return where results go: {column of the printed table: folder}."""
     into = Path(into or Path(run) / "eval")
-    return {
-        "ours": into,
-        "blind": into.with_name(into.name + "_blind"),
-        "scored": into.with_name(into.name + "_scored"),
-    }
+    return {"ours": into, **{title: into.with_name(f"{into.name}_{title}") for title in ("blind", "scored")}}
 
 
 # ----- questions
@@ -74,13 +70,12 @@ def read_jobs(tasks, args, wording):
     jobs = []
     for name, task in tasks.items():
         items, skipped = task.read(args, wording)
-        files = [path for path in ((args.questions, args.answers) if task.files else (args.coco,)) if path]
-        split = args.split if task.files else None
+        files = [Path(path) for path in ((args.questions, args.answers) if task.files else (args.coco,)) if path]
         # the held-out shapes need no file in the name of their results
         file = files[0] if task.files or not args.is_default_data else None
-        job = Job(name, name_of(name, file, split), task, items, dict(skipped), [Path(path) for path in files])
+        job = Job(name, name_of(name, file, args.split if task.files else None), task, items, dict(skipped), files)
         if doubled := [i for i, count in Counter(item.id for item in items).items() if count > 1]:
-            raise ValueError(f"{files[0]}: {len(doubled)} ids of questions occur twice ({some(doubled)}); answers are joined by them")
+            raise ValueError(f"{files[0]}: {len(doubled)} ids of questions occur twice ({some(doubled)}); make them unique")
         if items:
             jobs.append(job)
         else:
@@ -174,18 +169,15 @@ def begin(parts, options, fresh):
 
 def join(items, pairs, source):
     """Give each item its answer, by id. Raise ValueError for missing, unknown or repeated ids. pairs: (id, answer)"""
-    count, known = Counter(i for i, _ in pairs), {item.id for item in items}
-    for what, ids in (
-        ("occur twice", [i for i in count if count[i] > 1]),
-        ("belong to no question", [i for i in count if i not in known]),
-        ("are missing", [item.id for item in items if item.id not in count]),
-    ):
+    count, wanted, answers = Counter(i for i, _ in pairs), {item.id for item in items}, dict(pairs)
+    fix = "pass the file that these answers were made for, or answer again with --fresh"
+    for what, ids in {
+        "occur twice": [i for i in count if count[i] > 1],
+        "belong to no question": [i for i in count if i not in wanted],
+        "are missing": [item.id for item in items if item.id not in count],
+    }.items():
         if ids:
-            raise ValueError(
-                f"{source}: {len(ids)} ids {what} ({some(ids)}), of {len(items)} questions; pass the file that these answers "
-                "were made for, or answer again with --fresh"
-            )
-    answers = dict(pairs)
+            raise ValueError(f"{source}: {len(ids)} ids {what} ({some(ids)}), of {len(items)} questions; {fix}")
     for item in items:
         item.answer = answers[item.id]
 
@@ -232,11 +224,11 @@ def trained_on(run, files=""):
         else:
             world = "data/moving" if notes["stages"] in ("3", "4") else "data/shapes"
             own = sorted(map(str, Path(world).glob("*_train.json")))
-        excluded = notes["exclude"].split(",") if notes["exclude"] else []
-        if not own or not all(Path(path).is_file() for path in own + excluded):
+        needed = own + [path for path in notes["exclude"].split(",") if path]
+        if not own or not all(Path(path).is_file() for path in needed):
             return None
         files, run = files + own, notes["init_from"]
-        ids |= set().union(*map(ids_in, own)).difference(*map(image_ids, excluded))
+        ids |= set().union(*map(ids_in, own)) - image_ids_of(notes["exclude"])
     return (files, ids) if files else None
 
 
@@ -265,28 +257,17 @@ def require_own(job, folder, data_sha256):
         file, content = next(iter(before.items()))  # the questions; answers may be one file for several
         new_file, new_content = next(iter(data_sha256.items()))
         if file != new_file and content != new_content:
-            raise ValueError(
-                f"{path} is about {file}, not {new_file}; keep both with --into FOLDER, or replace it with --fresh"
-            )
+            raise ValueError(f"{path} is about {file}, not {new_file}; keep both with --into FOLDER, or replace with --fresh")
 
 
 def describe(args, config, wording, jobs):
     """Return what every result says about its origin."""
     return {
-        "run": str(args.run),
-        "data_sha256": {str(path): sha256(path) for path in jobs[0].files},
-        "split": getattr(args, "split", None),
-        "short": getattr(args, "short", False),
-        "template": "v1",
-        "geometry": config.geometry,
-        "kind": config.kind,
-        "frames": config.frames,
-        "location": wording.location,
-        "words": wording.words,
-        "seed": args.seed,
-        "no_object_answer": NEG_ANSWER,
-        "git_commit": git_commit(),
-        "torch": torch.__version__,
+        "run": str(args.run), "data_sha256": {str(path): sha256(path) for path in jobs[0].files},
+        "split": getattr(args, "split", None), "short": getattr(args, "short", False), "template": "v1",
+        "geometry": config.geometry, "kind": config.kind, "frames": config.frames,
+        "location": wording.location, "words": wording.words, "seed": args.seed, "no_object_answer": NEG_ANSWER,
+        "git_commit": git_commit(), "torch": torch.__version__,
     }
 
 
@@ -319,9 +300,9 @@ def run_jobs(args, jobs, wording, model, processes):
             answerer = partial(model.answerer, title == "blind")
             count, seconds = answer_all(items, args.batch, answerer, parts, options, processes, args.fresh)
             if rank == 0:
-                trained = contamination(items, seen)
-                speed = {"seconds": round(seconds, 2), "questions_per_second": round(count / seconds, 2)}
-                ran = {"contamination": trained, "world_size": world, "asked": count, **speed}
+                trained, speed = contamination(items, seen), round(count / seconds, 2)
+                ran = {"contamination": trained, "world_size": world, "asked": count}
+                ran |= {"seconds": round(seconds, 2), "questions_per_second": speed}
                 write_results(job, items, folder, wording, {**about, **how, **ran}, args)
                 shutil.rmtree(parts)
         if rank == 0:
@@ -347,15 +328,9 @@ def write_results(job, items, folder, wording, about, args):
         "task": job.task,
         # JSON has no NaN, which stands for: there was no such question
         "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
-        "questions": len(items),
-        "images": len({item.image for item in items}),
-        "skipped": job.skipped,
-        "judge": judge,
-        "paper": paper_of(job),
-        "paper_rows": job.rules.paper,
-        "prompts": list(job.rules.prompts),
-        "questions_sha256": questions_sha256(items),
-        "answers_sha256": answers_sha256(items),
+        "questions": len(items), "images": len({item.image for item in items}), "skipped": job.skipped, "judge": judge,
+        "paper": paper_of(job), "paper_rows": job.rules.paper, "prompts": list(job.rules.prompts),
+        "questions_sha256": questions_sha256(items), "answers_sha256": answers_sha256(items),
     }
     overlay(items, folder / f"{job.name}.png")
     # figures win over older ones in `about` (--score); this file is written last: it says that all is complete
@@ -373,14 +348,12 @@ def paper_of(job):
 
 def read_results(folder, order=()):
     """Read the results in a folder: {name: result}; tasks of `order` come first."""
-    found = {}
+    found, place = {}, {task: number for number, task in enumerate(order)}
     for path in sorted(folder.glob("*.json")):
         result = read_json(path)
         if isinstance(result, dict) and "metrics" in result:  # else a submission file, or a list of requests
             found[path.stem] = {**result, "task": str(result.get("task", path.stem))}
-    order = list(order)
-    place = {name: order.index(r["task"]) if r["task"] in order else len(order) for name, r in found.items()}
-    return {name: found[name] for name in sorted(found, key=place.get)}
+    return dict(sorted(found.items(), key=lambda pair: place.get(pair[1]["task"], len(place))))
 
 
 def differences(result, blind):

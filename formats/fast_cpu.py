@@ -1,4 +1,4 @@
-"""What makes this code fast on a CPU: a memory layout of linear layers, and a setting of the allocator.
+"""Make this code fast on a CPU: a memory layout of linear layers, and a setting of the allocator.
 
 Nothing here changes a result beyond rounding, and nothing is needed to understand the model.
 """

@@ -1,4 +1,4 @@
-"""What the frozen tower makes of every image or clip of a data set, kept on disk, so that training need not run the tower.
+"""The frozen tower's output for every image or clip of a data set, kept on disk, so that training need not run the tower.
 
 features.npy   float16 (images, P, Dv), memory-mapped; clips are pooled to frames + P tokens (video.pool)
 features.json  which tower, image side, geometry and number of frames made it, the row of each image, and unreadable images
@@ -36,9 +36,8 @@ class Features:
         expected |= {"tower": fingerprint(tower)} if tower else {}
         for key, value in expected.items():
             if about[key] != value:
-                raise ValueError(
-                    f"{folder} was made with {key} {about[key]}, this run has {value}; make it again: python -m tools.features"
-                )
+                fix = "make it again: python -m tools.features"
+                raise ValueError(f"{folder} was made with {key} {about[key]}, this run has {value}; {fix}")
         self.folder, self.rows_of = folder, {name: row for row, name in enumerate(about["images"])}
         self.skipped = set(about.get("skipped", ()))
         self.rows = np.load(require_file(Path(folder) / "features.npy", "the features"), mmap_mode="r")
@@ -61,9 +60,7 @@ class Features:
 
 
 @torch.inference_mode()
-def write_features(
-    records, out, tower, geometry, *, frames=0, batch=32, skip_bad=False, processes=(0, 1, lambda: None)
-):
+def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_bad=False, processes=(0, 1, lambda: None)):
     """Write the features of all records' images. A killed run continues where it stopped.
 
     skip_bad   an unreadable image or clip gets a row of zeros and is listed in features.json; else it ends the run
@@ -94,25 +91,23 @@ def write_features(
         skipped = [images[row] for row in np.flatnonzero(np.asarray(done) == 2)]
         write_json(out / "features.json", read_json(begun) | {"skipped": skipped})
         begun.unlink()
-        skipped = f", {len(skipped)} of them skipped" if skipped else ""
-        print(f"{out}: {len(images)} images or clips{skipped}, {rows.nbytes / 2**30:.2f} GiB")
+        print(f"{out}: {len(images)} images or clips, {len(skipped)} of them skipped, {rows.nbytes / 2**30:.2f} GiB")
 
 
 def begin(out, images, tower, geometry, frames):
     """Allocate the files of a features folder, or check that one begun earlier is of the same images and tower."""
-    side, tokens = tower.config.image_size, frames + tower.config.num_patches
-    about = {"tower": fingerprint(tower), "side": side, "geometry": geometry, "frames": frames, "images": images}
-    earlier = next((path for path in (out / "begun.json", out / "features.json") if path.is_file()), None)
+    config = tower.config
+    about = {"tower": fingerprint(tower), "side": config.image_size, "geometry": geometry, "frames": frames, "images": images}
+    earlier = [read_json(path) for path in (out / "begun.json", out / "features.json") if path.is_file()]
+    if earlier and not earlier[0].items() >= about.items():
+        raise ValueError(f"{out} was begun with another tower or other images; change --out")
     if earlier:
-        if not read_json(earlier).items() >= about.items():
-            raise ValueError(f"{out} was begun with another tower or other images; change --out")
         return
     require_new(out)
     out.mkdir(parents=True)
-    shape = (len(images), tokens, tower.config.hidden_size)
-    # done: 0 not yet, 1 written, 2 unreadable
-    for name, dtype, size in (("features", np.float16, shape), ("done", np.uint8, shape[:1])):
-        np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, size).flush()
+    shape = (len(images), frames + config.num_patches, config.hidden_size)
+    np.lib.format.open_memmap(out / "features.npy", "w+", np.float16, shape).flush()
+    np.lib.format.open_memmap(out / "done.npy", "w+", np.uint8, shape[:1]).flush()  # 0 not yet, 1 written, 2 unreadable
     write_json(out / "begun.json", about)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -15,6 +16,16 @@ def require_file(path, expected):
         if file.read(24) == b"version https://git-lfs.":
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` there")
     return path
+
+
+@contextmanager
+def naming(path, *errors):
+    """Turn a reader's exceptions into a ValueError that names the file."""
+    try:
+        yield
+    except errors as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} cannot be read ({why}); replace the file") from None
 
 
 def read_config(folder, name="config.json"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from formats.files import read_json
+from formats.files import naming, read_json
 
 ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 IMAGES = (*ANIMATIONS, ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff")
@@ -32,17 +32,14 @@ def open_image(path):
     """
     if not has_image(path):
         raise FileNotFoundError(f"no image file {path}")
-    try:
-        with image_file(path) as file, Image.open(file) as image:
-            image.load()
-            if image.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion would clip it to white
-                grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                return Image.fromarray(grey).convert("RGB")
-            if image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers, not 8 or 16 bit")
-            return image.convert("RGB")
-    except PIL_ERRORS as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}); replace it") from None
+    with naming(path, *PIL_ERRORS), image_file(path) as file, Image.open(file) as image:
+        image.load()
+        if image.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion would clip it to white
+            grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            return Image.fromarray(grey).convert("RGB")
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, not 8 or 16 bit")
+        return image.convert("RGB")
 
 
 def image_file(path):
@@ -79,20 +76,16 @@ def image_size(path):
 
     Raise what open_image raises. Damage in the middle of the file goes unnoticed.
     """
-    zip_path, member = split_zip(path)
-    if not has_image(path):
-        return open_image(path).size
     try:
-        if zip_path:  # zips hold checksums
-            with Image.open(io.BytesIO(open_zip(zip_path).read(member))) as image:
-                return image.size
-        with open(path, "rb") as file, Image.open(path) as image:
-            file.seek(-min(12, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        with image_file(path) as file, Image.open(file) as image:
+            file.seek(-12, os.SEEK_END)
             end = file.read()
-            whole = end.endswith(b"\xff\xd9") if image.format == "JPEG" else b"IEND" in end and image.format == "PNG"
-            return image.size if whole else open_image(path).size
-    except PIL_ERRORS:
-        return open_image(path).size  # raises an error that says what is wrong
+            is_whole = end.endswith(b"\xff\xd9") if image.format == "JPEG" else b"IEND" in end and image.format == "PNG"
+            if is_whole or split_zip(path)[0]:  # zips hold checksums
+                return image.size
+    except (*PIL_ERRORS, KeyError):  # KeyError: not in its zip
+        pass
+    return open_image(path).size
 
 
 def blur_manifest(images):

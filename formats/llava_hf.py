@@ -1,8 +1,8 @@
 """Checkpoints of whole models: read a run of ours, llava-hf's or LLaVA's own; write llava-hf's.
 
-LLaVA-hf has a word for the image and an adapter of two layers. So a saved folder has added vocabulary rows for <image> (the mean
-of the others: never the most likely), and a linear adapter gets the identity as its second layer, without activation between
-them: the same function. `read_checkpoint` undoes both. Our own settings are in config.json under "locvlm", which others ignore.
+LLaVA-hf has a word for the image and an adapter of two layers. So a saved folder has added vocabulary rows for <image> (the
+mean of the others: never the most likely), and a linear adapter gets the identity as its second layer, without activation
+between them: the same function. `read_checkpoint` undoes both. Our settings are in config.json's "locvlm", which others ignore.
 """
 
 import math
@@ -23,25 +23,17 @@ PARTS = {  # our names -> llava-hf's; the first prefix that fits
     "language_model.": "language_model.model.",
 }
 SUPPORTED = {  # keys of a LLaVA's config, and the values that this model can read; the first is the default
-    "mm_vision_select_layer": (-2,),
-    "mm_vision_select_feature": ("patch",),
-    "vision_feature_layer": (-2,),
-    "vision_feature_select_strategy": ("default",),
-    "mm_projector_type": ("linear", "mlp2x_gelu"),
-    "mm_use_im_start_end": (False,),
-    "projector_hidden_act": ("gelu",),
+    "mm_vision_select_layer": (-2,), "mm_vision_select_feature": ("patch",),
+    "vision_feature_layer": (-2,), "vision_feature_select_strategy": ("default",),
+    "mm_projector_type": ("linear", "mlp2x_gelu"), "projector_hidden_act": ("gelu",), "mm_use_im_start_end": (False,),
 }
 SETTINGS = ("geometry", "kind", "location", "words", "frames")  # of LocVLMConfig, saved under "locvlm"
 CHAT_TEMPLATE = (  # data.encode_prefix and data.encode_segment as transformers' template, for any number of turns
-    SYSTEM
-    + " {% for m in messages %}{% if m['role'] == 'user' %}"
-    + USER
-    + " {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    SYSTEM + " {% for m in messages %}{% if m['role'] == 'user' %}"
+    + USER + " {% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %} "
-    "{% else %}"
-    + ASSISTANT
-    + " {% if m['content'] is string %}{{ m['content'] }}{% else %}{{ m['content'][0]['text'] }}{% endif %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %} {% else %}"
+    + ASSISTANT + " {% if m['content'] is string %}{{ m['content'] }}{% else %}{{ m['content'][0]['text'] }}{% endif %}"
     "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
 )
 
@@ -52,29 +44,25 @@ CHAT_TEMPLATE = (  # data.encode_prefix and data.encode_segment as transformers'
 def read_checkpoint(folder, vision, adapters, dtype, device):
     """Read a whole model: (tower, adapter, LLaMA, tokenizer, settings of LocVLMConfig). See LocVLM.from_pretrained."""
     config, parts = read_config(folder), sort_tensors(open_tensors(folder), folder)
-    ours = config.get("locvlm", {})
+    ours, stored, language = config.get("locvlm", {}), parts["adapter"], parts["language_model"]
     for key, values in SUPPORTED.items():
         is_our_identity = key == "projector_hidden_act" and ours.get("adapter") == "linear"
         if config.get(key, values[0]) not in values and not is_our_identity:
-            raise ValueError(f"{folder}/config.json: unsupported {key} = {config[key]!r}; expected {values[0]!r}")
+            raise ValueError(f"{folder}/config.json: unsupported {key} = {config[key]!r}, expected {values[0]!r}")
     tower = read_tower(folder, config, parts["vision_tower"], vision, dtype, device)
-    language = parts["language_model"]
     if "vocab_size" in ours:  # drop the rows added for <image>
         for name in {"embed_tokens.weight", "lm_head.weight"} & language.keys():
             language[name] = language[name].rows(0, ours["vocab_size"])
     llama = Llama.from_stored(LlamaConfig.from_dict(config), language, f"{folder} (LLaMA)", dtype, device)
-    stored = parts["adapter"]
-    if ours.get("adapter") == "linear":
+    if ours.get("adapter") == "linear":  # drop the identity
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("linear_2.")}
     kind = ours.get("adapter") or kind_of_adapter(stored)
     sizes = tower.config.hidden_size, llama.config.hidden_size
     adapter = build(lambda: adapters[kind](*sizes), stored, f"{folder} (adapter)", dtype, device)
     tokenizer = read_tokenizer(folder)
     if ours and sha256(tokenizer.path) != ours["tokenizer_sha256"]:
-        raise ValueError(
-            f"{tokenizer.path} is not the tokenizer that these weights were trained with (its sha256 begins "
-            f"{sha256(tokenizer.path)[:12]}, not {ours['tokenizer_sha256'][:12]}); its ids mean other words"
-        )
+        hint = f"use the one whose sha256 begins {ours['tokenizer_sha256'][:12]}"
+        raise ValueError(f"{tokenizer.path} is not the tokenizer that these weights were trained with; {hint}")
     settings = {key: ours[key] for key in SETTINGS if key in ours}
     return tower, adapter, llama, tokenizer, {"geometry": ours.get("geometry") or geometry_of(folder, config), **settings}
 
@@ -86,9 +74,8 @@ def read_tower(folder, config, stored, vision, dtype, device):
         shape = CLIPVisionConfig.from_dict(config) if has_config else CLIPVisionConfig.from_shapes(stored)
         return build(lambda: CLIPVisionTower(shape), stored, f"{folder} (vision tower)", dtype, device)
     if not vision:
-        raise ValueError(
-            f"{folder} holds no vision tower; pass the folder of {config.get('mm_vision_tower', 'its CLIP')} as --vision"
-        )
+        clip = config.get("mm_vision_tower", "its CLIP")
+        raise ValueError(f"{folder} holds no vision tower; pass the folder of {clip} as --vision")
     return CLIPVisionTower.from_pretrained(vision, dtype, device)
 
 
@@ -112,14 +99,12 @@ def geometry_of(folder, config):
         if processor.get("do_pad"):
             return "pad"
         size = processor.get("size")
-        whole = not processor.get("do_center_crop", True) and isinstance(size, dict) and "height" in size
-        return "squash" if whole else "crop"
+        is_whole = not processor.get("do_center_crop", True) and isinstance(size, dict) and "height" in size
+        return "squash" if is_whole else "crop"
     ratio = config.get("image_aspect_ratio") or "square"
     if ratio not in ("square", "pad"):
-        raise ValueError(
-            f"{folder}/config.json: unsupported image_aspect_ratio = {ratio!r}; this model looks once at the whole image "
-            "('square' or 'pad')"
-        )
+        hint = "this model looks once at the whole image ('square' or 'pad')"
+        raise ValueError(f"{folder}/config.json: unsupported image_aspect_ratio = {ratio!r}; {hint}")
     return "pad" if ratio == "pad" else "crop"
 
 
@@ -138,12 +123,9 @@ def write_checkpoint(model, folder, state_dict, notes):
     write_whole(folder / tokenizer.path.name, lambda temporary: temporary.write_bytes(tokenizer_model))
     write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
     ours = {
-        "adapter": config.adapter,
-        **{key: getattr(config, key) for key in SETTINGS},
-        "n_bins": config.coord_format().n_bins,
-        "template": "v1",
-        "vocab_size": vocab_size,
-        "tokenizer_sha256": sha256(tokenizer.path),
+        "adapter": config.adapter, **{key: getattr(config, key) for key in SETTINGS},
+        "n_bins": config.coord_format().n_bins, "template": "v1",
+        "vocab_size": vocab_size, "tokenizer_sha256": sha256(tokenizer.path),
     }
     files = {
         **processor_files(config),
@@ -177,28 +159,21 @@ def llava_tensors(model, state_dict, rows):
 def processor_files(config):
     """Return the JSON files of the image processor: {file name: content}."""
     vision, side = config.vision_config, config.vision_config.image_size
+    is_pad, is_crop = config.geometry == "pad", config.geometry == "crop"
     whole = {"height": side, "width": side}
     processor = {
-        "image_processor_type": "LlavaImageProcessor" if config.geometry == "pad" else "CLIPImageProcessor",
+        "image_processor_type": "LlavaImageProcessor" if is_pad else "CLIPImageProcessor",
         "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": side} if config.geometry == "crop" else whole,
-        "resample": 3,  # bicubic
-        "do_center_crop": config.geometry == "crop",
-        "crop_size": whole,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": vision.image_mean,
-        "image_std": vision.image_std,
+        "do_resize": True, "size": {"shortest_edge": side} if is_crop else whole, "resample": 3,  # bicubic
+        "do_center_crop": is_crop, "crop_size": whole,
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": vision.image_mean, "image_std": vision.image_std,
         "processor_class": "LlavaProcessor",
     }
-    if config.geometry == "pad":
+    if is_pad:
         processor |= {"do_pad": True, "background_color": list(mean_colour(vision))}
     llava = {
-        "processor_class": "LlavaProcessor",
-        "patch_size": vision.patch_size,
-        "vision_feature_select_strategy": "default",
+        "processor_class": "LlavaProcessor", "patch_size": vision.patch_size, "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1,  # the class token, which "default" drops again
         "image_token": "<image>",
     }
@@ -214,11 +189,8 @@ def llava_config(config, tokenizer, image_id, vocab_size):
         del text["rope_scaling"]
     tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return {
-        "model_type": "llava",
-        "architectures": ["LlavaForConditionalGeneration"],
-        "image_token_index": image_id,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
+        "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": image_id,
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
         "projector_hidden_act": "linear" if config.adapter == "linear" else "gelu",
         "tie_word_embeddings": config.text_config.tie_word_embeddings,
         "vision_config": {"model_type": "clip_vision_model", **vision},
@@ -228,29 +200,20 @@ def llava_config(config, tokenizer, image_id, vocab_size):
 
 def tokenizer_files(config, tokenizer, image_id):
     """Return the JSON files of the tokenizer: {file name: content}."""
-    unk, bos, eos = (tokenizer.piece(i) for i in (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id))
-    ids = {tokenizer.unk_token_id: unk, tokenizer.bos_token_id: bos, tokenizer.eos_token_id: eos, image_id: "<image>"}
-    special = {
-        i: {"content": content, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        for i, content in ids.items()
-    }
+    ids = {"unk": tokenizer.unk_token_id, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    unk, bos, eos = (tokenizer.piece(i) for i in ids.values())
+    how = {"lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    contents = {ids["unk"]: unk, ids["bos"]: bos, ids["eos"]: eos, image_id: "<image>"}
+    special = {i: {"content": content, **how} for i, content in contents.items()}
     return {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "unk_token": unk,
-            "bos_token": bos,
-            "eos_token": eos,
-            "pad_token": unk,
-            "padding_side": "left",
+            "unk_token": unk, "bos_token": bos, "eos_token": eos, "pad_token": unk, "padding_side": "left",
             "added_tokens_decoder": {str(i): token for i, token in special.items()},
-            "processor_class": "LlavaProcessor",
-            "model_max_length": config.text_config.max_position_embeddings,
+            "processor_class": "LlavaProcessor", "model_max_length": config.text_config.max_position_embeddings,
         },
         "generation_config.json": {
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.unk_token_id,
-            "do_sample": False,
+            "bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["unk"], "do_sample": False,
         },
         "tokenizer.json": tokenizer_json(tokenizer, special),
     }
@@ -271,39 +234,24 @@ def tokenizer_json(tokenizer, special):
         if piece[:cut] in vocab and piece[cut:] in vocab
     )
     bos = tokenizer.piece(tokenizer.bos_token_id)
-    text = {"Sequence": {"id": "A", "type_id": 0}}
     start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
         "version": "1.0",
         "added_tokens": [{"id": i, "single_word": False, **token} for i, token in special.items()],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ]},
         "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [start, text],
-            "pair": [start, text, {"Sequence": {"id": "B", "type_id": 0}}],
+            "type": "TemplateProcessing", "single": [start, text], "pair": [start, text, second],
             "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_token_id], "tokens": [bos]}},
         },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]},
         "model": {
-            "type": "BPE",
-            "unk_token": tokenizer.piece(tokenizer.unk_token_id),
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": vocab,
-            "merges": [f"{left} {right}" for *_, left, right in merges],
+            "type": "BPE", "unk_token": tokenizer.piece(tokenizer.unk_token_id), "fuse_unk": True, "byte_fallback": True,
+            "vocab": vocab, "merges": [f"{left} {right}" for *_, left, right in merges],
         },
     }

@@ -6,25 +6,18 @@ from formats.files import read_config, require_file
 from formats.weights import Stored, TorchFile
 
 RENAMED = {
-    "tok_embeddings": "embed_tokens",
-    "output": "lm_head",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
+    "tok_embeddings": "embed_tokens", "output": "lm_head",
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
 }
 
 
 def meta_tensors(folder):
     """Read Meta's layout: (the values of a LlamaConfig, {our name: Stored}). Shards are joined, heads in HF's rotary order."""
-    params = read_config(folder, "params.json")
+    params, stored = read_config(folder, "params.json"), {}
     shards = open_shards(folder, params)
-    stored = {}
     for name in shards[0].keys() - {"rope.freqs"}:
         tensor = join(name, [shard[name] for shard in shards], params["dim"])
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
@@ -34,13 +27,10 @@ def meta_tensors(folder):
         stored[name] = tensor
     norm_eps = params.get("norm_eps", 1e-6)
     config = {
-        "hidden_size": params["dim"],
-        "intermediate_size": stored["layers.0.mlp.gate_proj.weight"].shape[0],
-        "num_hidden_layers": params["n_layers"],
-        "num_attention_heads": params["n_heads"],
+        "hidden_size": params["dim"], "intermediate_size": stored["layers.0.mlp.gate_proj.weight"].shape[0],
+        "num_hidden_layers": params["n_layers"], "num_attention_heads": params["n_heads"],
         "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
-        "rms_norm_eps": norm_eps,
-        "rope_theta": params.get("rope_theta", 10000.0),
+        "rms_norm_eps": norm_eps, "rope_theta": params.get("rope_theta", 10000.0),
         # not in the file: LLaMA-1 (2048) has eps 1e-6, LLaMA-2 (4096) 1e-5
         "max_position_embeddings": 2048 if norm_eps == 1e-6 else 4096,
     }
@@ -55,20 +45,18 @@ def open_shards(folder, params):
     shards = [TorchFile(require_file(path, "a shard")).stored() for path in files]
     count = params["dim"] // shards[0]["layers.0.attention.wo.weight"].shape[1]
     if count != len(files):
-        raise FileNotFoundError(
-            f"{folder} holds {len(files)} of {count} shards, consolidated.00.pth to .{count - 1:02d}.pth; complete the download"
-        )
+        names = f"consolidated.00.pth to .{count - 1:02d}.pth"
+        raise FileNotFoundError(f"{folder} holds {len(files)} of {count} shards, {names}; complete the download")
     return shards
 
 
 def join(name, parts, width):
     """Join the parts of a tensor from all shards. Norms are the same in each."""
-    if len(parts[0].shape) == 1 or len(parts) == 1:
-        return parts[0]
-    by_column = name.endswith(("wo.weight", "w2.weight")) or (
-        name.startswith("tok_embeddings") and parts[0].shape[1] < width
-    )
     shape = list(parts[0].shape)
+    if len(shape) == 1 or len(parts) == 1:
+        return parts[0]
+    is_cut_embedding = name.startswith("tok_embeddings") and shape[1] < width
+    by_column = is_cut_embedding or name.endswith(("wo.weight", "w2.weight"))
     shape[int(by_column)] *= len(parts)
 
     def read_rows(start, stop):

@@ -20,8 +20,7 @@ def step_flops(config, stage, rows, length, answers, runs_tower=True):
     learns. Attention counts as if nothing were masked. What recomputation repeats does not count.
     """
     v, t = config.vision_config, config.text_config
-    passes = 3 if stage in (2, 4) else 2
-    patches = v.num_patches + 1
+    passes, patches = 3 if stage in (2, 4) else 2, v.num_patches + 1
     block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
     per_patch = (2 * block + 4 * patches * v.hidden_size) * (v.num_hidden_layers - 1) + 6 * v.patch_size**2 * v.hidden_size
     adapter = 2 * 2 * v.hidden_size * t.hidden_size + (config.adapter != "linear") * 3 * 2 * t.hidden_size**2
@@ -42,14 +41,11 @@ class Meter:
 
     def waiting(self, batches):
         """Pass batches on, and measure how long each made us wait."""
-        batches = iter(batches)
-        while True:
-            since = time.time()
-            batch = next(batches, None)
+        since = time.time()
+        for batch in batches:
             self.waited += time.time() - since
-            if batch is None:
-                return
             yield batch
+            since = time.time()
 
     def count(self, batch):
         """Add the operations of a micro-batch."""
@@ -60,18 +56,12 @@ class Meter:
         """Return what the log keeps of a step: times since the stage began, and speed (mfu: share of the GPU's peak)."""
         seconds = time.time() - self.began
         speed = self.flops / seconds
-        return {
-            "seconds": round(seconds, 2),
-            "waited": round(self.waited, 2),
-            "tflops": round(speed / 1e12, 3),
-            "mfu": self.peak and round(speed / self.peak, 4),
-        }
+        row = {"seconds": round(seconds, 2), "waited": round(self.waited, 2), "tflops": round(speed / 1e12, 3)}
+        return {**row, "mfu": self.peak and round(speed / self.peak, 4)}
 
     def summary(self, stage):
         seconds = time.time() - self.began
         speed = self.flops / seconds
         share = f", {speed / self.peak:.1%} of the GPU's peak" if self.peak else ""
-        return (
-            f"stage {stage}: {speed / 1e12:.3f} TFLOP/s in each process{share}; waited for data "
-            f"{self.waited / seconds:.1%} of the time"
-        )
+        waited = f"waited for data {self.waited / seconds:.1%} of the time"
+        return f"stage {stage}: {speed / 1e12:.3f} TFLOP/s in each process{share}; {waited}"

@@ -61,7 +61,7 @@ class Processes:
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def accumulate(self, parallel, is_last):
-        """Let DDP's gradients travel once per step; FSDP's travel after each micro-batch, or each process would hold them whole."""
+        """Let DDP's gradients travel once per step. FSDP's travel after each micro-batch: no process holds them whole."""
         return nullcontext() if is_last or self.world == 1 or self.is_fsdp else parallel.no_sync()
 
     def autocast(self):
@@ -79,14 +79,11 @@ def shard(model, env):
         raise ValueError("fsdp cannot train a LLaMA whose head is its embedding; use --parallel ddp")
     weights = model.state_dict() if env.rank == 0 else {}
     model.to("meta")
-    how = {
-        "mesh": init_device_mesh(env.device.type, (dist.get_world_size(),)),
-        "mp_policy": MixedPrecisionPolicy(None if env.dtype == torch.float32 else env.dtype, torch.float32),
-    }
+    mesh = init_device_mesh(env.device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(None if env.dtype == torch.float32 else env.dtype, torch.float32)
     # the tower's last layer never runs
-    for layer in [*model.vision_tower.encoder["layers"][:-1], *model.language_model.layers]:
-        fully_shard(layer, **how)
-    fully_shard(model, **how)
+    for part in [*model.vision_tower.encoder["layers"][:-1], *model.language_model.layers, model]:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     model.to_empty(device=env.device)
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 

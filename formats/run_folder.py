@@ -1,8 +1,8 @@
 """A training run on disk: its options (train.json), its log (log.jsonl), its checkpoints (state/STAGE-STEP).
 
-A checkpoint holds the weights that learn and the optimizer. All processes write it, each its own part, while training continues,
-and it is renamed when complete: a process or a disk that dies while writing leaves the one before. It can be read on any number
-of processes, under ddp or fsdp.
+A checkpoint holds the weights that learn and the optimizer. All processes write it, each its own part, while training
+continues, and it is renamed when complete: a process or a disk that dies while writing leaves the one before. It can be read on
+any number of processes, under ddp or fsdp.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from formats.files import read_json, write_json
+from formats.files import read_json, require_file, write_json, write_rows
+from formats.journal import read_journal, require_same_options
 
 KEEP = 2  # checkpoints; older ones are deleted
 FREE = ("resume", "dry_run", "evaluate", "out", "parallel", "recompute", "save_every", "micro_batch")  # may change on --resume
@@ -37,19 +38,12 @@ class RunFolder:
     def claim(self, config):
         path = self.folder / "train.json"
         options = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-        if not config.resume:
-            if path.exists():
-                raise ValueError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
+        if config.resume:
+            require_same_options(read_json(require_file(path, "the options of a run to resume")), options, self.folder)
+        elif path.exists():
+            raise ValueError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
+        else:
             write_json(path, options)
-            return
-        if not path.is_file():
-            raise FileNotFoundError(f"no run to resume in {self.folder}: it has no train.json")
-        before = read_json(path)
-        changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in options.items() if before.get(k) != v]
-        if changed:
-            raise ValueError(
-                f"{self.folder} was started with other options: {'; '.join(changed)}; resume with the same, or choose another --out"
-            )
 
     def begin_stage(self, stage, steps, model, optimizer):
         """Load the stage's newest checkpoint, if the run is resumed and has one, and open the log. Return the first step."""
@@ -62,7 +56,9 @@ class RunFolder:
             loaded = {"model_state_dict": state["weights"], "optim_state_dict": state["optimizer"]}
             set_state_dict(model, optimizer, **loaded, options=LEARNED)
         if self.rank == 0:
-            self.log_file = open_log(self.folder / "log.jsonl", stage, first_step)
+            path = self.folder / "log.jsonl"  # rows of steps that will be taken again are dropped
+            write_rows(path, [row for row in read_journal(path) if (row["stage"], row["step"]) < (stage, first_step)])
+            self.log_file = open(path, "a", encoding="utf-8")
             self.bar = tqdm(total=steps, initial=first_step, desc=f"stage {stage}", mininterval=1.0)
         return first_step
 
@@ -110,25 +106,9 @@ class RunFolder:
             writing.result()
         except (dcp.CheckpointException, OSError) as error:  # a full disk arrives wrapped in the writer's own exception
             shutil.rmtree(path, ignore_errors=True)
-            raise OSError(
-                f"{path} cannot be written ({str(error).strip().splitlines()[-1]}); earlier checkpoints are good: make room and "
-                "continue with --resume"
-            ) from error
+            why = str(error).strip().splitlines()[-1]
+            raise OSError(f"{path} cannot be written ({why}); make room, then --resume from the checkpoint before") from error
         if self.rank == 0:
             path.rename(path.with_suffix(""))
             for stage, step in self.complete()[:-KEEP]:
                 shutil.rmtree(self.folder / f"state/{stage}-{step}")
-
-
-def open_log(path, stage, first_step):
-    """Open log.jsonl to continue at a step: rows of steps that will be taken again are dropped."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # cut short when the process was killed
-            continue
-        if (row["stage"], row["step"]) < (stage, first_step):
-            kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept))
-    return open(path, "a", encoding="utf-8")

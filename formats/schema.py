@@ -9,17 +9,11 @@ from pathlib import Path
 from coords import fault
 
 # the lists that a file must hold, and the keys that each of their rows needs
-COCO_KEYS = {
-    "images": {"id", "file_name", "width", "height"},
-    "annotations": {"image_id", "category_id"},
-    "categories": {"id", "name"},
-}
-CAPTION_KEYS = {"images": COCO_KEYS["images"], "annotations": {"image_id", "caption"}}
-CLIP_KEYS = {
-    "videos": {"id", "file_name", "width", "height", "frames"},
-    "annotations": {"video_id", "frame", "category_id"},
-    "categories": {"id", "name"},
-}
+IMAGE_KEYS, CATEGORY_KEYS = {"id", "file_name", "width", "height"}, {"id", "name"}
+COCO_KEYS = {"images": IMAGE_KEYS, "annotations": {"image_id", "category_id"}, "categories": CATEGORY_KEYS}
+CAPTION_KEYS = {"images": IMAGE_KEYS, "annotations": {"image_id", "caption"}}
+CLIP_ANNOTATION_KEYS = {"video_id", "frame", "category_id"}
+CLIP_KEYS = {"videos": IMAGE_KEYS | {"frames"}, "annotations": CLIP_ANNOTATION_KEYS, "categories": CATEGORY_KEYS}
 
 
 def require_rows(content, keys, path, expected):
@@ -52,13 +46,10 @@ def are_numbers(values, count):
     return isinstance(values, list) and len(values) == count and all(isinstance(v, int | float) for v in values)
 
 
-# ----- COCO
-
-
 def box_from_xywh(bbox):
     """COCO's (x, y, width, height) -> (x1, y1, x2, y2), same pixels."""
-    x, y, w, h = bbox
-    return x, y, x + w, y + h
+    x, y, width, height = bbox
+    return x, y, x + width, y + height
 
 
 def box_problem(bbox, size):
@@ -71,11 +62,8 @@ def box_problem(bbox, size):
     return fault((x1, y1, max(x1, x2 - 0.02), max(y1, y2 - 0.02)), size) and f"is outside its image of size {size}"
 
 
-# ----- LLaVA
-
-
 def llava_problem(row):
-    """Check a row about an image, or a text-only one."""
+    """Check a row in LLaVA's format, about an image or text-only."""
     if isinstance(row, dict) and "video" in row and "image" not in row:
         return f"is about the clip {row['video']}; put rows about clips into a file of their own"
     return conversation_problem(row)
@@ -115,9 +103,6 @@ def objective_problem(row):
             if key != "box_px" and not isinstance(value, str) and (key, value) != ("descriptions", None):
                 return f"has {key} {value!r}, not a text"
     return None
-
-
-# ----- Video-ChatGPT
 
 
 def clip_row_problem(row):

@@ -6,8 +6,10 @@ of an index file), or a single file. `open_tensors` returns every tensor's name 
 one tensor is in memory at a time (the whole tensor for Meta's queries and keys).
 """
 
+import math
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -42,14 +44,10 @@ class Stored:
 
 def open_tensors(path):
     """Open a checkpoint folder, or one .safetensors, .bin, .pt or .pth file: {name: Stored}. Contents are read later."""
-    stored = {}
     files, weight_map = find_weights(path)
-    for file in files:
-        stored.update(open_file(file))
+    stored = {name: tensor for file in files for name, tensor in open_file(file).items()}
     if absent := sorted(weight_map.keys() - stored.keys()):
-        raise ValueError(
-            f"{path}: the index lists {some(absent)}, which its shards lack; are the files of two versions? Download them again"
-        )
+        raise ValueError(f"{path}: the index lists {some(absent)}, which its shards lack; download all of them again")
     return stored
 
 
@@ -70,16 +68,14 @@ def find_weights(path):
             return [path / name], {}
     shards = sorted(path.glob("*-of-*.safetensors")) + sorted(path.glob("*-of-*.bin"))
     hint = f"; it has {shards[0].name}, but no *.index.json" if shards else ""
-    raise FileNotFoundError(
-        f"no weights in {path}{hint}; expected model.safetensors, pytorch_model.bin, or shards with their index"
-    )
+    raise FileNotFoundError(f"no weights in {path}{hint}; it needs model.safetensors, pytorch_model.bin, or an index")
 
 
 def weights_sha256(path):
     """Hash what identifies a model: {file name: sha256} of its config and weights. A path may be a single file."""
     expected = "a model: config.json beside its weights"
-    about = [] if Path(path).is_file() else [require_file(Path(path) / "config.json", expected)]
-    return {file.name: sha256(require_file(file, expected)) for file in [*about, *find_weights(path)[0]]}
+    configs = [] if Path(path).is_file() else [Path(path) / "config.json"]
+    return {file.name: sha256(require_file(file, expected)) for file in configs + find_weights(path)[0]}
 
 
 def open_file(path):
@@ -110,25 +106,17 @@ class TorchFile:
         self.tensors = self.load()
 
     def load(self):
-        expected = "tensors saved by torch.save, and nothing else"
-        how = {"map_location": "cpu", "weights_only": True}
+        is_zip = zipfile.is_zipfile(self.path)  # files from before torch 1.6 are no zips, and cannot be mapped
         try:
-            try:
-                content = torch.load(self.path, mmap=True, **how)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                content = torch.load(self.path, **how)  # the format before torch 1.6 cannot be mapped
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=is_zip)
         except pickle.UnpicklingError as error:
-            wants = re.search(r"GLOBAL ([\w.]+)", str(error))
-            raise ValueError(
-                f"{self.path} is a pickle that wants {wants[1] if wants else 'more than tensors'}, which could run any code; "
-                "get the weights as safetensors"
-            ) from None
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            wants = found[1] if found else "more than tensors"
+            raise ValueError(f"{self.path} is a pickle that wants {wants}, which could run any code; get safetensors") from None
         except (RuntimeError, EOFError, ValueError) as error:
-            script = "TorchScript" in str(error)
-            what = "a TorchScript archive; save its state_dict() with torch.save" if script else "damaged; download it again"
-            raise ValueError(f"{self.path} is {what} (expected {expected})") from None
+            is_script = "TorchScript" in str(error)
+            what = "a TorchScript archive; save its state_dict() with torch.save" if is_script else "damaged; download it again"
+            raise ValueError(f"{self.path} is {what}") from None
         if not isinstance(content, dict) or not any(torch.is_tensor(value) for value in content.values()):
             raise ValueError(f"{self.path} holds a {type(content).__name__}, not a state_dict")
         return {name: value for name, value in content.items() if torch.is_tensor(value)}
@@ -143,24 +131,22 @@ class TorchFile:
         return rows
 
     def stored(self):
-        return {
-            name: Stored(tuple(tensor.shape), partial(self.read_rows, name), self.path)
-            for name, tensor in self.tensors.items()
-        }
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        return {name: Stored(shape, partial(self.read_rows, name), self.path) for name, shape in shapes.items()}
 
 
 # ----- names
-
 
 # Full tensor names of a LLaVA, or of its CLIP or LLaMA alone, in every naming on disk: HF's CLIP and LLaMA, LLaVA's own
 # (model.mm_projector.0), llava-hf's (language_model.model.), transformers 4.52's (model.language_model.) and 5's (no
 # vision_model). The last group is our name within the part.
 NAMES = {
-    "vision_tower": r"(?:model\.)?(?:vision_tower\.)*(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)",
+    "vision_tower": r"(?:model\.)?(?:vision_tower\.)*(?:vision_model\.)?"
+    r"((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)",
     "adapter": r"(?:model\.)?(?:mm_projector|multi_modal_projector)\.(.+)",
     "language_model": r"(?:model\.)?(?:language_model\.)?(?:model\.)?((?:layers|embed_tokens|norm|lm_head)\..+)",
 }
-IGNORED = r"(.+\.)?(position_ids|rotary_emb\.inv_freq)|(text_model|text_projection|visual_projection)\..+|text_projection|logit_scale"
+IGNORED = r"(.+\.)?(position_ids|rotary_emb\.inv_freq)|(text_model|visual_projection)\..+|text_projection(\..+)?|logit_scale"
 ADAPTER = {"0": "linear_1", "2": "linear_2", "weight": "linear_1.weight", "bias": "linear_1.bias"}  # LLaVA's -> ours
 
 
@@ -178,9 +164,7 @@ def sort_tensors(stored, source):
         else:
             foreign.append(name)
     if foreign:
-        raise ValueError(
-            f"{source}: {some(sorted(foreign))} are no tensors of a CLIP, a LLaMA or a LLaVA; is this another model's file?"
-        )
+        raise ValueError(f"{source}: {some(sorted(foreign))} are no tensors of a CLIP, LLaMA or LLaVA; is it another model?")
     return parts
 
 
@@ -203,39 +187,30 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
     """
     with torch.device("meta"), SkipInit():
         module = make()
-    wanted = module.state_dict()
-    complaints = {
-        "missing": sorted(wanted.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {stored[name].shape}, expected {tuple(wanted[name].shape)}"
-            for name in sorted(wanted.keys() & stored.keys())
-            if stored[name].shape != tuple(wanted[name].shape)
-        ],
-    }
-    for what, names in complaints.items():
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    others = [name for name in sorted(shapes.keys() & stored.keys()) if stored[name].shape != shapes[name]]
+    for what, names in {
+        "missing": sorted(shapes.keys() - stored.keys()),
+        "unexpected": sorted(stored.keys() - shapes.keys()),
+        "of another shape": [f"{name} {stored[name].shape}, expected {shapes[name]}" for name in others],
+    }.items():
         if names:
-            raise ValueError(
-                f"{source}: {len(names)} tensors {what}: {some(names)}; does config.json belong to these weights?"
-            )
+            raise ValueError(f"{source}: {len(names)} tensors {what}: {some(names)}; does config.json belong to these weights?")
     if torch.device(device).type == "meta":
         return module
-    filled, same = {}, {}
-    for name in wanted:
-        if stored[name] in same:  # a tied head: one tensor under two names
-            filled[name] = filled[same[stored[name]]]
+    filled = {}  # by Stored, for a tied head is one tensor under two names
+    for name in shapes:
+        tensor = stored[name]
+        if tensor in filled:
             continue
-        same[stored[name]] = name
-        filled[name] = torch.empty(stored[name].shape, dtype=dtype, device=device)
-        rows = max(1, PIECE_BYTES // (4 * max(1, wanted[name][0].numel())))
-        for start in range(0, len(filled[name]), rows):
-            piece = stored[name].read_rows(start, min(start + rows, len(filled[name])))
+        whole = filled[tensor] = torch.empty(tensor.shape, dtype=dtype, device=device)
+        rows = max(1, PIECE_BYTES // (4 * max(1, math.prod(tensor.shape[1:]))))
+        for start in range(0, len(whole), rows):
+            piece = tensor.read_rows(start, min(start + rows, len(whole)))
             if not torch.isfinite(piece).all():
-                raise ValueError(
-                    f"{stored[name].path}: {name} holds NaN or infinity; the file is damaged, or its training diverged"
-                )
-            filled[name][start : start + rows] = piece
-    module.load_state_dict(filled, assign=True)
+                raise ValueError(f"{tensor.path}: {name} holds NaN or infinity; the file is damaged, or its training diverged")
+            whole[start : start + rows] = piece
+    module.load_state_dict({name: filled[stored[name]] for name in shapes}, assign=True)
     return module
 
 
@@ -244,28 +219,20 @@ def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
 
     A kill leaves the old file, or shards without an index, which `find_weights` refuses. It never leaves a mixture.
     """
-    path = Path(path)
-    shards, size = [{}], 0
+    path, shards = Path(path), [{}]
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
+        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_bytes:
             shards.append({})
-            size = 0
         shards[-1][name] = tensor.detach()
-        size += tensor.nbytes
-
-    def write(path, shard):
-        shard = {name: tensor.cpu().contiguous() for name, tensor in shard.items()}
-        write_whole(path, lambda temporary: save_file(shard, temporary, metadata={"format": "pt"}))
-
     index = path.with_name(path.name + ".index.json")
     index.unlink(missing_ok=True)  # first: without an index, old and new shards cannot be read as one model
-    if len(shards) == 1:
-        return write(path, shards[0])
-    weight_map = {}
+    weight_map, count = {}, len(shards)
     for number, shard in enumerate(shards, start=1):
-        name = f"{path.stem}-{number:05d}-of-{len(shards):05d}{path.suffix}"
-        write(path.with_name(name), shard)
-        weight_map |= dict.fromkeys(shard, name)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    path.unlink(missing_ok=True)
+        file = path if count == 1 else path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
+        copy = {name: tensor.cpu().contiguous() for name, tensor in shard.items()}
+        write_whole(file, partial(save_file, copy, metadata={"format": "pt"}))
+        weight_map |= dict.fromkeys(shard, file.name)
+    if count > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        path.unlink(missing_ok=True)
