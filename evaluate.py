@@ -39,7 +39,7 @@ from coords import fault
 from data import OBJECTIVES, SIDE_ANSWERS, SIDE_PROMPTS, Object, Wording, article, judge_rev, targets_of
 from formats.annotations import read_file
 from formats.eval_folder import by_picture, folders_of, read_jobs, run_jobs
-from formats.files import sha256, write_whole
+from formats.files import run_command, sha256, write_whole
 from formats.images import is_clip
 from formats.journal import start_processes
 from formats.pictures import card, sheet, still
@@ -561,7 +561,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"evaluate.py: {error}")
+    run_command("evaluate.py", main)

@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import math
 import os
-import sys
 import typing
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +35,7 @@ from data import OBJECTIVES, Examples, Wording, marked
 from formats.annotations import image_ids_of, parse_sources, read_records, unreadable
 from formats.fast_cpu import keep_freed_memory
 from formats.features import Features, write_features
+from formats.files import run_command
 from formats.images import blur_manifest
 from formats.meter import Meter
 from formats.processes import Processes, shard, whole_state_dict
@@ -487,7 +487,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_config(TrainConfig))
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
+    run_command("train.py", lambda: main(parse_config(TrainConfig)))

@@ -1,4 +1,4 @@
-"""Small files: read JSON, write a file whole or not at all, hash."""
+"""Small files: read JSON, write a file whole or not at all, hash; and how a command ends."""
 
 import hashlib
 import json
@@ -86,3 +86,11 @@ def remove_temporary(paths):
     for path in paths:
         if path.suffix.startswith(".tmp"):
             path.unlink()
+
+
+def run_command(name, main):
+    """Run a program's main function. An error that a user can cause ends the program in one line."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        sys.exit(f"{name}: {error}")
