@@ -343,29 +343,29 @@ def read_items(task, make, args, wording):
     return make(records[: args.limit], wording, random.Random(f"{args.seed} {task}")), skipped
 
 
-ITEMS = {o.task: partial(objective_items, o) for o in OBJECTIVES.values()} | {"spatial": spatial_items, "hal": hal_items}
-METRICS = {"locpred": locpred_metrics, "negpred": negpred_metrics, "revloc": revloc_metrics}  # others: accuracy
-TASKS = {
-    o.task: Task(partial(read_items, o.task, ITEMS[o.task]), o.judge, METRICS.get(o.task, accuracy), o.prompts)
-    for o in OBJECTIVES.values()
+METRICS = {"locpred": locpred_metrics, "negpred": negpred_metrics, "revloc": revloc_metrics}  # other objectives: accuracy
+MEASURES = {  # task: (its questions, judge, metrics, prompts)
+    **{o.task: (partial(objective_items, o), o.judge, METRICS.get(o.task, accuracy), o.prompts) for o in OBJECTIVES.values()},
+    "spatial": (spatial_items, judge_spatial, spatial_metrics, (*SIDE_PROMPTS.values(), ICL_PROMPT)),
+    "hal": (hal_items, judge_hal, hal_metrics, (HAL_PROMPT,)),
 }
-SIX = [f"{setting}{word}" for setting in SIDE_PROMPTS for word in ("", *(f", {w}" for w in setting.split("/")))]
-TASKS["spatial"] = Task(
-    partial(read_items, "spatial", spatial_items), judge_spatial, spatial_metrics, (*SIDE_PROMPTS.values(), ICL_PROMPT),
-    paper=paper_rows(  # Tab. 4: direct, in context
-        (*SIX, *(f"icl {name}" for name in SIX)),
+TAB_4 = [f"{setting}{word}" for setting in SIDE_PROMPTS for word in ("", *(f", {w}" for w in setting.split("/")))]
+PAPER = {
+    "spatial": paper_rows(
+        (*TAB_4, *(f"icl {name}" for name in TAB_4)),  # asked directly, and in context
         ("BLIP-2", 45.5, 86.1, 4.74, 49.2, 50.4, 48.6, 14.7, 17.8, 11.6, 15.8, 16.5, 15.2),
         ("LLaVA", 55.1, 84.5, 36.5, 58.9, 57.8, 59.3, 55.1, 84.7, 36.4, 58.2, 57.7, 58.5),
         ("LocVLM-B", 69.5, 79.7, 59.2, 65.4, 64.2, 65.9, 76.5, 90.4, 61.5, 74.1, 73.5, 74.4),
     ),
-)  # fmt: skip
-TASKS["hal"] = Task(
-    partial(read_items, "hal", hal_items), judge_hal, hal_metrics, (HAL_PROMPT,),
-    paper=paper_rows(  # Tab. 8
-        ("accuracy",), ("Shikra", 86.2), ("LLaVA", 61.9), ("LocVLM-B", 88.3),
+    "hal": paper_rows(
+        ("accuracy",), ("Shikra", 86.2), ("LLaVA", 61.9), ("LocVLM-B", 88.3),  # Tab. 8
         ("Video-ChatGPT, Hal-Act", 50.6), ("LocVLM-Vid-B, Hal-Act", 68.7), ("LocVLM-Vid-B+, Hal-Act", 72.4),
     ),
-)  # fmt: skip
+}  # fmt: skip
+ITEMS = {name: make for name, (make, *_) in MEASURES.items()}
+TASKS = {
+    name: Task(partial(read_items, name, make), *rest, paper=PAPER.get(name, ())) for name, (make, *rest) in MEASURES.items()
+}
 
 
 # ----- answering
