@@ -19,8 +19,6 @@ import dataclasses
 import math
 import os
 import typing
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,11 +32,11 @@ from coords import GEOMETRIES, KINDS
 from data import OBJECTIVES, Examples, Wording, marked
 from formats.annotations import image_ids_of, parse_sources, read_records, unreadable
 from formats.fast_cpu import keep_freed_memory
-from formats.features import Features, write_features
+from formats.features import open_features
 from formats.files import run_command
 from formats.images import blur_manifest
 from formats.meter import Meter
-from formats.processes import Processes, shard, whole_state_dict
+from formats.processes import Processes, prefetched, shard, whole_state_dict
 from formats.run_folder import RunFolder
 from model import ADAPTERS, LocVLM
 from tiny.moving import ensure_clips
@@ -226,17 +224,6 @@ def make_optimizer(parameters):
     return torch.optim.AdamW(parameters.values(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
-def prefetched(make, first, last, workers=2):
-    """Yield make(i) for first <= i < last; threads prepare the next ones meanwhile."""
-    with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
-        for i in range(first, last + workers):
-            if i < last:
-                pending.append(pool.submit(make, i))
-            if i >= first + workers:
-                yield pending.popleft().result()
-
-
 def micro_batches_of(step, examples, recipe, micro_batch, processes):
     """Draw this process's share of a step's batch: every world-th image, in pieces of micro_batch images."""
     samples = list(range(step * recipe.batch + processes.rank, (step + 1) * recipe.batch, processes.world))
@@ -372,27 +359,6 @@ def build_examples(config, stage, records, model, features=None):
         skip_bad=config.skip_bad,
         features=features,
     )  # fmt: skip
-
-
-def open_features(config, records, model, processes):
-    """Open the features of a run, written first for clips without --features: (the records that they hold, Features)."""
-    c, folder = model.config, config.features
-    tower = model.vision_tower if processes.rank == 0 else None
-    if not folder:  # clips are always read as features
-        folder = f"{config.out}-features"
-        if processes.world == 1:
-            write_features(records, folder, tower, c.geometry, frames=c.frames, skip_bad=config.skip_bad)
-        elif not Path(folder, "features.json").is_file():
-            raise ValueError("training on clips in several processes needs --features; make them with python -m tools.features")
-    features = Features(folder, c.vision_config.image_size, c.geometry, c.frames, tower)
-    kept = [record for record in records if features.holds(record.image)]  # raises for an image that it lacks
-    if lost := len(records) - len(kept):
-        message = f"{lost} images or clips could not be read when {folder} was made"
-        if not config.skip_bad:
-            raise ValueError(f"{message}; skip them with --skip-bad")
-        if processes.rank == 0:
-            print(f"skipped: {message}")
-    return kept, features
 
 
 def dry_run(config, processes):

@@ -119,3 +119,24 @@ def read_input(image, tower, geometry, frames, skip_bad):
         if not skip_bad:
             raise ValueError(f"{error}; --skip-bad skips what cannot be read") from None
         print(f"skipped: {error}")
+
+
+def open_features(config, records, model, processes):
+    """Open the features of a run, written first for clips without --features: (the records that they hold, Features)."""
+    c, folder = model.config, config.features
+    tower = model.vision_tower if processes.rank == 0 else None
+    if not folder:  # clips are always read as features
+        folder = f"{config.out}-features"
+        if processes.world == 1:
+            write_features(records, folder, tower, c.geometry, frames=c.frames, skip_bad=config.skip_bad)
+        elif not Path(folder, "features.json").is_file():
+            raise ValueError("training on clips in several processes needs --features; make them with python -m tools.features")
+    features = Features(folder, c.vision_config.image_size, c.geometry, c.frames, tower)
+    kept = [record for record in records if features.holds(record.image)]  # raises for an image that it lacks
+    if lost := len(records) - len(kept):
+        message = f"{lost} images or clips could not be read when {folder} was made"
+        if not config.skip_bad:
+            raise ValueError(f"{message}; skip them with --skip-bad")
+        if processes.rank == 0:
+            print(f"skipped: {message}")
+    return kept, features

@@ -1,9 +1,11 @@
-"""Training in one or several processes: DDP (a whole model in each) or FSDP2 (weights and optimizer sharded), and precision.
+"""Training in one or several processes: DDP (a whole model in each) or FSDP2 (weights and optimizer sharded); precision; prefetching.
 
 With one process and fp32, every method of `Processes` does nothing. Read train.train_stage first.
 """
 
 import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -68,6 +70,17 @@ class Processes:
         """Compute in bf16 if asked; weights stay float32. FSDP casts by itself."""
         is_plain = self.dtype == torch.float32 or self.is_fsdp
         return nullcontext() if is_plain else torch.autocast(self.device.type, self.dtype)
+
+
+def prefetched(make, first, last, workers=2):
+    """Yield make(i) for first <= i < last; threads prepare the next ones meanwhile."""
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque()
+        for i in range(first, last + workers):
+            if i < last:
+                pending.append(pool.submit(make, i))
+            if i >= first + workers:
+                yield pending.popleft().result()
 
 
 def shard(model, env):
