@@ -117,100 +117,68 @@ class Table:
 
 
 ABLATION = ("QA", "names", "boxes", "left/right", "above/below", "is there")
+PAPER_ABLATION = ("GQA", "RD", "A-QA")
 TABLES = {
-    "2": Table(
-        "how coordinates are written",
-        ABLATION,
-        ("GQA", "RD", "A-QA"),
-        (
-            ("normalized floating point", "nfp", (46.1, 19.6, 37.1)),
-            ("integer valued binning", "all", (47.3, 20.7, 37.4)),
-            ("deviation from anchor", "diga", (47.0, 20.8, 37.3)),
-            ("binning, images blanked", "all, blind", ()),
-        ),
-    ),
+    "2": Table("how coordinates are written", ABLATION, PAPER_ABLATION, (
+        ("normalized floating point", "nfp", (46.1, 19.6, 37.1)),
+        ("integer valued binning", "all", (47.3, 20.7, 37.4)),
+        ("deviation from anchor", "diga", (47.0, 20.8, 37.3)),
+        ("binning, images blanked", "all, blind", ()),
+    )),
     "4": Table(
         "left/right and above/below, asked directly and in context",
         ("left/right", "left", "right", "above/below", "ICL left/right", "ICL above/below"),
-        ("left/right", "above/below", "ICL left/right", "ICL above/below"),
-        (
-            ("instructions alone (LLaVA)", "none", (55.1, 58.9, 55.1, 58.2)),
-            ("LocVLM-B", "all", (69.5, 65.4, 76.5, 74.1)),
-            ("LocVLM-B, images blanked", "all, blind", ()),
-        ),
-    ),
-    "8": Table(
-        "is there a ...?",
-        ("is there, seen", "is there, unseen"),
-        ("Hal-COCO", "Hal-ADE"),
-        (
-            ("instructions alone (LLaVA)", "seen-none", (61.9, 53.8)),
-            ("LocVLM-B", "seen-all", (88.3, 75.2)),
-            ("instructions alone, without yes and no", "silent-none", ()),
-            ("LocVLM-B, without yes and no in its instructions", "silent-all", ()),
-            ("LocVLM-B, images blanked", "seen-all, blind", ()),
-        ),
-    ),
+        ("left/right", "above/below", "ICL left/right", "ICL above/below"), (
+        ("instructions alone (LLaVA)", "none", (55.1, 58.9, 55.1, 58.2)),
+        ("LocVLM-B", "all", (69.5, 65.4, 76.5, 74.1)),
+        ("LocVLM-B, images blanked", "all, blind", ()),
+    )),
+    "8": Table("is there a ...?", ("is there, seen", "is there, unseen"), ("Hal-COCO", "Hal-ADE"), (
+        ("instructions alone (LLaVA)", "seen-none", (61.9, 53.8)),
+        ("LocVLM-B", "seen-all", (88.3, 75.2)),
+        ("instructions alone, without yes and no", "silent-none", ()),
+        ("LocVLM-B, without yes and no in its instructions", "silent-all", ()),
+        ("LocVLM-B, images blanked", "seen-all, blind", ()),
+    )),
     "10": Table(
         "describing the object at a location",
-        ("METEOR", "names"),
-        ("RefCOCO", "RefCOCO+", "RefCOCOg val", "RefCOCOg test"),
-        (
-            ("instructions alone (LLaVA)", "none", (4.2, 7.3, 10.6, 10.3)),
-            ("names of categories", "all", ()),
-            ("names, only shapes that have a caption", "captions-names", ()),
-            ("pseudo-captions of the stage-1 model", "own-captions", (11.0, 11.1, 20.6, 20.7)),
-            ("pseudo-captions of the model tuned on instructions", "captions", (11.0, 11.1, 20.6, 20.7)),
-            ("the same, images blanked", "captions, blind", ()),
-        ),
-    ),
-    "11a": Table(
-        "objectives",
-        ABLATION,
-        ("GQA", "RD", "A-QA"),
-        (
-            ("instructions alone", "none", (44.7, 10.3, 35.2)),
-            ("+ LocPred", "loc", (45.2, 12.2, 35.8)),
-            ("+ NegPred", "loc-neg", (46.9, 12.5, 37.2)),
-            ("+ RevLoc", "all", (47.3, 20.7, 37.4)),
-            ("the last, images blanked", "all, blind", ()),
-        ),
-    ),
-    "11b": Table(
-        "what a location is",
-        ABLATION,
-        ("GQA", "RD", "A-QA"),
-        (
-            ("point", "point", (47.3, 20.6, 37.4)),
-            ("box", "all", (47.3, 20.7, 37.4)),
-            ("box, images blanked", "all, blind", ()),
-        ),
-    ),
-    "11c": Table(
-        "names or pseudo-captions, only shapes that have a caption",
-        ABLATION,
-        ("GQA", "RD", "A-QA"),
-        (
-            ("names", "captions-names", (46.5, 11.6, 37.1)),
-            ("pseudo-captions", "captions", (47.3, 20.7, 37.4)),
-            ("pseudo-captions, images blanked", "captions, blind", ()),
-        ),
-    ),
+        ("METEOR", "names"), ("RefCOCO", "RefCOCO+", "RefCOCOg val", "RefCOCOg test"), (
+        ("instructions alone (LLaVA)", "none", (4.2, 7.3, 10.6, 10.3)),
+        ("names of categories", "all", ()),
+        ("names, only shapes that have a caption", "captions-names", ()),
+        ("pseudo-captions of the stage-1 model", "own-captions", (11.0, 11.1, 20.6, 20.7)),
+        ("pseudo-captions of the model tuned on instructions", "captions", (11.0, 11.1, 20.6, 20.7)),
+        ("the same, images blanked", "captions, blind", ()),
+    )),
+    "11a": Table("objectives", ABLATION, PAPER_ABLATION, (
+        ("instructions alone", "none", (44.7, 10.3, 35.2)),
+        ("+ LocPred", "loc", (45.2, 12.2, 35.8)),
+        ("+ NegPred", "loc-neg", (46.9, 12.5, 37.2)),
+        ("+ RevLoc", "all", (47.3, 20.7, 37.4)),
+        ("the last, images blanked", "all, blind", ()),
+    )),
+    "11b": Table("what a location is", ABLATION, PAPER_ABLATION, (
+        ("point", "point", (47.3, 20.6, 37.4)),
+        ("box", "all", (47.3, 20.7, 37.4)),
+        ("box, images blanked", "all, blind", ()),
+    )),
+    "11c": Table("names or pseudo-captions, only shapes that have a caption", ABLATION, PAPER_ABLATION, (
+        ("names", "captions-names", (46.5, 11.6, 37.1)),
+        ("pseudo-captions", "captions", (47.3, 20.7, 37.4)),
+        ("pseudo-captions, images blanked", "captions, blind", ()),
+    )),
     "12": Table(
         "objectives in tuning on clips",
-        ("video QA", "static boxes", "no such object", "clip names", "is there, clips"),
-        ("A-QA",),
-        (
-            ("model of images, one frame", "all", (29.2,)),
-            ("Vid-B: adapter, conversations", "clips-adapter", (37.4,)),
-            ("Vid-B+: conversations alone", "clips-none", (37.4,)),
-            ("+ LocPred", "clips-loc", (37.6,)),
-            ("+ NegPred", "clips-loc-neg", (38.2,)),
-            ("+ RevLoc", "clips-all", (38.2,)),
-            ("the last, clips blanked", "clips-all, blind", ()),
-        ),
-    ),
-}
+        ("video QA", "static boxes", "no such object", "clip names", "is there, clips"), ("A-QA",), (
+        ("model of images, one frame", "all", (29.2,)),
+        ("Vid-B: adapter, conversations", "clips-adapter", (37.4,)),
+        ("Vid-B+: conversations alone", "clips-none", (37.4,)),
+        ("+ LocPred", "clips-loc", (37.6,)),
+        ("+ NegPred", "clips-loc-neg", (38.2,)),
+        ("+ RevLoc", "clips-all", (38.2,)),
+        ("the last, clips blanked", "clips-all, blind", ()),
+    )),
+}  # fmt: skip
 
 
 def ensure_worlds():
