@@ -5,8 +5,8 @@ RUN/eval/NAME.jsonl   one row per question
 RUN/eval/NAME.png     boxes on pictures: truth green, prediction blue; successes above, failures below
 RUN/eval/NAME.parts   answers so far; a killed run continues from there, on any number of processes, to the same rows
 
-NAME is the task, followed by the file and split of its questions. RUN/eval_blind holds the same of blank images,
-RUN/eval_scored the judgement of answers made elsewhere.
+NAME is the task, followed by the file and split of its questions. RUN/eval_blind holds results on blank images, RUN/eval_scored
+the judgement of answers made elsewhere.
 """
 
 import copy
@@ -388,7 +388,7 @@ def print_table(job, folders):
 
 
 def shown(value):
-    """Print a figure: a share in percent, a count as it is, - if there is none."""
+    """Print a figure: a share in percent, a count as it is, - for None."""
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{100 * value:.1f} %"
