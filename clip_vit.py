@@ -3,7 +3,7 @@
     image file --open_image--> PIL RGB --preprocess--> (3, S, S) --CLIPVisionTower--> patches (P, Dv)
 
 Parameter names are those of HF `openai/clip-vit-*` under `vision_model.`, including the typo `pre_layrnorm`, so checkpoints
-load strictly. The tower returns what LLaVA uses: the patches after the last block but one, without the class token and without
+load strictly. The tower returns what LLaVA uses: the patches after the second-to-last block, without the class token and without
 `post_layernorm`. The last block is kept, so that a checkpoint can be written back, and never run.
 
     B images   S image side in pixels   P patches   Dv hidden_size   H heads   K head size

@@ -1,11 +1,11 @@
 """Boxes as text, and text as boxes (LocVLM, Sec. 3.2 and App. A).
 
 A box is (x1, y1, x2, y2): top-left corner, then bottom-right corner, x to the right, y down. A point is (x, y).
-There are three frames, and a name always says which one:
+A name ends with its frame (box_px, point_px, or xy_px for either):
 
-    box_px    pixels of the ORIGINAL image, floats in [0, W] x [0, H]
-    box_unit  fractions of the MODEL's square input image, floats in [0, 1]
-    box_bins  the same square in integers 0..n_bins, both ends included: what IVB text holds
+    _px    pixels of the ORIGINAL image, floats in [0, W] x [0, H]
+    _unit  fractions of the MODEL's square input image, floats in [0, 1]
+    _bins  the same square in integers 0..n_bins, both ends included: what IVB text holds
 
 `CoordFormat` goes from box_px to text and back. Two things lie between them: the geometry (`window`: which part of the image
 the model's square shows; `clip_vit.preprocess` cuts images by the same rectangle), and the representation (the classes in
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 GEOMETRIES = ("squash", "pad", "crop")
 PATCH = 14  # CLIP ViT-L/14's, and so the side of a DIGA anchor cell
 
-_NUMBER = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"  # one way to match any digits: no backtracking over 1 MB of them
+_NUMBER = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"  # digits match in one way only: a megabyte of them costs no backtracking
 
 
 # ----- geometry: pixels of the image <-> the model's square
@@ -91,10 +91,14 @@ def iou(box_a, box_b):
 
 
 class NFP:
-    """Normalized floating point: the fractions themselves. (0.0195, 0.2344, 0.0586, 0.2832)"""
+    """Normalized floating point: the fractions themselves. (0.0195, 0.2344, 0.0586, 0.2832)
 
-    number = ".4f"  # how a number is printed
-    extra = 0  # numbers in the text beyond the 4 of a box or the 2 of a point
+    Also the base of the other classes, which all have: `number` (how a number is printed), `extra` (how many numbers the text
+    holds beyond the 4 of a box or the 2 of a point), encode and decode (inverse up to rounding).
+    """
+
+    number = ".4f"
+    extra = 0
 
     def __init__(self, side, patch):
         self.n_bins, self.patch, self.grid = side, patch, side // patch
@@ -130,20 +134,19 @@ class DIGA(IVB):
     """
 
     extra = 2
+    signs = {2: (1, 1), 4: (-1, -1, 1, 1)}  # of the deviations of a point, and of a box
 
     def encode(self, xy_unit):
-        bins, signs = super().encode(xy_unit), (-1, -1, 1, 1) if len(xy_unit) == 4 else (1, 1)
+        xy_bins = super().encode(xy_unit)
         centre = [(low + high) / 2 for low, high in zip(xy_unit[:2], xy_unit[-2:], strict=True)]  # a point is its own
         anchor = [min(int(round(v * self.n_bins, 9) // self.patch), self.grid - 1) for v in centre]
         ax, ay = (n * self.patch + self.patch // 2 for n in anchor)  # the cell's centre, in bins
-        return (*anchor, *(s * (v - a) for s, v, a in zip(signs, bins, (ax, ay, ax, ay), strict=False)))
+        return (*anchor, *(s * (v - a) for s, v, a in zip(self.signs[len(xy_unit)], xy_bins, (ax, ay, ax, ay), strict=False)))
 
     def decode(self, numbers):
         ax, ay = (n * self.patch + self.patch // 2 for n in numbers[:2])
-        signs = (-1, -1, 1, 1) if len(numbers) == 6 else (1, 1)
-        return super().decode(
-            tuple(a + s * d for a, s, d in zip((ax, ay, ax, ay), signs, numbers[2:], strict=False))
-        )
+        deviations = zip((ax, ay, ax, ay), self.signs[len(numbers) - 2], numbers[2:], strict=False)
+        return super().decode(tuple(a + s * d for a, s, d in deviations))
 
 
 REPRESENTATIONS = {"nfp": NFP, "ivb": IVB, "diga": DIGA}

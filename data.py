@@ -235,11 +235,13 @@ class Wording:
 class Objective:
     """One instruction objective. Training, evaluate.py and tools.prefcoco all use this entry.
 
-    about   what a question is about: "object" (each unique object), "pair" (two of them), "absent" (a category that is
-            not in the image)
-    ask     (target, record, wording, rng) -> (question, answer); the target is an Object, or two for a pair
-    judge   (item, wording): sets item.correct, and item.boxes_px if the answer holds a location (see evaluate.Item)
-    task    its name in evaluate.py
+    task     its name in evaluate.py
+    about    what a question is about: "object" (each unique object), "pair" (two of them), "absent" (a category that is not
+             in the image)
+    ask      (target, record, wording, rng) -> (question, answer); the target is an Object, or two for a pair
+    judge    (item, wording): reads item.answer, item.size and item.truth {name, box_px, answer}; sets item.correct, and
+             item.boxes_px if the answer holds a location. (An evaluate.Item is one question with its answer.)
+    prompts  its question templates, noted in the results
     """
 
     task: str
@@ -247,6 +249,10 @@ class Objective:
     ask: Callable
     judge: Callable
     prompts: tuple = ()
+
+    def __post_init__(self):
+        if self.about not in ("object", "pair", "absent"):
+            raise ValueError(f"an objective about {self.about!r}; choose object, pair or absent")
 
 
 def loc_question(words, wording, rng):
@@ -260,7 +266,7 @@ def ask_loc(o, record, wording, rng):
 
 
 def located(item, wording):
-    """Return the first location in an answer, as a list of at most one box_px; a point becomes a box of 2 px around it."""
+    """Return the first location in an answer, as a list of at most one box_px; a point becomes a box that reaches 2 px each way."""
     if wording.location == "box":
         return wording.fmt.decode_boxes(item.answer, item.size)[:1]
     points_px = wording.fmt.decode_points(item.answer, item.size)[:1]
@@ -341,7 +347,9 @@ def draw_absent(record, wording, rng, descriptions, at_least=0):
     """Yield absent objects to ask for, neg_ratio per unique object. Half of them borrow a description, unless words are names."""
     wanted = wording.neg_ratio * max(1, len(targets_of(record, "object", wording, rng)))
     count = min(int(wanted) + (rng.random() < wanted % 1), len(record.absent))
-    for name in rng.sample(record.absent, max(count, at_least * (wanted > 0))):
+    if wanted > 0:
+        count = max(count, at_least)
+    for name in rng.sample(record.absent, count):
         borrowed = rng.choice(descriptions[name]) if descriptions.get(name) else None
         is_described = borrowed and wording.words != "name" and rng.random() < 0.5
         yield Object(name, None, borrowed if is_described else None)
@@ -442,7 +450,7 @@ def collate(rows):
 
     input_ids, positions  long (B, T)
     segments              long (B, T), -1 on padding; None if no row has more than one segment
-    answers               long (3, N): for each answer token its row, the column that predicts it, and its id
+    answers               long (3, A): for each of A answer tokens its row, the column that predicts it, and its id
     The lookup runs here, on the CPU, so that a GPU never waits for it.
     """
     longest = max(len(row["input_ids"]) for row in rows)
@@ -453,7 +461,7 @@ def collate(rows):
     labels, segments, positions = padded("labels", IGNORE), padded("segments", -1), padded("positions", 0)
     # A token is predicted from the one before it: the shift is here, and nowhere else. Before a segment's first token
     # stands the prefix, whose last column is that token's position - 1.
-    at, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (N,) each: answer tokens, at column + 1
+    at, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (A,) each: answer tokens, at column + 1
     opens = segments[at, columns + 1] != segments[at, columns]
     before = torch.where(opens, positions[at, columns + 1] - 1, columns)
     return {
@@ -468,7 +476,9 @@ def collate(rows):
 
 
 class Examples:
-    """Records as training rows. What a row holds is a function of (seed, epoch, index) alone, whatever was drawn before.
+    """Records as training rows. What a row holds is a function of (seed, number of the draw) alone, whatever was drawn before.
+
+    Read it from the bottom: `batch` draws with `order` and `row`, which calls `text_row`, which calls `draw_segments`.
 
     config          the model's: vision_config, and how many visual tokens an image becomes
     questions       segments behind each image
@@ -526,28 +536,29 @@ class Examples:
             captions = record.captions or [turns[0][1] for turns in record.conversations]
             chosen = rng.sample(captions, min(self.questions, len(captions))) if record.image else []
             return [(("", caption),) for caption in chosen]
-        located = [((q, a),) for _, _, q, a in draw_questions(record, self.wording, rng, self.descriptions)]
+        asked = [((q, a),) for _, _, q, a in draw_questions(record, self.wording, rng, self.descriptions)]
         conversations = rng.sample(record.conversations, len(record.conversations))
-        share = self.instruct_share if located else 1.0
+        share = self.instruct_share if asked else 1.0
         conversations = conversations[: int(share * self.questions + rng.random())]
-        return conversations + located[: self.questions - len(conversations)]
+        return conversations + asked[: self.questions - len(conversations)]
 
-    def text_row(self, record, epoch):
-        """Draw the text of a record in an epoch: a packed row."""
-        rng = random.Random(f"{self.seed} {epoch} {record.id}")
+    def text_row(self, record, draw):
+        """Draw the text of a record: a packed row. draw: the epoch, see `order`."""
+        rng = random.Random(f"{self.seed} {draw} {record.id}")
         first = "\n" if record.image else ""
-        segments = [
-            encode_segment(self.tokenizer, self.template, turns, first) for turns in self.draw_segments(record, rng)
-        ]
-        return pack(self.prefix if record.image else self.text_prefix, segments, self.max_length)
+        drawn, prefix = self.draw_segments(record, rng), self.prefix if record.image else self.text_prefix
+        segments = [encode_segment(self.tokenizer, self.template, turns, first) for turns in drawn]
+        if len(prefix) + sum(len(ids) for ids, _ in segments) > self.max_length:
+            rng.shuffle(segments)  # a full row drops its last segments; chance decides which, not their kind
+        return pack(prefix, segments, self.max_length)
 
-    def row(self, index, epoch):
-        """Draw record `index` of epoch `epoch`: (packed row, image (3, S, S) or features (P, Dv) or None, record).
+    def row(self, index, draw):
+        """Draw record `index`: (packed row, image (3, S, S) or features (P, Dv) or None, record).
 
         An image that turns out damaged stops the run. With skip_bad, the next record takes its place.
         """
         record, fmt = self.records[index], self.wording.fmt
-        row = self.text_row(record, epoch)
+        row = self.text_row(record, draw)
         if record.image is None:
             return row, None, record
         if self.features:
@@ -559,15 +570,15 @@ class Examples:
             if not self.skip_bad or len(self.unreadable | {record.id}) > tolerated:
                 raise ValueError(f"{error}; --skip-bad skips up to one image in a hundred") from None
             self.unreadable.add(record.id)
-            return self.row((index + 1) % len(self.records), epoch)
+            return self.row((index + 1) % len(self.records), draw)
 
     def order(self, sample):
-        """Return (index, epoch) of the run's draw number `sample`. An epoch's order is a function of (seed, epoch).
-
-        Each record comes as often as its weight says, give or take one if the weight is no whole number.
+        """Return (index of the record, draw) of the run's draw number `sample`. `draw` seeds its text: the epoch, and for a
+        record that may come several times in one, its place. A record of weight w comes floor(w) or ceil(w) times an epoch.
         """
         epoch, place = divmod(sample, self.epoch_length)
-        if epoch not in self.orders:
+        order = self.orders.get(epoch)
+        if order is None:
             rng = np.random.default_rng([self.seed, epoch])
             order = rng.permutation(len(self.records))
             if (self.weights != 1).any():
@@ -575,8 +586,9 @@ class Examples:
                 ends = self.weights[order].cumsum()
                 marks = (np.arange(self.epoch_length) + rng.random()) * ends[-1] / self.epoch_length
                 order = rng.permutation(order[np.searchsorted(ends, marks, side="right").clip(max=len(ends) - 1)])
-            self.orders = {epoch: order}
-        return int(self.orders[epoch][place]), epoch
+            self.orders = {epoch: order}  # prefetching threads may replace it: below, only a local name is read
+        index = int(order[place])
+        return index, epoch if self.weights[index] == 1 else f"{epoch} {place}"
 
     def batch(self, samples):
         """Collate the given draws of the run: (batch, ids of their records)."""

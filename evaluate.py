@@ -9,7 +9,7 @@
     locpred   where is ...                                      IoU >= 0.5 in original pixels; no box counts as wrong
     negpred   where is ... (not in the image)                   the answer says that there is no such object
     revloc    what is at ...                                    it names the right category first
-    spatial   which side of ... is ... (COCO-Spatial, Tab. 4)   the right word is in it, asked directly and in context
+    spatial   which side of ... is ... (COCO-Spatial, Tab. 4)   the answer has the right word; asked directly and in context
     hal       is there a ... (Hal-COCO, Tab. 8)                 yes and no, two objects present and two absent per image
 
 The first three are data.OBJECTIVES; an entry there becomes a task here. Public benchmarks are in tasks/: `python -m tasks NAME RUN`.
@@ -36,10 +36,10 @@ from PIL import Image, ImageOps
 
 from clip_vit import mean_colour
 from coords import fault
-from data import OBJECTIVES, SIDE_ANSWERS, SIDE_PROMPTS, Object, Wording, article, targets_of
+from data import OBJECTIVES, SIDE_ANSWERS, SIDE_PROMPTS, Object, Wording, article, judge_rev, targets_of
 from formats.annotations import read_file
 from formats.eval_folder import by_picture, folders_of, read_jobs, run_jobs
-from formats.files import sha256, write_whole
+from formats.files import run_command, sha256, write_whole
 from formats.images import is_clip
 from formats.journal import start_processes
 from formats.pictures import card, sheet, still
@@ -63,7 +63,7 @@ class Item:
     image: Path | None  # image file, member of a zip, or clip
     size: tuple | None  # (width, height) of the image if boxes are asked or drawn, else None
     question: str
-    truth: dict
+    truth: dict  # what the answer should be; the judge adds what it measured: iou, named, side, strict
     answer: str = ""
     correct: bool | float | None = None  # a score 0..1 if the metric is graded, None if only all answers together count
     boxes_px: list = field(default_factory=list)  # locations in the answer, original pixels
@@ -141,11 +141,11 @@ def objective_items(objective, records, wording, rng):
             targets = targets_of(record, objective.about, wording, rng)
         for target in targets:
             question, answer = objective.ask(target, record, wording, rng)
-            if isinstance(target, Object):
-                truth = {"name": target.name} | ({"box_px": target.box_px} if target.box_px else {})
-            else:
-                truth = {"name": " ".join(o.name for o in target), "answer": answer}
-            if objective.task == "revloc":  # any category of the data may be named
+            objects = (target,) if isinstance(target, Object) else target
+            truth = {"name": " ".join(o.name for o in objects), "answer": answer}
+            if objective.about == "object":
+                truth["box_px"] = target.box_px
+            if objective.judge is judge_rev:  # any category of the data may be named
                 truth["names"] = sorted(record.present + record.absent)
             items.append(item_of(record, truth["name"], question, truth))
     return items
@@ -210,6 +210,14 @@ def spatial_triplets(records, rng, axis, strict=False):
             yield record, rng.choice(sides[side]), *rng.sample(sides[1 - side], 2), words[side]
 
 
+def side_question(setting, obj_1, obj_2):
+    return SIDE_PROMPTS[setting].format(obj_1=f"the {obj_1.name}", obj_2=f"the {obj_2.name}")
+
+
+def side_answer(side, obj_1, obj_2):
+    return SIDE_ANSWERS[side].format(obj_1=f"the {obj_1.name}", obj_2=f"The {obj_2.name}")
+
+
 def spatial_items(records, wording, rng):
     """Ask about sides directly and in context (App. E).
 
@@ -219,31 +227,26 @@ def spatial_items(records, wording, rng):
     """
     items = []
     for axis, setting in enumerate(SIDE_PROMPTS):
-        for record, a, b, c, side in spatial_triplets(records, rng, axis):
-            other = OPPOSITE[side]
-
-            def question(first, second, prompt=SIDE_PROMPTS[setting]):
-                return prompt.format(obj_1=f"the {first.name}", obj_2=f"the {second.name}")
-
-            def answer(first, second, side):  # where the first is, seen from the second
-                return SIDE_ANSWERS[side].format(obj_2=f"The {first.name}", obj_1=f"the {second.name}")
-
-            def add(name, text, objects, record=record, **truth):
-                truth = {"setting": name, **truth, "boxes_px": [o.box_px for o in objects]}
-                items.append(item_of(record, f"{setting}:{name}", text, truth))  # noqa: B023 (called in this turn)
-
-            whole = any(spatial_triplets([record], random.Random(0), axis, strict=True))  # whichever it draws
-            add(setting, question(a, b), (a, b), word=other, whole_boxes=whole)  # where obj_2 is, seen from obj_1
+        for record, one, two, three, side in spatial_triplets(records, rng, axis):
+            other = OPPOSITE[side]  # where two and three are, seen from one
+            questions = [side_question(setting, *pair) for pair in ((one, two), (two, one), (three, one))]
+            answers = side_answer(other, one, two), side_answer(side, two, one)
+            right, swapped = (  # swapped: as the paper prints them, each answers the other's question
+                [f"Q: {q} A: {a}" for q, a in zip(questions, given, strict=False)] for given in (answers, answers[::-1])
+            )
+            rng.shuffle(right)
+            texts = {setting: questions[0], f"icl {setting}": " ".join([*right, f"Q: {questions[2]}"])}
             if setting == "left/right":
-                items.append(mirror(items[-1]))
-                items[-1].truth["setting"] = "left/right mirrored"
-            first, second, final = f"Q: {question(a, b)} A: ", f"Q: {question(b, a)} A: ", f"Q: {question(c, a)}"
-            examples = [first + answer(b, a, other), second + answer(a, b, side)]
-            rng.shuffle(examples)
-            add(f"icl {setting}", " ".join([*examples, final]), (c, a), word=side)
-            if setting == "left/right":
-                examples = [first + answer(a, b, side), second + answer(b, a, other)]
-                add("icl verbatim", " ".join([*examples, final]), (c, a), word=side)
+                texts["icl verbatim"] = " ".join([*swapped, f"Q: {questions[2]}"])
+            for name, text in texts.items():
+                objects, word = ((one, two), other) if name == setting else ((three, one), side)
+                truth = {"setting": name, "word": word, "boxes_px": [o.box_px for o in objects]}
+                if name == setting:  # do the whole boxes lie in their halves, whichever triplet is drawn?
+                    truth["whole_boxes"] = any(spatial_triplets([record], random.Random(0), axis, strict=True))
+                items.append(item_of(record, f"{setting}:{name}", text, truth))
+                if name == "left/right":
+                    items.append(mirror(items[-1]))
+                    items[-1].truth["setting"] = "left/right mirrored"
     return items
 
 
@@ -340,29 +343,29 @@ def read_items(task, make, args, wording):
     return make(records[: args.limit], wording, random.Random(f"{args.seed} {task}")), skipped
 
 
-ITEMS = {o.task: partial(objective_items, o) for o in OBJECTIVES.values()} | {"spatial": spatial_items, "hal": hal_items}
-METRICS = {"locpred": locpred_metrics, "negpred": negpred_metrics, "revloc": revloc_metrics}  # others: accuracy
-TASKS = {
-    o.task: Task(partial(read_items, o.task, ITEMS[o.task]), o.judge, METRICS.get(o.task, accuracy), o.prompts)
-    for o in OBJECTIVES.values()
+METRICS = {"locpred": locpred_metrics, "negpred": negpred_metrics, "revloc": revloc_metrics}  # other objectives: accuracy
+MEASURES = {  # task: (its questions, judge, metrics, prompts)
+    **{o.task: (partial(objective_items, o), o.judge, METRICS.get(o.task, accuracy), o.prompts) for o in OBJECTIVES.values()},
+    "spatial": (spatial_items, judge_spatial, spatial_metrics, (*SIDE_PROMPTS.values(), ICL_PROMPT)),
+    "hal": (hal_items, judge_hal, hal_metrics, (HAL_PROMPT,)),
 }
-SIX = [f"{setting}{word}" for setting in SIDE_PROMPTS for word in ("", *(f", {w}" for w in setting.split("/")))]
-TASKS["spatial"] = Task(
-    partial(read_items, "spatial", spatial_items), judge_spatial, spatial_metrics, (*SIDE_PROMPTS.values(), ICL_PROMPT),
-    paper=paper_rows(  # Tab. 4: direct, in context
-        (*SIX, *(f"icl {name}" for name in SIX)),
+TAB_4 = [f"{setting}{word}" for setting in SIDE_PROMPTS for word in ("", *(f", {w}" for w in setting.split("/")))]
+PAPER = {
+    "spatial": paper_rows(
+        (*TAB_4, *(f"icl {name}" for name in TAB_4)),  # asked directly, and in context
         ("BLIP-2", 45.5, 86.1, 4.74, 49.2, 50.4, 48.6, 14.7, 17.8, 11.6, 15.8, 16.5, 15.2),
         ("LLaVA", 55.1, 84.5, 36.5, 58.9, 57.8, 59.3, 55.1, 84.7, 36.4, 58.2, 57.7, 58.5),
         ("LocVLM-B", 69.5, 79.7, 59.2, 65.4, 64.2, 65.9, 76.5, 90.4, 61.5, 74.1, 73.5, 74.4),
     ),
-)  # fmt: skip
-TASKS["hal"] = Task(
-    partial(read_items, "hal", hal_items), judge_hal, hal_metrics, (HAL_PROMPT,),
-    paper=paper_rows(  # Tab. 8
-        ("accuracy",), ("Shikra", 86.2), ("LLaVA", 61.9), ("LocVLM-B", 88.3),
+    "hal": paper_rows(
+        ("accuracy",), ("Shikra", 86.2), ("LLaVA", 61.9), ("LocVLM-B", 88.3),  # Tab. 8
         ("Video-ChatGPT, Hal-Act", 50.6), ("LocVLM-Vid-B, Hal-Act", 68.7), ("LocVLM-Vid-B+, Hal-Act", 72.4),
     ),
-)  # fmt: skip
+}  # fmt: skip
+ITEMS = {name: make for name, (make, *_) in MEASURES.items()}
+TASKS = {
+    name: Task(partial(read_items, name, make), *rest, paper=PAPER.get(name, ())) for name, (make, *rest) in MEASURES.items()
+}
 
 
 # ----- answering
@@ -372,9 +375,9 @@ class Answerer:
     """The model of a run and how it answers. Its weights are loaded when the first question needs them."""
 
     def __init__(self, args, world):
-        cuda = torch.cuda.is_available()
-        self.args, self.device = args, f"cuda:{os.environ.get('LOCAL_RANK', 0) if world > 1 else 0}" if cuda else "cpu"
-        self.dtype = DTYPES[args.dtype or ("bf16" if cuda else "fp32")]
+        self.args, gpu = args, os.environ.get("LOCAL_RANK", 0) if world > 1 else 0
+        self.device = f"cuda:{gpu}" if torch.cuda.is_available() else "cpu"
+        self.dtype = DTYPES[args.dtype or ("fp32" if self.device == "cpu" else "bf16")]
         self.decoding = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
         hollow = LocVLM.from_pretrained(args.run, args.vision, device="meta")  # shapes only
         self.config, self.tokenizer_sha256 = hollow.config, sha256(hollow.tokenizer.path)
@@ -385,9 +388,10 @@ class Answerer:
         return model.for_inference(self.args.compile)
 
     def answerer(self, is_blind):
-        return partial(self.answer, is_blind)
+        """Load the weights, if they are not, and return the function batch -> {id: answer}."""
+        return partial(self.answer, self.model, is_blind)
 
-    def answer(self, is_blind, batch):
+    def answer(self, model, is_blind, batch):
         """Answer a batch of items: {id: answer}. Blind: an image without content, CLIP's mean colour."""
         pictures, images, frames = by_picture(batch), [], self.config.frames
         for path, mirrored in pictures:
@@ -398,7 +402,7 @@ class Answerer:
             else:
                 images.append(still(path, mirrored))
         questions = [[item.question for item in group] for group in pictures.values()]
-        answers = self.model.generate(images, questions, **self.decoding)
+        answers = model.generate(images, questions, **self.decoding)
         pairs = zip(sum(pictures.values(), []), sum(answers, []), strict=True)
         return {item.id: answer for item, answer in pairs}
 
@@ -475,7 +479,7 @@ def add_options(parser):
 
 
 def check_options(parser, args, refused=()):
-    """Exit with a message if options do not go together. refused: more (is wrong, message) pairs"""
+    """Exit with a message if options do not go together. refused: further pairs (whether it is wrong, message)"""
     refused = [
         *refused,
         (args.coco and not args.images, "--coco without --images, the folder of its images"),
@@ -547,7 +551,8 @@ def main(argv=None):
     if rank == 0:
         wait()
 
-    # 2 ask, judge and write
+    # 2 for each task: Answerer.answer its batches, then Task.judge every item and Task.metrics of all; run_jobs does this in
+    # parts that survive a kill, and writes the files
     run_jobs(args, jobs, wording, model, processes)
     if rank == 0 and not args.into:
         write_page(args.run)
@@ -556,7 +561,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"evaluate.py: {error}")
+    run_command("evaluate.py", main)

@@ -97,25 +97,25 @@ class KVCache:
 
     def spread(self, rows, capacity=None):
         """Copy the filled part into a new cache, whose row i continues this cache's row rows[i]."""
-        layers, _, heads, length, size = self.keys.shape
-        wider = copy(self)
-        wider.keys, wider.values = (
-            old.new_empty(layers, len(rows), heads, capacity or length, size) for old in (self.keys, self.values)
+        layers, _, heads, old_capacity, size = self.keys.shape
+        other = copy(self)
+        other.keys, other.values = (
+            t.new_empty(layers, len(rows), heads, capacity or old_capacity, size) for t in (self.keys, self.values)
         )
         for new, old in enumerate(rows):
-            wider.keys[:, new, :, : self.length] = self.keys[:, old, :, : self.length]
-            wider.values[:, new, :, : self.length] = self.values[:, old, :, : self.length]
-        return wider
+            other.keys[:, new, :, : self.length] = self.keys[:, old, :, : self.length]
+            other.values[:, new, :, : self.length] = self.values[:, old, :, : self.length]
+        return other
 
 
 # ----- the decoder, from leaf to root
 
 
 def recomputed(function, *inputs):
-    """Call a function without keeping its intermediate results; the backward pass computes them again.
+    """Call a function, drop what it computes on the way, and compute that again in the backward pass.
 
-    Meant for elementwise work, which costs little time and leaves results as large as those of a matrix product. A product
-    at the end of the function is not repeated: recomputation stops at the last thing that was kept, its input.
+    For elementwise work: quick to repeat, while its results would take as much memory as those of a matrix product. (The
+    matrix product that ends MLP.gated is not run again: the checkpoint stops once that product's input is back.)
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
@@ -269,8 +269,8 @@ class Llama(nn.Module):
         """Speed up generation irreversibly: the model cannot be trained or saved afterwards. Returns self.
 
         On a CPU, linear layers change their memory layout. `compile` applies torch.compile to the blocks, for steps of one
-        token (takes a minute at first, and a C++ compiler): for a single row on a CPU, which then runs at the speed of memory,
-        for any number of rows on a GPU.
+        token (takes a minute at first, and a C++ compiler). It is used for one row on a CPU (memory bandwidth is then the
+        limit) and for any number of rows on a GPU.
         """
         pack_linears(self, compile)
         if compile:
@@ -282,9 +282,9 @@ class Llama(nn.Module):
         """Continue prompts of different lengths together: list of id lists -> list of id lists (without the end token).
 
         temperature  0 takes the most likely token; else multinomial over softmax(logits / temperature)
-        prefix       KVCache that every prompt continues, one row each (see `KVCache.spread`), or None; its capacity must
-                     hold the longest prompt and max_new_tokens
-        on_token     called with (row, its ids so far) for each new token, before the next is computed
+        prefix       KVCache that every prompt continues, one row each, or None; its capacity must hold the longest prompt
+                     and max_new_tokens. It is used up: pass a copy (`KVCache.spread`)
+        on_token     called with (number of the prompt, its ids so far) for each new token
         A row's answer does not depend on the other rows: padding lies between prefix and prompt and is masked, and each
         row samples from its own generator, seeded by (seed, prompt).
         """
@@ -307,28 +307,29 @@ class Llama(nn.Module):
         # Each query sees what is not padding and not later. Padding sees itself too: softmax over nothing is NaN.
         slots = torch.arange(needed, device=device)
         seen = (slots < past) | (slots >= past + pads[:, None])  # (B, L): not padding
-        queries, keys = slots[past : past + longest, None], slots[: past + longest]
-        mask = seen[:, None, None, : past + longest] & (keys <= queries) | (keys == queries)  # (B, 1, T, past + T)
-        positions = (queries[:, 0] - pads[:, None]).clamp(min=0)  # (B, T)
+        query_slots, key_slots = slots[past : past + longest, None], slots[: past + longest]
+        is_causal, is_self = key_slots <= query_slots, key_slots == query_slots  # (T, past + T)
+        mask = (seen[:, None, None, : past + longest] & is_causal) | is_self  # (B, 1, T, past + T)
+        positions = (query_slots[:, 0] - pads[:, None]).clamp(min=0)  # (B, T)
 
-        answers, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows: which prompt each row of the batch is
-        running = set(rows)
+        answers, prompt_of = [[] for _ in prompts], list(range(len(prompts)))  # the prompt that each row continues
+        running = set(prompt_of)
         for step in range(max_new_tokens):
             x = self.hidden(self.embed_tokens(ids), positions, mask, cache)  # (B, T, D), then (B, 1, D)
-            chosen = choose(self.lm_head(x[:, -1]).float(), rows)
-            for row, token in zip(rows, chosen, strict=True):
+            chosen = choose(self.lm_head(x[:, -1]).float(), prompt_of)
+            for prompt, token in zip(prompt_of, chosen, strict=True):
                 if token == eos_token_id:
-                    running.discard(row)
-                if row in running:
-                    answers[row].append(token)
+                    running.discard(prompt)
+                if prompt in running:
+                    answers[prompt].append(token)
                     if on_token:
-                        on_token(row, answers[row])
+                        on_token(prompt, answers[prompt])
             if not running:
                 break
-            if 2 * len(running) <= len(rows):  # half are done: continue with the others alone
-                keep = [place for place, row in enumerate(rows) if row in running]
-                cache = cache.spread(keep)
-                rows, chosen, pads, seen = [rows[i] for i in keep], [chosen[i] for i in keep], pads[keep], seen[keep]
+            if 2 * len(running) <= len(prompt_of):  # half are done: continue with the others alone
+                keep = [row for row, prompt in enumerate(prompt_of) if prompt in running]
+                cache, pads, seen = cache.spread(keep), pads[keep], seen[keep]
+                prompt_of, chosen = [prompt_of[row] for row in keep], [chosen[row] for row in keep]
             ids = torch.tensor(chosen, device=device)[:, None]  # (B, 1)
             positions = (past + longest + step - pads)[:, None]
             mask = seen[:, None, None, : past + longest + step + 1]
@@ -358,16 +359,14 @@ class Llama(nn.Module):
 
 
 def chooser(prompts, temperature, seed):
-    """Return the function (logits (B, V), which prompt each row continues) -> B token ids: greedy, or sampling."""
+    """Return the function (logits (B, V), the prompt that each row continues) -> B token ids: greedy, or sampling."""
     if temperature == 0:
-        return lambda logits, rows: logits.argmax(-1).tolist()
+        return lambda logits, prompt_of: logits.argmax(-1).tolist()
     generators = [torch.Generator().manual_seed(seed ^ zlib.crc32(str(ids).encode())) for ids in prompts]
 
-    def sample(logits, rows):
-        probabilities = (logits / temperature).softmax(-1).cpu()
-        return [
-            int(torch.multinomial(p, 1, generator=generators[row])) for p, row in zip(probabilities, rows, strict=True)
-        ]
+    def sample(logits, prompt_of):
+        rows = zip((logits / temperature).softmax(-1).cpu(), prompt_of, strict=True)
+        return [int(torch.multinomial(p, 1, generator=generators[prompt])) for p, prompt in rows]
 
     return sample
 

@@ -3,13 +3,15 @@
 The whole model is `LocVLM.forward`; read it first. `LocVLM.generate` is the same path with a cache, several questions behind
 each image. An image enters as placeholder ids, one per visual token, whose embeddings the adapter's output replaces.
 
-    B rows   T tokens   P patches per image   D LLaMA hidden_size   Dv CLIP hidden_size   V vocabulary   S image side
+    B rows   T tokens   P patches per image   N visual tokens per image (P, or what the adapter makes of P)
+    D LLaMA hidden_size   Dv CLIP hidden_size   V vocabulary   S image side   A answer tokens of a batch
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,7 +28,7 @@ from video import encode, frames_of
 
 
 class LinearAdapter(nn.Module):
-    """Patches (B, P, Dv) -> visual tokens (B, P, D). LocVLM-B's, and LLaVA v1's, who call it the projector."""
+    """Patches (images, P, Dv) -> visual tokens (images, N, D), N = P. LocVLM-B's, and LLaVA v1's, who call it the projector."""
 
     def __init__(self, vision_size, text_size):
         super().__init__()
@@ -104,7 +106,7 @@ VARIANTS = {  # the paper's two models, and the one that trains on a laptop (wei
 
 
 def place_image(x, visual, input_ids):
-    """Put visual tokens (images, P, D), in order, where input_ids (B, T) hold IMAGE_ID; elsewhere x (B, T, D) stays."""
+    """Put visual tokens (images, N, D), in order, where input_ids (B, T) hold IMAGE_ID; elsewhere x (B, T, D) stays."""
     holes = input_ids == IMAGE_ID  # (B, T)
     if holes.sum() != visual.shape[0] * visual.shape[1]:
         raise ValueError(
@@ -131,7 +133,7 @@ def answer_loss(llama, x, answers, positions, segments=None, reduction="mean"):
     """Next-token loss over the answer tokens of embedded, packed rows x (B, T, D). See `LocVLM.forward`."""
     hidden = llama.hidden(x, positions, None if segments is None else packed_mask(segments))  # (B, T, D)
     rows, columns, targets = answers
-    logits = llama.lm_head(hidden[rows, columns])  # (N, V): about one token in ten meets the vocabulary
+    logits = llama.lm_head(hidden[rows, columns])  # (A, V): about one token in ten meets the vocabulary
     return F.cross_entropy(logits.float(), targets, reduction=reduction)
 
 
@@ -150,11 +152,11 @@ class LocVLM(nn.Module):
         pixel_values  float (images, 3, S, S), normalised by clip_vit.preprocess; or features (images, P, Dv) that the tower
                       made earlier, see formats.features
         input_ids     long (B, T), right-padded; one IMAGE_ID per visual token
-        positions, answers (3, N), segments   see data.collate
+        positions, answers (3, A), segments   see data.collate
         """
         with torch.no_grad():  # the tower is frozen
             patches = self.vision_tower(pixel_values) if pixel_values.ndim == 4 else pixel_values  # (images, P, Dv)
-        visual = self.adapter(patches)  # (images, P, D)
+        visual = self.adapter(patches)  # (images, N, D)
         x = self.language_model.embed_tokens(input_ids.clamp(min=0))  # (B, T, D)
         x = place_image(x, visual, input_ids)  # (B, T, D)
         return answer_loss(self.language_model, x, answers, positions, segments, reduction)
@@ -172,11 +174,11 @@ class LocVLM(nn.Module):
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} images but {len(questions)} lists of questions; pass one list per image")
         llama, tokenizer = self.language_model, self.tokenizer
-        rows = [image for image, of_image in enumerate(questions) for _ in of_image]  # the image of each question
-        if not rows:
+        image_of = [image for image, of_image in enumerate(questions) for _ in of_image]  # the image of each question
+        if not image_of:
             return [[] for _ in questions]
         device = llama.embed_tokens.weight.device
-        visual = self.adapter(self.see(images))  # (images, P, D)
+        visual = self.adapter(self.see(images))  # (images, N, D)
 
         prefix = encode_prefix(tokenizer, "v1", visual.shape[1])
         input_ids = torch.tensor([prefix] * len(images), device=device)  # (images, T)
@@ -185,7 +187,7 @@ class LocVLM(nn.Module):
         llama.hidden(x, cache=cache)  # the prefix, once; below, each question continues a copy of it
 
         prompts = [encode_question(tokenizer, question) for of_image in questions for question in of_image]
-        cache = cache.spread(rows, len(prefix) + max(map(len, prompts)) + max_new_tokens)
+        cache = cache.spread(image_of, len(prefix) + max(map(len, prompts)) + max_new_tokens)
 
         def on_token(row, ids):
             on_text(row, tokenizer.decode(ids).strip())
@@ -204,13 +206,13 @@ class LocVLM(nn.Module):
         if config.frames:
             clips = [frames_of(clip, config.frames) for clip in images]
             return torch.stack([encode(self.vision_tower, frames, config.geometry) for frames in clips]).to(like)
-        pixels = [
-            image
-            if torch.is_tensor(image)
-            else preprocess(image if hasattr(image, "resize") else open_image(image), config.vision_config, config.geometry)
-            for image in images
-        ]
-        return self.vision_tower(torch.stack(pixels).to(like))
+        pixels = []
+        for image in images:
+            if not torch.is_tensor(image):
+                image = image if isinstance(image, Image.Image) else open_image(image)
+                image = preprocess(image, config.vision_config, config.geometry)
+            pixels.append(image)
+        return self.vision_tower(torch.stack(pixels).to(like))  # (images, 3, S, S) -> (images, P, Dv)
 
     def for_inference(self, compile=False):
         """Speed up generation irreversibly, see Llama.for_inference. Returns self."""
@@ -231,17 +233,17 @@ class LocVLM(nn.Module):
         llama = Llama.from_pretrained(llm, dtype, device)
         sizes = tower.config.hidden_size, llama.config.hidden_size
         if adapter in ADAPTERS:
-            made = ADAPTERS[adapter](*sizes).to(device, dtype)
+            module = ADAPTERS[adapter](*sizes).to(device, dtype)
         else:
-            made = read_adapter(adapter, ADAPTERS, sizes, dtype, device)
-        return cls.join(tower, made, llama, read_tokenizer(llm), **settings)
+            module = read_adapter(adapter, ADAPTERS, sizes, dtype, device)
+        return cls.join(tower, module, llama, read_tokenizer(llm), **settings)
 
     @classmethod
     def join(cls, tower, adapter, llama, tokenizer, **settings):
         """Make a model from its parts."""
-        kind = next(name for name, made in ADAPTERS.items() if made is type(adapter))
+        name = next(name for name, adapter_class in ADAPTERS.items() if adapter_class is type(adapter))
         with torch.device("meta"), SkipInit():
-            model = cls(LocVLMConfig(tower.config, llama.config, kind, **settings))
+            model = cls(LocVLMConfig(tower.config, llama.config, name, **settings))
         model.vision_tower, model.adapter = tower.requires_grad_(False), adapter
         model.language_model, model.tokenizer = llama, tokenizer
         return model

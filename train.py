@@ -11,14 +11,13 @@ A run is a folder: train.json (these options), log.jsonl (one object per step), 
 of processes that divides the batch), and the model itself (`LocVLM.from_pretrained(run)`). What a step draws depends on the
 seed and the step alone, so a resumed run equals an uninterrupted one, and N processes see the batches of one.
 
-    B rows of a batch   T tokens of a row   N answer tokens of a batch
+    B rows of a batch   T tokens of a row   A answer tokens of a batch
 """
 
 import argparse
 import dataclasses
 import math
 import os
-import sys
 import typing
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +35,7 @@ from data import OBJECTIVES, Examples, Wording, marked
 from formats.annotations import image_ids_of, parse_sources, read_records, unreadable
 from formats.fast_cpu import keep_freed_memory
 from formats.features import Features, write_features
+from formats.files import run_command
 from formats.images import blur_manifest
 from formats.meter import Meter
 from formats.processes import Processes, shard, whole_state_dict
@@ -62,7 +62,7 @@ class Recipe:
     grad_clip: float = 1.0  # largest gradient norm
 
 
-CLIPS = {  # as Video-ChatGPT: Vid-B reads 100 frames, Vid-B+ 8
+CLIP_RECIPES = {  # as Video-ChatGPT: Vid-B reads 100 frames, Vid-B+ 8
     3: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8, frames=100),
     4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
 }
@@ -80,12 +80,12 @@ PRESETS = {  # to change what has no option, add a recipe here and name it with 
     "paper": {
         1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
         2: Recipe(batch=64, lr=2e-5, warmup_ratio=0.3, epochs=10, questions=16),
-        **CLIPS,
+        **CLIP_RECIPES,
     },
     "llava": {
         1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
         2: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
-        **CLIPS,
+        **CLIP_RECIPES,
     },
 }
 
@@ -97,12 +97,12 @@ def opt(default, help):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of a run. 0 or an empty value stands for what the brackets say."""
+    """Options of a run. 0 or an empty value means the default in [brackets]."""
 
     out: str = opt("runs/default", "folder of the run")
     stages: typing.Literal["1", "2", "1,2", "3", "4"] = opt(
         "1,2",
-        "1: adapter, on captions; 2: adapter and LLaMA, on questions; from a model of stage 2, on clips: 3: adapter, on "
+        "1: adapter, on captions; 2: adapter and LLaMA, on questions; 3 and 4 continue a stage-2 model on clips. 3: adapter, on "
         "conversations (Vid-B); 4: adapter and LLaMA, on the objectives too (Vid-B+)",
     )
     resume: bool = opt(False, "continue the run from its last checkpoint")
@@ -129,7 +129,7 @@ class TrainConfig:
         "", "what names an object: its category, its pseudo-caption, or either [as in --init-from, else name]"
     )
     questions: int = opt(0, "questions behind each image [preset]")
-    instruct_share: float = opt(0.34, "share of a row's questions that come from the conversations")
+    instruct_share: float = opt(0.34, "share of a row's questions that come from conversations: two of six")
     # optimisation
     preset: typing.Literal[tuple(PRESETS)] = opt("tiny", "recipe, which the next options change in every stage of the run")
     batch: int = opt(0, "images per step, over all processes [preset]")
@@ -221,9 +221,9 @@ def trainable(model, stage):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_optimizer(learned):
+def make_optimizer(parameters):
     """AdamW without weight decay, as LLaVA."""
-    return torch.optim.AdamW(learned.values(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(parameters.values(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
 def prefetched(make, first, last, workers=2):
@@ -237,26 +237,26 @@ def prefetched(make, first, last, workers=2):
                 yield pending.popleft().result()
 
 
-def micro_batches_of(step, examples, recipe, micro_batch, env):
+def micro_batches_of(step, examples, recipe, micro_batch, processes):
     """Draw this process's share of a step's batch: every world-th image, in pieces of micro_batch images."""
-    samples = list(range(step * recipe.batch + env.rank, (step + 1) * recipe.batch, env.world))
+    samples = list(range(step * recipe.batch + processes.rank, (step + 1) * recipe.batch, processes.world))
     size = micro_batch or len(samples)
     return [examples.batch(samples[i : i + size]) for i in range(0, len(samples), size)]
 
 
-def train_stage(config, stage, model, examples, run, env):
+def train_stage(config, stage, model, examples, run, processes):
     """Train one stage, from its beginning or from its last checkpoint."""
     # 1 what learns, and from where
     recipe = config.recipe(stage)
     steps = recipe.steps or math.ceil(recipe.epochs * examples.epoch_length / recipe.batch)
-    learned = trainable(model, stage)
-    optimizer = make_optimizer(learned)
+    parameters = trainable(model, stage)
+    optimizer = make_optimizer(parameters)
     first_step = run.begin_stage(stage, steps, model, optimizer)
     for layer in model.language_model.layers:
         layer.recompute = config.recompute
-    parallel = env.wrap(model)
-    meter = Meter(model.config, stage, env.device, runs_tower=not examples.features)
-    draw = partial(micro_batches_of, examples=examples, recipe=recipe, micro_batch=config.micro_batch, env=env)
+    parallel = processes.wrap(model)
+    meter = Meter(model.config, stage, processes.device, runs_tower=not examples.features)
+    draw = partial(micro_batches_of, examples=examples, recipe=recipe, micro_batch=config.micro_batch, processes=processes)
 
     # 2 the loop
     for step, micro_batches in enumerate(meter.waiting(prefetched(draw, first_step, steps)), start=first_step):
@@ -264,40 +264,41 @@ def train_stage(config, stage, model, examples, run, env):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # the loss is the mean over all answer tokens N of the step, in whichever micro-batch and process they are
-        answers = env.sum(sum(batch["answers"].shape[1] for batch, _ in micro_batches))
+        # the loss is the mean over all A answer tokens of the step, in whichever micro-batch and process they are
+        answers = processes.sum(sum(batch["answers"].shape[1] for batch, _ in micro_batches))
         loss_sum = 0.0
         for i, (batch, _) in enumerate(micro_batches):
             meter.count(batch)
-            batch = {k: v.to(env.device, non_blocking=True) for k, v in batch.items() if v is not None}
-            with env.accumulate(parallel, is_last=i == len(micro_batches) - 1):
-                with env.autocast():
+            batch = {k: v.to(processes.device, non_blocking=True) for k, v in batch.items() if v is not None}
+            with processes.accumulate(parallel, is_last=i == len(micro_batches) - 1):
+                with processes.autocast():
                     loss = parallel(**batch, reduction="sum")  # (B, T) ids -> a sum over its answer tokens
-                (loss * env.world / answers).backward()  # DDP averages over processes; we want the sum
+                (loss * processes.world / answers).backward()  # DDP averages over processes; we want the sum
             loss_sum += loss.detach().double()
 
-        mean_loss = (env.sum(loss_sum) / answers).item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(learned.values(), recipe.grad_clip)
-        grad_norm = float(grad_norm.full_tensor() if env.is_fsdp else grad_norm)
+        mean_loss = (processes.sum(loss_sum) / answers).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.grad_clip)
+        grad_norm = float(grad_norm.full_tensor() if processes.is_fsdp else grad_norm)
         row = {"stage": stage, "step": step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-            stop_run(row, micro_batches, run, env)
+            stop_run(row, micro_batches, run, processes)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # 3 what to keep
-        run.log({**row, "answer_tokens": int(answers), **meter.row(), "unreadable": len(examples.unreadable)})
+        row |= {"answer_tokens": int(answers), **meter.row(), "unreadable": len(examples.unreadable)}
+        run.log(row)  # rank 0 writes it
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             run.save(stage, step + 1, model, optimizer)
     run.end_stage(meter.summary(stage))
 
 
-def stop_run(row, micro_batches, run, env):
+def stop_run(row, micro_batches, run, processes):
     """Stop at a loss or gradient that is not finite, and say where."""
     ids = [i for _, ids in micro_batches for i in ids]
     raise FloatingPointError(
         f"loss {row['loss']}, gradient norm {row['grad_norm']} at stage {row['stage']}, step {row['step']}, lr {row['lr']:.3g}, "
-        f"process {env.rank}, images {ids}; the last checkpoint in {run.folder} is good; lower --lr, or look at these images with "
+        f"process {processes.rank}, images {ids}; the last checkpoint in {run.folder} is good; lower --lr, or look at these images with "
         "python -m tools.show"
     )
 
@@ -305,12 +306,12 @@ def stop_run(row, micro_batches, run, env):
 # ----- data and model
 
 
-def build_records(config, env):
+def build_records(config, processes):
     """Read the records to train on. Invalid files are refused before training, or skipped and counted with --skip-bad.
 
     Without --data these are the shapes world or, for clips, the moving world, written first if it does not exist.
     """
-    sources = config.sources or world_sources(config, env)
+    sources = config.sources or world_sources(config, processes)
     records, skipped = read_records(sources, image_ids_of(config.exclude))
     bad = unreadable(records)
     records = [record for record in records if record.id not in bad]
@@ -323,7 +324,7 @@ def build_records(config, env):
             "`python -m tools.check`, or skip them with --skip-bad"
         )
     skipped["images that cannot be read"] = len(bad)
-    if env.rank == 0:
+    if processes.rank == 0:
         if config.sources and not all(blur_manifest(images) for _, images, _ in config.sources):
             print("faces are not blurred in all of these images; the paper blurs them first (App. C): python -m tools.blur")
         print(
@@ -333,10 +334,10 @@ def build_records(config, env):
     return records, sources
 
 
-def world_sources(config, env):
+def world_sources(config, processes):
     """Return the sources of the default data; rank 0 writes it first."""
     ensure, kinds = (ensure_clips, ("clips",)) if config.is_about_clips else (ensure_world, ("instances", "captions"))
-    if env.rank == 0:
+    if processes.rank == 0:
         ensure()
     if dist.is_initialized():
         dist.barrier()
@@ -373,13 +374,13 @@ def build_examples(config, stage, records, model, features=None):
     )  # fmt: skip
 
 
-def open_features(config, records, model, env):
+def open_features(config, records, model, processes):
     """Open the features of a run, written first for clips without --features: (the records that they hold, Features)."""
     c, folder = model.config, config.features
-    tower = model.vision_tower if env.rank == 0 else None
+    tower = model.vision_tower if processes.rank == 0 else None
     if not folder:  # clips are always read as features
         folder = f"{config.out}-features"
-        if env.world == 1:
+        if processes.world == 1:
             write_features(records, folder, tower, c.geometry, frames=c.frames, skip_bad=config.skip_bad)
         elif not Path(folder, "features.json").is_file():
             raise ValueError("training on clips in several processes needs --features; make them with python -m tools.features")
@@ -389,19 +390,19 @@ def open_features(config, records, model, env):
         message = f"{lost} images or clips could not be read when {folder} was made"
         if not config.skip_bad:
             raise ValueError(f"{message}; skip them with --skip-bad")
-        if env.rank == 0:
+        if processes.rank == 0:
             print(f"skipped: {message}")
     return kept, features
 
 
-def dry_run(config, env):
+def dry_run(config, processes):
     """Print what each stage would do. Nothing is written: without data, a few shapes are painted in a temporary folder."""
     with TemporaryDirectory() as folder:
         if not config.sources and not config.is_about_clips and not Path("data/shapes/instances_val.json").is_file():
             write_world(folder, {"train": 16})
             files = ",".join(f"{folder}/{kind}_train.json" for kind in ("instances", "captions", "conversations"))
             config = dataclasses.replace(config, data=files, images=f"{folder}/images")
-        records, _ = build_records(config, env)
+        records, _ = build_records(config, processes)
         model = build_model(config)
         for stage in config.stage_list:
             examples = build_examples(config, stage, records, model)
@@ -449,44 +450,41 @@ def evaluate_held_out(config, sources):
 def main(config):
     # 1 devices and seed
     keep_freed_memory()
-    env = Processes.start(config)
+    processes = Processes.start(config)
     if config.dry_run:
-        return dry_run(config, env)
+        return dry_run(config, processes)
 
     # 2 data and model
-    records, sources = build_records(config, env)
-    model = build_model(config, "meta" if env.is_fsdp and env.rank > 0 else "cpu")  # whole in one process only
+    records, sources = build_records(config, processes)
+    model = build_model(config, "meta" if processes.is_fsdp and processes.rank > 0 else "cpu")  # whole in one process only
     features = None
     if config.features or config.is_about_clips:
-        records, features = open_features(config, records, model, env)
+        records, features = open_features(config, records, model, processes)
     # the rows of all stages first, so that a stage without data fails now
     examples = {stage: build_examples(config, stage, records, model, features) for stage in config.stage_list}
-    run = RunFolder(config, env.rank, env.world)
-    if env.is_fsdp:
-        shard(model, env)
-    model.to(env.device)
+    run = RunFolder(config, processes.rank, processes.world)
+    if processes.is_fsdp:
+        shard(model, processes)
+    model.to(processes.device)
 
     # 3 stages
-    for stage in [stage for stage in config.stage_list if stage >= run.newest()[0]]:  # earlier ones are in its weights
+    for stage in [stage for stage in config.stage_list if stage >= run.newest()[0]]:  # those before it are done
         try:
-            train_stage(config, stage, model, examples[stage], run, env)
+            train_stage(config, stage, model, examples[stage], run, processes)
         finally:
             run.finish()
-        weights = whole_state_dict(model) if env.is_fsdp else None
-        if env.rank == 0:
+        weights = whole_state_dict(model) if processes.is_fsdp else None
+        if processes.rank == 0:
             model.save_pretrained(run.folder, weights, stage=stage, trained_with=dataclasses.asdict(config))
 
     # 4 evaluation, by rank 0 alone: the others would wait longer than their group allows
-    if env.world > 1:
+    if processes.world > 1:
         dist.barrier()
         dist.destroy_process_group()
         os.environ["WORLD_SIZE"] = "1"
-    if env.rank == 0 and config.evaluate:
+    if processes.rank == 0 and config.evaluate:
         evaluate_held_out(config, sources)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_config(TrainConfig))
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
+    run_command("train.py", lambda: main(parse_config(TrainConfig)))

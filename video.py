@@ -1,6 +1,6 @@
-"""From a clip on disk to the tokens that LLaMA reads (Sec. 3.5, App. D): T frames, each through the image path.
+"""From a clip on disk to the features that the adapter reads (Sec. 3.5, App. D): T frames, each through the image path.
 
-    clip --read_frames--> T PIL RGB --encode: preprocess, CLIPVisionTower, pool--> (T + P, Dv) --adapter--> (T + P, D)
+    clip --read_frames--> T PIL RGB --encode: preprocess, CLIPVisionTower, pool--> (T + P, Dv)
 
 A clip is a video file (`pip install av`), an animated GIF, WebP or PNG, a folder of frames, or an .npy of (T, H, W, 3).
 There are no new parameters: `pool` takes two means, as Video-ChatGPT. Unlike there, frames come to the square as images do
@@ -79,16 +79,14 @@ def pool(patches):
 def encode(tower, frames, geometry="squash", chunk=8):
     """Run frames through the frozen tower and pool them: T PIL images -> (T + P, Dv), in the tower's dtype.
 
-    The tower sees `chunk` frames at a time, and only sums are kept, in float32: a clip of 100 frames needs little memory.
+    The tower sees `chunk` frames at a time; means are taken in float32.
     """
     if not frames:
         raise ValueError("no frames to encode")
-    weight, over_space, over_time = tower.pre_layrnorm.weight, [], 0
-    with torch.inference_mode():
+    like = next(tower.parameters())
+    with torch.no_grad():
+        patches = []
         for start in range(0, len(frames), chunk):
             pixels = torch.stack([preprocess(frame, tower.config, geometry) for frame in frames[start : start + chunk]])
-            patches = tower(pixels.to(weight.device, weight.dtype)).float()  # (chunk, P, Dv)
-            over_space.append(patches.mean(1))  # (chunk, Dv)
-            over_time = over_time + patches.sum(0)  # (P, Dv)
-        tokens = torch.cat([*over_space, over_time / len(frames)]).to(weight.dtype)  # (T + P, Dv)
-    return tokens.clone()  # autograd cannot save tensors made in inference mode
+            patches.append(tower(pixels.to(like)).float())  # (chunk, 3, S, S) -> (chunk, P, Dv)
+        return pool(torch.cat(patches)).to(like.dtype)  # (T, P, Dv) -> (T + P, Dv)

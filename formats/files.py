@@ -1,8 +1,9 @@
-"""Small files: read JSON, write a file whole or not at all, hash."""
+"""Small files: read JSON, write a file whole or not at all, hash; and how a command ends."""
 
 import hashlib
 import json
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,3 +87,11 @@ def remove_temporary(paths):
     for path in paths:
         if path.suffix.startswith(".tmp"):
             path.unlink()
+
+
+def run_command(name, main):
+    """Run a program's main function. An error that a user can cause ends the program in one line."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        sys.exit(f"{name}: {error}")

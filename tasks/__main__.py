@@ -1,117 +1,144 @@
-"""TODO tasks.__main__."""
+"""Run a model on a public benchmark, or judge answers that were made elsewhere.
 
-import json
-import random
-from collections import Counter
-from dataclasses import dataclass
+    python -m tasks pope runs/b2 --questions coco_pope_adversarial.json --images val2014 --with-blind
+    torchrun --nproc-per-node 8 -m tasks gqa runs/l2 --questions testdev_balanced_questions.json --images gqa/images --short
+    python -m tasks gqa runs/l2 --questions testdev_balanced_questions.json --images gqa/images --score answers.jsonl
+    python -m tasks spatial runs/b2 --coco instances_val2017.json --images val2017 --score answers.jsonl
+
+Each benchmark is explained in its file in tasks/; NAME may also be one of evaluate.py's own tasks. Results are written as
+formats/eval_folder.py says, and `python -m tools.report RUN` makes a page of them.
+"""
+
+import argparse
+import os
+import sys
 from pathlib import Path
 
-from evaluate import TASKS, Task, folders_of, table
-from formats.annotations import read_file
-from formats.eval_folder import answers_sha256, join, questions_sha256, require_own, write_results
-from formats.files import read_json, require_file, sha256, some
-from tasks.files import require_images
-from tasks.registry import BENCHMARKS, Benchmark
-from tiny.moving import ensure_clips
-from tiny.shapes import ensure_world
-from tools.report import write_report
+import torch.distributed as dist
 
-# ----- what is asked
-
-
-@dataclass
-class Job:
-    """A task with its questions."""
-
-    task: str
-    name: str  # of the files of its results
-    rules: Task | Benchmark
-    items: list
-    left_out: dict  # reason -> count
-    files: list  # that were read
+import evaluate
+from evaluate import Answerer, add_options, check_options, wording_of
+from formats.eval_folder import (
+    answers_sha256,
+    describe,
+    folders_of,
+    join,
+    print_table,
+    questions_sha256,
+    read_jobs,
+    require_own,
+    run_jobs,
+    write_results,
+)
+from formats.files import read_json, require_file, sha256
+from formats.journal import start_processes
+from model import LocVLMConfig
+from tasks import TASKS
+from tasks.files import read_lines
 
 
-def name_of(task, file=None, split=None):
-    """The name of a task's results: of given files, theirs and the split's behind it.
-
-    >>> name_of("hal"), name_of("refcoco", "refcoco/refs(unc).p", "testB")
-    ('hal', 'refcoco-refs(unc)-testB')
-    """
-    return "-".join(filter(None, (task, file and Path(file).stem, split)))
-
-
-def read_jobs(args, wording, frames):
-    """Read what is asked, before any model is: a list of Jobs. Refuses what is missing by name."""
-    if args.task in BENCHMARKS:
-        rules, name = BENCHMARKS[args.task], name_of(args.task, args.questions, args.split)
-        files = [Path(path) for path in (args.questions, args.answers) if path]
-        given = {"split": args.split, "short": args.short, "seed": args.seed, "wording": wording}
-        options = {key: value for key, value in given.items() if key in rules.options and value is not None}
-        items, left_out = rules.read(files[0], files[1] if args.answers else None, Path(args.images), **options)
-        first = set(list(dict.fromkeys(item.image for item in items))[: args.limit])
-        items = [item for item in items if item.image in first]
-        jobs = [Job(args.task, name, rules, items, dict(left_out), files)]
-    else:
-        file = args.coco
-        if not file:
-            world = ensure_clips() if frames else ensure_world()
-            annotations, images = ("clips_val.json", "clips") if frames else ("instances_val.json", "images")
-            args.coco, args.images = world / annotations, world / images
-        records, left_out = read_file(args.coco, args.images)
-        records, jobs = records[: args.limit], []
-        for task in TASKS if args.task == "all" else [args.task]:
-            items = TASKS[task].items(records, wording, random.Random(f"{args.seed} {task}"))
-            jobs.append(Job(task, name_of(task, file), TASKS[task], items, dict(left_out), [args.coco]))
-        require_images((item.image for job in jobs for item in job.items), args.coco, args.images)
-    for job in [job for job in jobs if not job.items]:
-        print(f"{job.name}: no image of {job.files[0]} has a question for it")
-    jobs = [job for job in jobs if job.items]
-    if not jobs:
-        raise ValueError(
-            f"{args.coco} gives no question for --task {args.task}; expected annotated images, with boxes and absent categories; "
-            "give others, or raise --limit"
-        )
-    for job in jobs:
-        if doubled := [i for i, count in Counter(item.id for item in job.items).items() if count > 1]:
-            raise ValueError(
-                f"{job.files[0]}: {len(doubled)} ids of questions occur twice ({some(doubled)}); expected one each; answers "
-                "are joined by them: mend the file"
-            )
-    return jobs
+def parse(argv):
+    files = "\n".join(f"  {name:15} {task.files}" for name, task in TASKS.items())
+    parser = argparse.ArgumentParser(
+        "python -m tasks", description=__doc__, epilog=f"the files of each benchmark:\n{files}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    own = ", ".join(evaluate.TASKS)
+    add = parser.add_argument
+    add("task", metavar="NAME", choices=(*TASKS, *evaluate.TASKS), help=f"a benchmark: {', '.join(TASKS)}; or one of {own}")
+    add_options(parser)
+    add("--questions", help="a benchmark's file of questions, see below")
+    add("--answers", help="its file of answers, if that is another one")
+    add("--split", help="for a file that holds several splits")
+    add("--short", action="store_true", help="ask for a single word or phrase, as LLaVA-1.5 is asked")
+    add("--score", metavar="ROWS", help="judge the answers in this file, rows as in NAME.jsonl; no weights are loaded")
+    group = parser.add_argument_group("a language model as judge of answers about clips")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    either("--judgements", help="its replies to NAME.requests.jsonl: JSON lines with custom_id and response")
+    either("--judge-url", help="ask it: https://host/v1, with the key in OPENAI_API_KEY")
+    add("--judge-model", default="gpt-3.5-turbo", help="its name (default: gpt-3.5-turbo, the paper's)")
+    args = parser.parse_args(argv)
+    return check_options(parser, args, refused_options(args))
 
 
-def read_rows(path, texts):
-    """Read JSON lines whose values under the keys `texts` are text: list of dicts."""
-    rows = []
-    for number, line in enumerate(require_file(path, "JSON lines").read_text("utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in texts):
-            raise ValueError(f"{path}: line {number} is {line[:80]}; expected JSON with the texts {texts}; mend it")
-        rows.append(row)
-    return rows
+def refused_options(args):
+    """List (is wrong, message) of options that do not go together."""
+    name, task = args.task, TASKS.get(args.task)
+    files, options = (task.files, task.options) if task else ("", ())
+    options += ("answers",) if "answers:" in files else ()
+    return [
+        (args.score and int(os.environ.get("WORLD_SIZE", 1)) > 1, "--score runs in one process only"),
+        (args.score and (args.blind or args.with_blind), "--score asks no model; leave out --blind and --with-blind"),
+        (args.judgements and args.with_blind, "--judgements are about one run; leave out --with-blind"),
+        (task and args.coco, f"{name} takes --questions and --images, not --coco"),
+        (task and not args.questions, f"{name} needs --questions FILE ({files})"),
+        (task and not args.images, f"{name} needs --images, the folder or zip of its images, or the folder of its clips"),
+        (not task and args.questions, f"{name} takes --coco, not --questions, which are for {', '.join(TASKS)}"),
+        (not task and args.images and not args.coco, "--images without --coco, the annotations"),
+        *((getattr(args, o) and o not in options, f"{name} has no --{o}") for o in ("answers", "split", "short")),
+    ]
 
 
-def score(args, jobs, wording, about):
-    """Judge answers that are there. A run's own rows stay its results; what others say goes to a folder beside them."""
-    [job] = jobs
-    join(job.items, [(row["id"], row["answer"]) for row in read_rows(args.score, ("id", "answer"))], args.score)
-    folders, rows = folders_of(args.run, args.into), Path(args.score)
+def first_images(items, limit):
+    """Return the items about the first `limit` images."""
+    first = set(list(dict.fromkeys(item.image for item in items))[:limit])
+    return [item for item in items if item.image in first]
+
+
+def score(args, job, wording, about):
+    """Judge answers in a file. A run's own rows stay its results; answers made elsewhere go to a folder beside them."""
+    path, folders = Path(args.score), folders_of(args.run, args.into)
+    join(job.items, [(row["id"], row["answer"]) for row in read_lines(path, ("id", "answer"))], path)
     folder = folders["scored"]
-    about |= {"scored": {"file": str(rows), "sha256": sha256(rows)}}
-    own = [path for path in folders.values() if (path / f"{job.name}.jsonl").resolve() == rows.resolve()]
-    if own and rows.with_suffix(".json").is_file():
-        before = read_json(rows.with_suffix(".json"))
-        ours = {"questions_sha256": questions_sha256(job.items), "answers_sha256": answers_sha256(job.items)}
-        if before.items() >= ours.items():
+    about |= {"scored": {"file": str(path), "sha256": sha256(path)}}
+    own = [f for f in folders.values() if (f / f"{job.name}.jsonl").resolve() == path.resolve()]
+    if own and path.with_suffix(".json").is_file():
+        before = read_json(path.with_suffix(".json"))
+        hashes = {"questions_sha256": questions_sha256(job.items), "answers_sha256": answers_sha256(job.items)}
+        if before.items() >= hashes.items():
             folder, about = own[0], before | {key: about[key] for key in ("git_commit", "torch")}
     if not args.fresh:
         require_own(job, folder, about["data_sha256"])
     write_results(job, job.items, folder, wording, about, args)
-    table(job, {title: path for title, path in folders.items() if title != "scored" or path == folder})
+    print_table(job, {title: f for title, f in folders.items() if title != "scored" or f == folder})
     if folder != folders["scored"] and not args.into:
-        print(f"\nwritten: {write_report(args.run)}")
+        evaluate.write_page(args.run)
+
+
+def main(argv=None):
+    args = parse(argv)
+    task = TASKS.get(args.task) or evaluate.TASKS[args.task]
+    if (args.judgements or args.judge_url) and not task.after:
+        raise ValueError(f"{args.task} takes no judge, only questions about clips do; leave out --judgements and --judge-url")
+    if args.judgements:
+        require_file(args.judgements, "the judge's replies")
+    rank, world, wait = processes = start_processes()
+    if args.score and not (Path(args.run) / "config.json").is_file():
+        model, config = None, LocVLMConfig()
+        print(f"{args.run} holds no model: boxes are read as {config.coord_format()}")
+    else:
+        model = Answerer(args, world)
+        config = model.config
+    wording = wording_of(args, config)
+    if rank > 0:
+        wait()  # until rank 0 has written the shapes world, if it is missing
+    if not task.files and args.is_default_data:
+        evaluate.use_default_data(args, config)
+    [job] = read_jobs({args.task: task}, args, wording)
+    job.items = first_images(job.items, args.limit)
+    if rank == 0:
+        wait()
+    if args.score:
+        return score(args, job, wording, describe(args, config, wording, [job]))
+    run_jobs(args, [job], wording, model, processes)
+    if rank == 0 and not args.into:
+        evaluate.write_page(args.run)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        sys.exit(f"python -m tasks: {error}")

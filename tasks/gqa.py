@@ -1,70 +1,88 @@
-"""TODO tasks.gqa."""
+"""GQA (Tab. 5): compositional questions about everyday photos.
+
+Files      testdev_balanced_questions.json and images.zip, from cs.stanford.edu/people/dorarad/gqa; or LLaVA's JSON lines of the
+           same questions, with the official file as --answers
+Questions  the file's own text, {"201307251": {"question": "Is it overcast?", "answer": "yes", "imageId": "n161313", ...}};
+           with --short, followed by LLaVA-1.5's request for a single word
+Score      exact match in LLaVA's way: lower case, without the last full stop. `contains` also counts answers in sentences, as
+           LLaVA-v1 and LocVLM-B give them
+
+    python -m tasks gqa runs/l2 --questions testdev_balanced_questions.json --images gqa/images --short
+
+    >>> item = Item("201307251", None, None, "Is it overcast?", {"answer": "yes"}, "Yes, it is.")
+    >>> judge_gqa(item, None); item.correct, item.truth["contains"]
+    (False, True)
+"""
 
 from collections import Counter
 from pathlib import Path
 
-from evaluate import Item, mean
-from tasks.files import asked_of, asked_short, find_image, joined, keyed, read_rows
-from tasks.words import contains
+from evaluate import Item, Task, paper_rows
+from tasks.files import find_image, match_answers, read_rows, rows_by_id
+from tasks.words import add_short, contains, exact_metrics
 
-# ----- GQA
-
-GQA_FILE = "GQA's {testdev,val,...}_balanced_questions.json"
+FILE = "GQA's {testdev,val,...}_balanced_questions.json"
 
 
-def gqa_rows(content, path):
-    """GQA's questions by id, from the content of an official file."""
+def official_rows(content, path):
+    """Return the questions of an official file by id."""
     if not isinstance(content, dict) or not content:
-        raise ValueError(
-            f"{path} is no dictionary of questions; expected {GQA_FILE}; is it LLaVA's form? It holds no answers"
-        )
+        raise ValueError(f"{path} is no dictionary of questions; it should be {FILE}. LLaVA's form holds no answers")
     rows = [row | {"question_id": name} if isinstance(row, dict) else row for name, row in content.items()]
-    return keyed(rows, path, "question_id", {"question": str, "answer": str, "imageId": str}, GQA_FILE)
+    return rows_by_id(rows, path, "question_id", {"question": str, "answer": str, "imageId": str}, FILE)
 
 
-def read_gqa(questions, answers, images, short=False):
-    """GQA: its official file, or LLaVA's JSON lines of the same questions, which need the official file for the answers.
-
-    Only balanced questions count, as in the official evaluation: 12,578 of testdev.
-    """
-    content, left_out, items = read_rows(questions, GQA_FILE), Counter(), []
+def read_gqa(args, wording):
+    """Read balanced questions only, as the official evaluation does: 12,578 in testdev."""
+    content, skipped, items = read_rows(args.questions, FILE), Counter(), []
     if isinstance(content, dict):
-        rows = gqa_rows(content, questions)
-        asked = {name: (row["question"], f"{row['imageId']}.jpg") for name, row in rows.items()}
-        truth = gqa_rows(read_rows(answers, GQA_FILE), answers) if answers else rows
+        rows = official_rows(content, args.questions)
+        questions = {name: (row["question"], f"{row['imageId']}.jpg") for name, row in rows.items()}
     else:
         needs = {"question_id": str | int, "image": str, "text": str}
-        rows = keyed(content, questions, "question_id", needs, "LLaVA's llava_gqa_testdev_balanced.jsonl")
-        asked = {name: (row["text"], row["image"]) for name, row in rows.items()}
-        if answers is None:
-            raise ValueError(f"{questions} holds no answers; expected them in {GQA_FILE}; give it as --answers")
-        truth = gqa_rows(read_rows(answers, GQA_FILE), answers)
-    truth, left_over = joined(asked, truth, questions, answers)
-    for name, (text, image) in asked.items():
+        rows = rows_by_id(content, args.questions, "question_id", needs, "LLaVA's llava_gqa_testdev_balanced.jsonl")
+        questions = {name: (row["text"], row["image"]) for name, row in rows.items()}
+        if args.answers is None:
+            raise ValueError(f"{args.questions} holds no answers; pass {FILE} as --answers")
+    truth = official_rows(read_rows(args.answers, FILE), args.answers) if args.answers else rows
+    truth, left_over = match_answers(questions, truth, args.questions, args.answers)
+    for name, (text, image) in questions.items():
         if not truth[name].get("isBalanced", True):
-            left_out["questions that are not balanced"] += 1
+            skipped["questions that are not balanced"] += 1
             continue
-        path = find_image(images, image, f"images/{image}", f"{Path(image).stem}.png")  # the last: the shapes world's
-        items.append(Item(name, path, None, asked_short(text, short), {"answer": truth[name]["answer"]}))
-    left_out.update({"answers to questions that are not asked": left_over} if left_over else {})
-    return asked_of(items, questions, images), left_out
+        # the shapes world's images are PNG
+        path = find_image(args.images, image, f"images/{image}", f"{Path(image).stem}.png")
+        items.append(Item(name, path, None, add_short(text, args.short), {"answer": truth[name]["answer"]}))
+    skipped.update({"answers to questions that are not asked": left_over} if left_over else {})
+    return items, skipped
+
+
+def normal(answer):
+    return answer.strip().rstrip(".").lower()
 
 
 def judge_gqa(item, wording):
-    """Right if the answer, in lower case without its full stop, is the truth (LLaVA's way); `contains`: if that is in it."""
-    item.correct = item.answer.strip().rstrip(".").lower() == item.truth["answer"]
+    item.correct = normal(item.answer) == item.truth["answer"]
     item.truth["contains"] = item.correct or contains(item.answer, item.truth["answer"])
 
 
-def exact_metrics(items):
-    """Exact match and contains, over all and, where questions have a type, over each."""
-    metrics = {"exact match": mean(i.correct for i in items), "contains": mean(i.truth["contains"] for i in items)}
-    for kind in sorted({item.truth["type"] for item in items if "type" in item.truth}):
-        here = [item for item in items if item.truth["type"] == kind]
-        metrics[f"exact match, {kind}"] = mean(item.correct for item in here)
-        metrics[f"contains, {kind}"] = mean(item.truth["contains"] for item in here)
-    return metrics | {"questions": len(items)}
+def submission(items):
+    return [{"questionId": item.id, "prediction": normal(item.answer)} for item in items]
 
 
-def gqa_submission(items):
-    return [{"questionId": item.id, "prediction": item.answer.strip().rstrip(".").lower()} for item in items]
+TASKS = {
+    "gqa": Task(
+        read_gqa, judge_gqa, exact_metrics, ("{question}",),
+        "questions: testdev_balanced_questions.json; or LLaVA's .jsonl, and answers: testdev_balanced_questions.json",
+        options=("short",), submission=submission,
+        paper=paper_rows(  # * tuned on VQA data
+            ("exact match",),
+            ("LLaVA-v1", 44.7),
+            ("LocVLM-B", 47.3),
+            ("LLaVA-v1.5", 48.7),
+            ("LocVLM-L", 50.2),
+            ("LLaVA-v1.5 *", 62.0),
+            ("LocVLM-L *", 63.5),
+        ),
+    )
+}  # fmt: skip

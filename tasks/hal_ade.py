@@ -1,4 +1,18 @@
-"""TODO tasks.hal_ade."""
+"""Hal-ADE (Sec. 4.5, Tab. 8): is there a ... in the image? About ADE20K's objects that are not COCO's.
+
+Files      ADEChallengeData2016/objectInfo150.txt (or .csv), and beside it annotations/validation/*.png, whose pixels are object
+           numbers from 0 (nothing) to 150; images/validation. From sceneparsing.csail.mit.edu
+Questions  "Is there a screen door in the image?" for two objects that are in the image and two that are not, as (seed, image)
+           decides. An object that shares a name with one in the image does not count as absent
+Score      accuracy, by POPE's reading of an answer (evaluate.says_no)
+
+    python -m tasks hal-ade runs/b2 --questions ADEChallengeData2016/objectInfo150.txt \\
+        --images ADEChallengeData2016/images/validation
+
+    >>> item = Item("ADE_val_1:no:sky", None, None, ask_presence("sky"), {"label": "no", "name": "sky"}, "No.")
+    >>> judge_hal(item, None); item.question, item.correct
+    ('Is there a sky in the image?', True)
+"""
 
 import csv
 import random
@@ -9,31 +23,24 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluate import Item, ask_presence
+from evaluate import HAL_PROMPT, Item, Task, ask_presence, hal_metrics, judge_hal, paper_rows
 from formats.clips import naming
 from formats.files import require_file, some
-from tasks.files import asked_of, find_image
+from tasks.files import find_image
 
-# ----- Hal-ADE
-
-COCO_NAMES = (
-    """
+COCO_NAMES = """
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter,
 bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase,
 frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle,
 wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake,
 chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven,
 toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush
-""".strip()
-    .replace(",\n", ", ")
-    .split(", ")
-)
-# of one kind with one of COCO's
-COCO_KINDS = {"motorbike", "armchair", "bag", "animal", "food", "computer", "van", "ship"}
+""".strip().replace(",\n", ", ").split(", ")  # fmt: skip
+COCO_KINDS = {"motorbike", "armchair", "bag", "animal", "food", "computer", "van", "ship"}  # other words for COCO's
 
 
 def overlaps_coco(names):
-    """Say whether an object's names overlap COCO's: one of them, or its last word, is a name of COCO's or a name's last word.
+    """Return True if one of an object's names, or its last word, is a COCO name or the last word of one.
 
     >>> overlaps_coco(["sofa", "couch"]), overlaps_coco(["coffee table"]), overlaps_coco(["sky"])
     (True, True, False)
@@ -42,56 +49,57 @@ def overlaps_coco(names):
     return any(name in taken or name.split()[-1] in taken for name in names)
 
 
-def read_hal_ade(questions, answers, images, seed=0):
-    """Hal-ADE (Sec. 4.5): is there a ...? for two objects in an image of ADE20K and two that are not, none of them COCO's.
-
-    questions  ADEChallengeData2016/objectInfo150.txt (or .csv); beside it annotations/validation/*.png, of 0 (nothing) to 150
-    images     ADEChallengeData2016/images/validation
-    Which objects is a function of (seed, image). What shares a name with an object that is there is not asked for as absent.
-    """
-    expected = "ADEChallengeData2016/objectInfo150.txt"
-    with naming(require_file(questions, expected), UnicodeDecodeError):
-        text = Path(questions).read_text(encoding="utf-8")
+def read_names(path):
+    """Read objectInfo150: {object number: its names}."""
+    with naming(require_file(path, "ADEChallengeData2016/objectInfo150.txt"), UnicodeDecodeError):
+        text = Path(path).read_text(encoding="utf-8")
     rows = csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in text else ",")
     try:
-        called = {int(row["Idx"]): [n.strip() for n in re.split("[,;]", row["Name"]) if n.strip()] for row in rows}
+        names = {int(row["Idx"]): [n.strip() for n in re.split("[,;]", row["Name"]) if n.strip()] for row in rows}
     except (KeyError, TypeError, ValueError, AttributeError, csv.Error):
-        called = {}
-    if not called or not all(called.values()):
+        names = {}
+    if not names or not all(names.values()):
+        raise ValueError(f"{path} lists no objects; it should be objectInfo150.txt, with columns Idx and Name")
+    return names
+
+
+def read_mask(path, names):
+    """Read the object numbers in a mask."""
+    with naming(path, OSError, SyntaxError), Image.open(path) as image:
+        pixels = np.asarray(image)
+    numbers = set(np.unique(pixels).tolist()) - {0}
+    if pixels.ndim != 2 or numbers - names.keys():
         raise ValueError(
-            f"{questions} lists no objects; expected {expected}, with columns Idx and Name; check the file"
+            f"{path} has shape {pixels.shape} and values {some(sorted(map(str, numbers)))}, not one number of "
+            "objectInfo150 per pixel; is it the full ADE20K's?"
         )
-    folder = Path(questions).parent / "annotations/validation"
+    return numbers
+
+
+def read_hal_ade(args, wording):
+    names, folder = read_names(args.questions), Path(args.questions).parent / "annotations/validation"
     masks = sorted(folder.glob("*.png"))
     if not masks:
-        raise FileNotFoundError(
-            f"no masks in {folder}; expected ADE_val_*.png, beside {questions}; unpack the whole archive"
-        )
-    ours, left_out, items = {number for number, names in called.items() if not overlaps_coco(names)}, Counter(), []
+        raise FileNotFoundError(f"no masks ADE_val_*.png in {folder}; unpack the whole archive")
+    ours, skipped, items = {number for number in names if not overlaps_coco(names[number])}, Counter(), []
     for mask in masks:
-        pixels = np.asarray(open_mask(mask))
-        found = set(np.unique(pixels).tolist()) - {0}
-        if pixels.ndim != 2 or found - called.keys():
-            raise ValueError(
-                f"{mask} has shape {pixels.shape} and values {some(sorted(map(str, found)))}; expected one number a pixel, "
-                f"those of {questions}; is it of the full ADE20K?"
-            )
-        present = sorted(found & ours)
-        taken = {name for number in found for name in called[number]}
-        absent = sorted(number for number in ours - found if not taken & set(called[number]))
-        count, rng = min(2, len(present), len(absent)), random.Random(f"{seed} {mask.stem}")
-        left_out.update({} if count else {"images with no such object": 1})
-        path = find_image(images, f"{mask.stem}.jpg")
-        for label, numbers in (("yes", present), ("no", absent)):
-            for name in [called[number][0] for number in rng.sample(numbers, count)]:
-                items.append(
-                    Item(f"{mask.stem}:{label}:{name}", path, None, ask_presence(name), {"label": label, "name": name})
-                )
-    return asked_of(items, questions, images), left_out
+        numbers = read_mask(mask, names)
+        present, taken = sorted(numbers & ours), {name for number in numbers for name in names[number]}
+        absent = sorted(number for number in ours - numbers if not taken & set(names[number]))
+        count, rng = min(2, len(present), len(absent)), random.Random(f"{args.seed} {mask.stem}")
+        skipped.update({} if count else {"images with no such object": 1})
+        path = find_image(args.images, f"{mask.stem}.jpg")
+        for label, choices in (("yes", present), ("no", absent)):
+            for name in [names[number][0] for number in rng.sample(choices, count)]:
+                truth = {"label": label, "name": name}
+                items.append(Item(f"{mask.stem}:{label}:{name}", path, None, ask_presence(name), truth))
+    return items, skipped
 
 
-def open_mask(path):
-    """Open a PNG whose pixels are numbers, not colours."""
-    with naming(path, OSError, SyntaxError), Image.open(path) as image:
-        image.load()
-        return image
+TASKS = {
+    "hal-ade": Task(
+        read_hal_ade, judge_hal, hal_metrics, (HAL_PROMPT,),
+        "questions: ADEChallengeData2016/objectInfo150.txt, its masks beside it in annotations/validation",
+        paper=paper_rows(("accuracy",), ("Shikra", 58.7), ("LLaVA", 53.8), ("LocVLM-B", 75.2)),
+    )
+}  # fmt: skip

@@ -1,60 +1,61 @@
-"""TODO tasks.vqa."""
+"""VQAv2 (Tab. 5): open questions about COCO images, each answered by ten people.
+
+Files      v2_OpenEnded_mscoco_val2014_questions.json and v2_mscoco_val2014_annotations.json, from visualqa.org; COCO's val2014.
+           The test splits have no annotations: a run on them writes NAME.submission.json for EvalAI
+Questions  the file's own text; with --short, followed by LLaVA-1.5's request for a single word
+Score      the official one: mean over the annotators of min(1, matches among the others / 3), by type of answer and question.
+           It normalises no answer if all annotators agree, so that "Yes." is not "yes" there; "normalised first" always does
+
+    python -m tasks vqa runs/b2 --questions v2_OpenEnded_mscoco_val2014_questions.json \\
+        --answers v2_mscoco_val2014_annotations.json --images val2014
+
+    >>> item = Item("0", None, None, "What animal is it?", {"answers": ["cat"] * 2 + ["dog"] * 8}, "A cat.")
+    >>> judge_vqa(item, None); round(item.correct, 2)
+    0.6
+"""
 
 from collections import Counter
 
-from evaluate import Item, mean
-from tasks.files import asked_of, asked_short, coco_names, find_image, joined, keyed, listed, read_rows
-from tasks.words import vqa_normal, vqa_scores
+from evaluate import Item, Task, mean, paper_rows
+from tasks.files import coco_names, find_image, list_under, match_answers, read_rows, rows_by_id
+from tasks.words import add_short, vqa_normal, vqa_scores
 
-# ----- VQAv2
-
-VQA_QUESTIONS = "VQAv2's v2_OpenEnded_mscoco_*_questions.json"
-VQA_ANSWERS = "VQAv2's v2_mscoco_*_annotations.json"
+QUESTIONS = "VQAv2's v2_OpenEnded_mscoco_*_questions.json"
+ANSWERS = "VQAv2's v2_mscoco_*_annotations.json"
 
 
-def read_vqa(questions, answers, images, short=False):
-    """VQAv2: questions, and ten annotators' answers to them; without those (the test splits) only a submission is made."""
-    content, left_out, items = read_rows(questions, VQA_QUESTIONS), Counter(), []
+def read_vqa(args, wording):
+    content, skipped, items, truth = read_rows(args.questions, QUESTIONS), Counter(), [], {}
     needs = {"question_id": int, "image_id": int, "question": str}
-    rows = keyed(listed(content, "questions", questions, VQA_QUESTIONS), questions, "question_id", needs, VQA_QUESTIONS)
+    rows = list_under(content, "questions", args.questions, QUESTIONS)
+    rows = rows_by_id(rows, args.questions, "question_id", needs, QUESTIONS)
     split = str(content.get("data_subtype", "val2014")).replace("-dev", "")  # test-dev2015 asks about test2015's images
-    truth = {}
-    if answers is not None:
-        told = listed(read_rows(answers, VQA_ANSWERS), "annotations", answers, VQA_ANSWERS)
+    if args.answers:
         needs = {"question_id": int, "answers": list, "answer_type": str, "question_type": str}
-        truth, left_over = joined(rows, keyed(told, answers, "question_id", needs, VQA_ANSWERS), questions, answers)
-        left_out.update({"annotations of questions that are not asked": left_over} if left_over else {})
+        annotations = list_under(read_rows(args.answers, ANSWERS), "annotations", args.answers, ANSWERS)
+        annotations = rows_by_id(annotations, args.answers, "question_id", needs, ANSWERS)
+        truth, left_over = match_answers(rows, annotations, args.questions, args.answers)
+        skipped.update({"annotations of questions that are not asked": left_over} if left_over else {})
     for name, row in rows.items():
-        known = {"question_id": row["question_id"]}
+        facts = {"question_id": row["question_id"]}
         if truth:
-            said = [a.get("answer") if isinstance(a, dict) else None for a in truth[name]["answers"]]
-            if not said or not all(isinstance(text, str) for text in said):
-                raise ValueError(
-                    f"{answers}: question {name} has answers {said}; expected a text of each annotator; check the file"
-                )
-            known |= {
-                "answers": said,
-                "answer_type": truth[name]["answer_type"],
-                "question_type": truth[name]["question_type"],
-            }
-        path = find_image(images, *coco_names(f"COCO_{split}_{row['image_id']:012d}.jpg", split))
-        items.append(Item(name, path, None, asked_short(row["question"], short), known))
-    return asked_of(items, questions, images), left_out
+            answers = [a.get("answer") if isinstance(a, dict) else None for a in truth[name]["answers"]]
+            if not answers or not all(isinstance(text, str) for text in answers):
+                raise ValueError(f"{args.answers}: question {name} has answers {answers}, not one text per annotator")
+            facts |= {"answers": answers} | {key: truth[name][key] for key in ("answer_type", "question_type")}
+        path = find_image(args.images, *coco_names(f"COCO_{split}_{row['image_id']:012d}.jpg", split))
+        items.append(Item(name, path, None, add_short(row["question"], args.short), facts))
+    return items, skipped
 
 
 def judge_vqa(item, wording):
-    """Score an answer by the ten annotators'; `contains` and `normalised` are the same of other readings of the answer."""
+    """Score an answer by the ten annotators'; `contains` and `normalised` are the same score of a more tolerant comparison."""
     if "answers" in item.truth:
         item.correct, item.truth["contains"] = vqa_scores(item.answer, item.truth["answers"])
         item.truth["normalised"] = vqa_scores(vqa_normal(item.answer), item.truth["answers"])[0]
 
 
 def vqa_metrics(items):
-    """The official figures: over all, of each answer type and question type.
-
-    The official score normalises no answer where all annotators agree: there "Yes." is not "yes". "normalised first"
-    normalises every answer, by the official rules, before it is scored.
-    """
     scored = [item for item in items if item.correct is not None]
     if not scored:
         return {"questions without annotations": len(items)}
@@ -69,6 +70,24 @@ def vqa_metrics(items):
     return metrics | {"questions": len(scored)}
 
 
-def vqa_submission(items):
-    """EvalAI's format, every question in it; normalised, since the server compares to the letter where annotators agree."""
+def submission(items):
+    """Write every question in EvalAI's format; normalised, because the server compares letter by letter if annotators agree."""
     return [{"question_id": i.truth["question_id"], "answer": vqa_normal(i.answer)} for i in items]
+
+
+TASKS = {
+    "vqa": Task(
+        read_vqa, judge_vqa, vqa_metrics, ("{question}",),
+        "questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json, none for test",
+        options=("short",), submission=submission,
+        paper=paper_rows(  # * tuned on VQA data
+            ("accuracy", "accuracy on test"),
+            ("LLaVA-v1", 49.8, 49.3),
+            ("LocVLM-B", 50.3, 50.8),
+            ("LLaVA-v1.5", 55.7, 55.3),
+            ("LocVLM-L", 55.9, 56.2),
+            ("LLaVA-v1.5 *", 78.1, 78.4),
+            ("LocVLM-L *", 78.2, 78.6),
+        ),
+    )
+}  # fmt: skip

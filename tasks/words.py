@@ -1,18 +1,25 @@
-"""How answers in words are compared with the truth: by VQA's annotators, METEOR, a language model (Tab. 5, 6, 10).
-
-A file of its own because nothing here knows of images, boxes or question files: words go in, a score comes out.
-"""
+"""Compare answers in words with the truth: exact match, VQA's ten annotators, METEOR (Tab. 5, 6, 10)."""
 
 import re
 import shutil
 from collections import Counter
 from importlib.util import find_spec
 
+from evaluate import mean
+
+SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's request for a short answer
+
+
+def add_short(question, short):
+    """Return a question with LLaVA-1.5's request for a short answer, or without."""
+    return question.removesuffix(SHORT) + SHORT * short
+
+
 # ----- words
 
 
 def spaced(text):
-    """Lower-case words and numbers of a text, a space on each side of each: what is inside what is then a plain search.
+    """Return the words and numbers of a text in lower case, each with a space on both sides, so that `in` finds whole words.
 
     >>> spaced("It's a Dog."), spaced("...")
     (' it s a dog ', ' ')
@@ -21,12 +28,12 @@ def spaced(text):
 
 
 def same_words(answer, truth):
-    """Say whether an answer is the truth, but for case and punctuation; what is punctuation alone is compared as it is."""
+    """Return True if an answer is the truth, ignoring case and punctuation (unless the truth is punctuation alone)."""
     return answer.strip() == truth.strip() if spaced(truth) == " " else spaced(answer) == spaced(truth)
 
 
 def contains(answer, truth):
-    """Say whether the truth's words stand in an answer, whole and in a row. "Yes and no" contains both.
+    """Return True if the truth's words are in an answer, whole and next to each other. "Yes and no" contains both.
 
     >>> contains("The man is left-handed.", "left"), contains("leftover", "left"), contains("a", "?")
     (True, False, False)
@@ -34,13 +41,21 @@ def contains(answer, truth):
     return spaced(truth) != " " and spaced(truth) in spaced(answer)
 
 
+def exact_metrics(items):
+    """Count exact match and `contains` over all items and, if questions have a type, over each type."""
+    metrics = {"exact match": mean(i.correct for i in items), "contains": mean(i.truth["contains"] for i in items)}
+    for kind in sorted({item.truth["type"] for item in items if "type" in item.truth}):
+        of_kind = [item for item in items if item.truth["type"] == kind]
+        metrics[f"exact match, {kind}"] = mean(item.correct for item in of_kind)
+        metrics[f"contains, {kind}"] = mean(item.truth["contains"] for item in of_kind)
+    return metrics | {"questions": len(items)}
+
+
 # ----- VQAv2: ten annotators
 
-
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # and "." apart
-NUMBERS = {"none": "0"} | {
-    word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
-}
+NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBERS["none"] = "0"
 ARTICLES = ("a", "an", "the")
 APOSTROPHES = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
@@ -51,18 +66,18 @@ they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what
 where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
 y'all'd've you'd you'd've you'll you're you've
 """.split()
-# what lacks one apostrophe gets it back; the last one is the official table's own slip
+# a word without one of its apostrophes gets it back; "somebodyd" is the official table's own mistake
 CONTRACTIONS = {
     word[:i] + word[i + 1 :]: word for word in APOSTROPHES for i, letter in enumerate(word) if letter == "'"
 } | {"somebody'd": "somebodyd"}
 
 
 def vqa_normal(text):
-    """Normalise an answer as the official VQA evaluation does, slips included.
+    """Normalise an answer as the official VQA evaluation does, mistakes included.
 
     A mark is deleted if it has a space beside it somewhere, or if the text has a comma between digits; else it becomes a
-    space. A full stop goes unless a digit follows (the look-behind is misspelt there and says nothing), and only the first
-    32 go: re.UNICODE is passed as their count.
+    space. Full stops are deleted unless a digit follows (the official look-behind is misspelt and has no effect), but only
+    the first 32: there, re.UNICODE is passed as the count.
 
     >>> vqa_normal("The Two-way street."), vqa_normal("1,000 dont"), vqa_normal("3.5")
     ('2 way street', "1000 don't", '3.5')
@@ -78,70 +93,63 @@ def vqa_normal(text):
 
 
 def vqa_scores(answer, answers):
-    """Score an answer against the annotators': (official, the same with `contains` for equality), each 0..1.
+    """Score an answer against the annotators': (official score, the same score if containing counts as a match), each 0..1.
 
-    The mean over the annotators of min(1, matches among the others / 3). Where all annotators agree, nothing is normalised,
-    not even case, as in the official evaluation. Time is linear in the answer's length.
+    The score is the mean over the annotators of min(1, matches among the others / 3). If all annotators agree, nothing is
+    normalised, not even case, as in the official evaluation. The time is linear in the answer's length.
+
+    >>> vqa_scores("cat", ["cat"] * 3 + ["dog"] * 7)  # three annotators have two others who agree, seven have three
+    (0.9, 0.9)
     """
-    said, *told = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *answers))
-    if len(set(told)) > 1:
-        said, told = vqa_normal(said), [vqa_normal(text) for text in told]
-    count, inside = Counter(told), spaced(said)
+    answer, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *answers))
+    if len(set(answers)) > 1:
+        answer, answers = vqa_normal(answer), [vqa_normal(text) for text in answers]
+    count, words = Counter(answers), spaced(answer)
 
     def score(matching):
         total = sum(count[text] for text in matching)
-        return (total * min(1, (total - 1) / 3) + (len(told) - total) * min(1, total / 3)) / len(told)
+        return (total * min(1, (total - 1) / 3) + (len(answers) - total) * min(1, total / 3)) / len(answers)
 
-    found = [text for text in count if spaced(text) != " " and spaced(text) in inside]
-    return score([text for text in count if text == said]), score(found)
+    contained = [text for text in count if spaced(text) != " " and spaced(text) in words]
+    return score([text for text in count if text == answer]), score(contained)
 
 
 # ----- METEOR
-
 
 LONGEST_ANSWER = 1000  # words: METEOR's search for matches takes minutes over a book
 
 
 def require_meteor():
-    """Refuse, before anything is asked, where METEOR could not be computed."""
-    lacking = [
-        what
-        for what, there in (("pycocoevalcap", find_spec("pycocoevalcap")), ("java", shutil.which("java")))
-        if not there
-    ]
-    if lacking:
+    """Raise ValueError, before any question is answered, if METEOR cannot be computed."""
+    missing = [] if find_spec("pycocoevalcap") else ["pycocoevalcap"]
+    missing += [] if shutil.which("java") else ["java"]
+    if missing:
         raise ValueError(
-            f"no {' and no '.join(lacking)}; expected both: METEOR 1.5 is a Java program that pycocoevalcap carries; "
+            f"no {' and no '.join(missing)}: METEOR 1.5 is a Java program inside pycocoevalcap; "
             "pip install pycocoevalcap, and install Java 1.8 or later"
         )
 
 
-def meteor(said, sentences):
-    """METEOR 1.5 of answers as a whole, 0..1, as RefCOCO's own evaluation has it: PTB tokens, lower case, `-norm`.
+def meteor(answers, sentences):
+    """Compute METEOR 1.5, 0..1, as RefCOCO's own evaluation does: PTB tokens, lower case, `-norm`. Return a list of scores.
 
-    said       list of {id: answer}, each scored for itself; an empty answer counts as 0. Gives a list of scores.
+    answers    list of {id: answer}, each scored by itself; an empty answer counts as 0
     sentences  {id: references}, the same ids
-    The score is METEOR's of the summed matches, not a mean over answers. White space of every kind is one space before:
-    the tokenizer works by lines, and one more of them would shift all that follow. Of an answer, the first LONGEST_ANSWER
-    words are read; half of a character, which no file can hold, is "?".
+    The score is METEOR's of all matches together, not a mean over answers. All white space becomes single spaces: the tokenizer
+    reads lines, and an extra one would shift all that follow. Only the first LONGEST_ANSWER words of an answer count. Half of a
+    surrogate pair, which no file can hold, becomes "?".
     """
     require_meteor()
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    told = {("truth", name): texts for name, texts in sentences.items()}
-    told |= {
-        (i, name): [answers[name].encode(errors="replace").decode()]
-        for i, answers in enumerate(said)
-        for name in sentences
-    }
+    texts = {("reference", name): references for name, references in sentences.items()}
+    for i, by_id in enumerate(answers):
+        texts |= {(i, name): [by_id[name].encode(errors="replace").decode()] for name in sentences}
     rows = {
-        key: [{"caption": " ".join(text.replace("|||", " ").split()[:LONGEST_ANSWER])} for text in texts]
-        for key, texts in told.items()
+        key: [{"caption": " ".join(text.replace("|||", " ").split()[:LONGEST_ANSWER])} for text in some]
+        for key, some in texts.items()
     }
     tokens, java = PTBTokenizer().tokenize(rows), Meteor()
-    references = {name: tokens["truth", name] for name in sentences}
-    return [java.compute_score(references, {name: tokens[i, name] for name in sentences})[0] for i in range(len(said))]
-
-
-SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's way to ask for short answers
+    references = {name: tokens["reference", name] for name in sentences}
+    return [java.compute_score(references, {name: tokens[i, name] for name in sentences})[0] for i in range(len(answers))]

@@ -46,7 +46,8 @@ def train_tokenizer(folder, extra=""):
     lines = [SYSTEM, *LOC_PROMPTS, *REV_PROMPTS, *answers, extra] * 4
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=400,
-        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        minloglevel=2,
     )  # fmt: skip
     return Tokenizer(folder)
 

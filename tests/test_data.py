@@ -288,3 +288,18 @@ def test_data_without_anything_to_say_is_refused(coco, tokenizer):
     records, _ = read_coco(coco / "instances.json", coco)
     with pytest.raises(ValueError, match="nothing|none of 2"):
         Examples(records, tokenizer, CONFIG, Wording(CoordFormat("ivb", 28)), template="plain")
+
+
+def test_a_row_holds_at_most_its_budget_of_tokens(tokenizer):
+    """Long conversations fill the row; which segments they displace is chance, so each kind keeps some of its share."""
+    talks = tuple((("Tell me. " + "word " * 20, f"Answer {i}. " + "word " * 20),) for i in range(4))
+    record = replace(RECORD, conversations=talks)
+    examples = examples_of([record], tokenizer, max_length=420, questions=8, instruct_share=0.5)
+    rows = [examples.text_row(record, epoch) for epoch in range(60)]
+    assert max(len(row["input_ids"]) for row in rows) <= 420
+    texts = [tokenizer.decode([i for i in row["input_ids"] if i >= 0]) for row in rows]
+    assert all(any(words in text for text in texts) for words in ("word word", "located at", "no such object", "There is a"))
+    segments = [encode_segment(tokenizer, "v1", [(f"Question {i}?", "It.")]) for i in range(9)]
+    prefix, size = encode_prefix(tokenizer, "v1", 4), len(segments[0][0])
+    row = pack(prefix, segments, len(prefix) + 3 * size + 1)
+    assert row["segments"][-1] == 3 and len(row["input_ids"]) == len(prefix) + 3 * size

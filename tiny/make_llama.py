@@ -1,22 +1,21 @@
-"""Train the tiny LLaMA that stands in for Vicuna, on text alone: `python tiny/make_llama.py` writes tiny/llama (HF format).
+"""Train the tiny LLaMA that replaces Vicuna, on text alone: `python -m tiny.make_llama` writes tiny/llama (HF format).
 
-It learns the words of the shapes world, and to look things up in what it has read. A document is a scene told in
-words, then questions about it in the chat form of stage 2, packed behind the shared telling as images are:
+It learns the words of the shapes world, and to look things up in its context. A document is a scene in some form, then
+questions about it in the chat format of stage 2, packed behind the shared scene as they are behind an image:
 
-    retell  "small red circle at (12, 30, 50, 66). ..." three times, word for word or in new order; loss from the second
-            time on, where everything can be copied. All that is read at first: it makes looking-up appear (LOG.md).
-    told    the same up to three times in new order and wording, then questions
-    bag     the scene as a grid of bags of words, one for each patch that a picture would have: several words laid on one
-            position, their embeddings added, some heavier than others. A visual token holds several facts at once; a
-            model this small must have met that before, while LLaMA-7B need not. Asked for its caption ("caption"), for
-            colours and what is there ("drill"), for boxes by name ("place"), for names by box ("name"), for everything ("bag")
+    copy    "small red circle at (12, 30, 50, 66). ..." three times, word for word or in another order, with loss from the
+            second time on, when all can be copied. Training starts with this form alone: looking-up grows from it (LOG.md).
+    text    the scene in sentences, up to three times in other order and wording, then questions
+    bag     the scene as a grid of bags of words, one for each patch that a picture would have: several words at one position,
+            their embeddings added with different weights. A visual token holds several facts at once, and a model this small
+            must have met that before, unlike LLaMA-7B. Questions about everything; other forms of bags ask for one thing only:
+            the caption ("caption"), colours and presence ("drill"), boxes by name ("place"), names by box ("name")
 
-No picture is involved. The gate at the end asks held-out scenes.
+No picture is involved. The gate at the end asks about held-out scenes. (In llama.log, copy is "retell" and text is "told".)
 """
 
 import math
 import random
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,82 +24,67 @@ import sentencepiece
 import torch
 from torch import nn
 
-from checkpoint import write_json, write_tensors
-from shapes import COLOURS, NAMES, article, caption, converse, describe, draw_scene, phrase, presence, side_of
-
+import data
 from coords import iou
-from data import (
-    IGNORE,
-    LOC_ANSWER,
-    NEG_ANSWER,
-    REV_ANSWER,
-    REV_PROMPTS,
-    SIDE_ANSWERS,
-    SIDE_PROMPTS,
-    SYSTEM,
-    Wording,
-    collate,
-    encode_segment,
-    loc_question,
-    pack,
-)
+from data import SYSTEM, USER, article, encode_segment, loc_question, pack
+from formats.fast_cpu import keep_freed_memory
+from formats.files import write_json
+from formats.weights import write_tensors
 from llama import Llama, Tokenizer
 from model import VARIANTS, answer_loss, packed_mask
-from train import keep_freed_memory
+from tiny.shapes import COLOURS, NAMES, caption, converse, describe, draw_scene, phrase, presence, side_of
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent / "llama"
 CONFIG = VARIANTS["tiny"].text_config
 FORMAT = VARIANTS["tiny"].coord_format()
 GRID = FORMAT.grid
-WORDING = Wording(FORMAT)
+WORDING = data.Wording(FORMAT)
 STEPS, BATCH, QUESTIONS = 6800, 8, 6
-CYCLES, DECAY = (6050, STEPS), 600  # before each of these steps the learning rates fall to 0 over DECAY steps
+CYCLES, DECAY = (6050, STEPS), 600  # before each of these steps, learning rates fall to 0 over DECAY steps
 LR_MUON, LR_ADAMW = 3e-3, 1.2e-3  # matrices of the blocks; embeddings, head and norms
-WEIGHT = {"retell": 2, "told": 1, "caption": 4, "drill": 3, "bag": 2, "place": 3, "name": 3}  # of BATCH, by length
-# Forms of documents, taken in turn, each tuple until that step. One easy thing at a time, and nothing else: copying, then
-# finding what was told, then naming what lies in bags, then finding there by name, then by place; then all of it together,
-# for what is not asked for is forgotten. All at once from the start, none of it is learned (LOG.md).
+WEIGHT = {"copy": 2, "text": 1, "caption": 4, "drill": 3, "bag": 2, "place": 3, "name": 3}  # documents, times BATCH
+# The forms of documents, in turn, each tuple until that step. One easy skill at a time, and nothing else: copying, finding
+# in text, naming the contents of bags, finding by name, finding by place. Then all of them together, because a skill that is
+# not practised is forgotten. All of them from the start teach nothing (LOG.md).
 SCHEDULE = {
-    200: ("retell",),
-    500: ("told", "told", "told", "retell"),
+    200: ("copy",),
+    500: ("text", "text", "text", "copy"),
     620: ("caption",),
     750: ("drill",),
     1000: ("place",),
     1200: ("name",),
-    5500: ("bag", "place", "name", "told", "caption", "drill"),
-    6050: ("place", "told", "place", "bag", "place", "name", "place", "told", "place", "caption", "place", "drill"),
-    STEPS: ("place", "place", "name", "place", "place", "bag", "place", "told"),
+    5500: ("bag", "place", "name", "text", "caption", "drill"),
+    6050: ("place", "text", "place", "bag", "place", "name", "place", "text", "place", "caption", "place", "drill"),
+    STEPS: ("place", "place", "name", "place", "place", "bag", "place", "text"),
 }
 
 
-# ----- documents
+# ----- the parts of a document
 
 
-def tell(scene, rng):
-    """One telling of a scene with coordinates, in random order and wording."""
+def write_text(scene, rng):
+    """Write a scene with coordinates once, in random order and wording."""
     form = rng.choice(("{a} at {loc}", "there is {a} at {loc}", "at {loc} there is {a}", "{p}: {loc}"))
-    shapes = rng.sample(scene.shapes, len(scene.shapes))
-    return (
-        ". ".join(
-            form.format(a=article(phrase(scene, s)), p=phrase(scene, s), loc=FORMAT.encode_box(s.box_px, scene.size))
-            for s in shapes
-        )
-        + "."
-    )
+    shapes = [(phrase(scene, s), location(scene, s)) for s in rng.sample(scene.shapes, len(scene.shapes))]
+    return ". ".join(form.format(a=article(words), p=words, loc=loc) for words, loc in shapes) + "."
 
 
-def retell(scene, rng):
-    """Three tellings in one wording, half of the time word for word."""
-    parts = [f"{phrase(scene, s)} at {FORMAT.encode_box(s.box_px, scene.size)}" for s in scene.shapes]
-    shuffled = rng.random() < 0.5
-    return [". ".join(rng.sample(parts, len(parts)) if shuffled else parts) + "." for _ in range(3)]
+def write_copies(scene, rng):
+    """Write a scene three times in one wording, half of the time word for word."""
+    parts = [f"{phrase(scene, s)} at {location(scene, s)}" for s in scene.shapes]
+    is_shuffled = rng.random() < 0.5
+    return [". ".join(rng.sample(parts, len(parts)) if is_shuffled else parts) + "." for _ in range(3)]
+
+
+def location(scene, shape):
+    return FORMAT.encode_box(shape.box_px, scene.size)
 
 
 def bags(scene, tokenizer, rng):
-    """The scene as GRID x GRID bags of words, row by row: a list of (word id, weight) for each cell.
+    """Return the scene as GRID x GRID bags of words, row by row: a list of (word id, weight) for each cell.
 
-    A cell that a shape covers holds its colour and its name, and "left", "above", "right", "below" as heavily as its
-    sides lie far along their axis. Weights waver, as features do.
+    The cell of a shape holds its colour and name, and "left", "above", "right", "below", weighted by the coordinates of the
+    box's sides. All weights vary, as features do.
     """
 
     def word(text):
@@ -116,59 +100,60 @@ def bags(scene, tokenizer, rng):
             cover = max(0, min(x2, column + 1) - max(x1, column)) * max(0, min(y2, row + 1) - max(y1, row))
             if cover > most[cell]:
                 most[cell] = cover
-                cells[cell] = [(word(text), rng.uniform(0.6, 1.4)) for text in (shape.colour, shape.name)] + [
-                    (word(text), 4 * (v - 0.5) + rng.gauss(0, 0.03))
-                    for text, v in zip(("left", "above", "right", "below"), box_unit, strict=True)
-                ]
+                sides = zip(("left", "above", "right", "below"), box_unit, strict=True)
+                cells[cell] = [(word(text), rng.uniform(0.6, 1.4)) for text in (shape.colour, shape.name)]
+                cells[cell] += [(word(text), 4 * (v - 0.5) + rng.gauss(0, 0.03)) for text, v in sides]
     return cells
 
 
 def side_questions(scene, rng):
-    """App. E's questions about pairs of shapes; sometimes behind an example pair, as in-context learning has it."""
-    unique = scene.unique()
-    if len(unique) < 2:
-        return []
-    pairs = []
-    for _ in range(3):
+    """Ask App. E's questions about pairs of shapes, sometimes after two example pairs, as in-context learning does."""
+    unique, pairs = scene.unique(), []
+    for _ in range(3 if len(unique) > 1 else 0):
         a, b = rng.sample(unique, 2)
-        for axis, side in zip(("across", "along"), side_of(b, a, scene), strict=True):
+        for prompt, side in zip(data.SIDE_PROMPTS.values(), side_of(b, a, scene), strict=True):
             if side:
                 names = {"obj_1": f"the {a.name}", "obj_2": f"the {b.name}"}
-                answer = SIDE_ANSWERS[side].format(**names)
-                pairs.append((SIDE_PROMPTS[axis].format(**names), answer[0].upper() + answer[1:]))
+                answer = data.SIDE_ANSWERS[side].format(**names)
+                pairs.append((prompt.format(**names), answer[0].upper() + answer[1:]))
     if len(pairs) > 2 and rng.random() < 0.2:
         question, answer = pairs[-1]
         pairs = [(" ".join(f"Q: {q} A: {a}" for q, a in pairs[:2]) + f" Q: {question}", answer)]
     return pairs
 
 
+def ask_place(words, scene, shape, rng):
+    return loc_question(words, WORDING, rng), data.LOC_ANSWER.format(loc=location(scene, shape))
+
+
+def ask_absent(words, rng):
+    return loc_question(words, WORDING, rng), data.NEG_ANSWER
+
+
+def absent_names(scene):
+    return [name for name in NAMES if name not in {shape.name for shape in scene.shapes}]
+
+
 def located_questions(scene, rng):
-    """The objectives of App. B about a scene, with names, phrases or descriptions."""
-    pairs = []
-    unique = scene.unique()
+    """Ask the questions of App. B about a scene, with names, phrases or descriptions."""
+    pairs, unique = [], scene.unique()
     for shape in scene.shapes:
-        loc = FORMAT.encode_box(shape.box_px, scene.size)
         calls = [phrase(scene, shape), describe(scene, shape, rng)] + [shape.name] * 2 * (shape in unique)
-        pairs.append((loc_question(rng.choice(calls), WORDING, rng), LOC_ANSWER.format(loc=loc)))
+        pairs.append(ask_place(rng.choice(calls), scene, shape, rng))
         if shape in unique:
-            pairs.append((loc_question(shape.name, WORDING, rng), LOC_ANSWER.format(loc=loc)))
-        pairs.append(
-            (
-                rng.choice(REV_PROMPTS).format(loc=loc),
-                REV_ANSWER.format(category=rng.choice((shape.name, describe(scene, shape, rng)))),
-            )
-        )
-    for name in rng.sample([n for n in NAMES if n not in {s.name for s in scene.shapes}], 2):
-        called = rng.choice((name, f"{rng.choice(list(COLOURS))} {name}"))
-        pairs.append((loc_question(called, WORDING, rng), NEG_ANSWER))
+            pairs.append(ask_place(shape.name, scene, shape, rng))
+        question = rng.choice(data.REV_PROMPTS).format(loc=location(scene, shape))
+        pairs.append((question, data.REV_ANSWER.format(category=rng.choice((shape.name, describe(scene, shape, rng))))))
+    for name in rng.sample(absent_names(scene), 2):
+        pairs.append(ask_absent(rng.choice((name, f"{rng.choice(list(COLOURS))} {name}")), rng))
     return pairs
 
 
 def drill(scene, rng):
-    """Short, plain questions, where all that counts is what was asked for."""
-    missing = rng.choice([n for n in NAMES if n not in {s.name for s in scene.shapes}])
+    """Ask short, plain questions, whose answers depend on the asked-for shape alone."""
+    absent = rng.choice(absent_names(scene))
     pairs = [(f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}.") for shape in scene.unique()]
-    return pairs + presence(scene, rng) + [(loc_question(missing, WORDING, rng), NEG_ANSWER)]
+    return pairs + presence(scene, rng) + [ask_absent(absent, rng)]
 
 
 def questions_about(scene, rng, count):
@@ -177,36 +162,52 @@ def questions_about(scene, rng, count):
     return pairs[:count]
 
 
+# ----- documents, and how they are embedded
+
+
+def draw_unique(rng):
+    """Draw a scene in which some name occurs once."""
+    return next(scene for scene in iter(lambda: draw_scene(rng), None) if scene.unique())
+
+
 def document(tokenizer, rng, form):
-    """One packed row of a form that SCHEDULE names; "caption" is bags, and what stage 1 says of an image."""
-    scene = draw_scene(rng)
-    while not scene.unique():
-        scene = draw_scene(rng)
-    bos = [tokenizer.bos_token_id]
-    if form == "retell":
-        return retold(bos, [tokenizer.encode(text) for text in retell(scene, rng)], [])
+    """Draw one packed row of a form that SCHEDULE names."""
+    scene, bos = draw_unique(rng), [tokenizer.bos_token_id]
+    chat = bos + tokenizer.encode(f"{SYSTEM} {USER} ")
+    if form == "copy":
+        return pack_copies(bos, [tokenizer.encode(text) for text in write_copies(scene, rng)], [])
     if form == "drill":
         pairs = drill(scene, rng)
-    elif form in ("place", "name"):
-        pairs = []
-        for shape in rng.choices(scene.unique() if form == "place" else scene.shapes, k=4):
-            loc = FORMAT.encode_box(shape.box_px, scene.size)
-            pairs.append(
-                (loc_question(shape.name, WORDING, rng), LOC_ANSWER.format(loc=loc))
-                if form == "place"
-                else (rng.choice(REV_PROMPTS).format(loc=loc), REV_ANSWER.format(category=shape.name))
-            )
+    elif form == "place":
+        pairs = [ask_place(shape.name, scene, shape, rng) for shape in rng.choices(scene.unique(), k=4)]
+    elif form == "name":
+        pairs = [
+            (rng.choice(data.REV_PROMPTS).format(loc=location(scene, shape)), data.REV_ANSWER.format(category=shape.name))
+            for shape in rng.choices(scene.shapes, k=4)
+        ]
     else:
         pairs = questions_about(scene, rng, QUESTIONS)
-    asked = [encode_segment(tokenizer, "v1", [pair]) for pair in pairs]
-    chat = bos + tokenizer.encode(SYSTEM + " USER: ")
-    if form == "told":
-        return retold(chat, [tokenizer.encode(tell(scene, rng)) for _ in range(rng.randint(1, 3))], asked)
-    before = bos if form == "caption" else chat
-    segments = [encode_segment(tokenizer, "plain", [("", caption(scene, rng))])] if form == "caption" else asked
-    row = pack(before + [0] * GRID * GRID, segments, 1024)
-    row["bags"] = (len(before), bags(scene, tokenizer, rng))
+    segments = [encode_segment(tokenizer, "v1", [pair]) for pair in pairs]
+    if form == "text":
+        texts = [tokenizer.encode(write_text(scene, rng)) for _ in range(rng.randint(1, 3))]
+        return pack_copies(chat, texts, segments)
+    if form == "caption":  # what stage 1 says about an image
+        chat, segments = bos, [encode_segment(tokenizer, "plain", [("", caption(scene, rng))])]
+    return pack_bags(chat, bags(scene, tokenizer, rng), segments)
+
+
+def pack_copies(before, texts, segments):
+    """Pack several texts of a scene as a prefix, with loss from the second on."""
+    row = pack(before + [token for text in texts for token in text], segments, CONFIG.max_position_embeddings)
+    start, end = len(before) + len(texts[0]), len(before) + sum(map(len, texts))
+    row["labels"][start:end] = row["input_ids"][start:end]
     return row
+
+
+def pack_bags(before, cells, segments):
+    """Pack a scene in bags as a prefix. Its tokens have id 0; `embed` replaces them."""
+    row = pack(before + [0] * len(cells), segments, CONFIG.max_position_embeddings)
+    return row | {"bags": (len(before), cells)}
 
 
 def embed(llama, rows, input_ids):
@@ -222,135 +223,118 @@ def embed(llama, rows, input_ids):
     if not places:
         return x
     places = torch.tensor(places)
-    flat = x.flatten(0, 1).index_fill(0, places.unique(), 0.0)
+    flat = x.flatten(0, 1).index_fill(0, places.unique(), 0.0)  # (B * T, D)
     sums = llama.embed_tokens(torch.tensor(words)) * torch.tensor(weights)[:, None]
     return flat.index_add(0, places, sums).view_as(x)
 
 
-def retold(before, tellings, segments):
-    """Pack several tellings of a scene as a prefix, with loss from the second on."""
-    row = pack(before + [token for telling in tellings for token in telling], segments, 1024)
-    start, end = len(before) + len(tellings[0]), len(before) + sum(map(len, tellings))
-    row["labels"][start:end] = row["input_ids"][start:end]
-    return row
+# ----- tokenizer, gate, training
 
 
-# ----- tokenizer, training, gate
-
-
-def make_tokenizer():
-    """A sentencepiece BPE model with LLaMA's settings: digits apart, byte fallback, the same special ids."""
+def make_tokenizer(scenes=6000):
+    """Train a sentencepiece BPE model with LLaMA's settings: single digits, byte fallback, the same special ids."""
     rng = random.Random("tokenizer")
 
     def lines():
-        for _ in range(6000):
+        for _ in range(scenes):
             scene = draw_scene(rng)
-            yield SYSTEM + " USER:"
-            yield from (tell(scene, rng), caption(scene, rng))
+            yield f"{SYSTEM} {USER}"
+            yield from (write_text(scene, rng), caption(scene, rng))
             for question, answer in questions_about(scene, rng, 12):
-                yield f"{question} ASSISTANT: {answer}"
+                yield f"{question} {data.ASSISTANT} {answer}"
             yield "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 -+.,:;!?'()[]"
 
-    (HERE / "llama").mkdir(exist_ok=True)
+    FOLDER.mkdir(exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines(),
-        model_prefix=str(HERE / "llama" / "tokenizer"),
-        model_type="bpe",
-        vocab_size=CONFIG.vocab_size,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        character_coverage=1.0,
-        max_sentence_length=20000,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        num_threads=1,
+        sentence_iterator=lines(), model_prefix=str(FOLDER / "tokenizer"), model_type="bpe", vocab_size=CONFIG.vocab_size,
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        character_coverage=1.0, max_sentence_length=20000, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1,
         minloglevel=2,
-    )
-    (HERE / "llama" / "tokenizer.vocab").unlink()
-    tokenizer = Tokenizer(HERE / "llama")
-    return tokenizer
+    )  # fmt: skip
+    (FOLDER / "tokenizer.vocab").unlink()
+    return Tokenizer(FOLDER)
+
+
+def gate_row(tokenizer, rng, form):
+    """Draw one held-out scene: (packed row, [(kind, shape, scene) of each question])."""
+    scene = draw_unique(rng)
+    shape = rng.choice(scene.unique())
+    absent = rng.choice(absent_names(scene))
+    questions = [
+        ("loc", *ask_place(shape.name, scene, shape, rng)),
+        ("neg", *ask_absent(absent, rng)),
+        ("rev", rng.choice(data.REV_PROMPTS).format(loc=location(scene, shape)), f"There is a {shape.name}"),
+        ("colour", f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}"),
+        ("yes", f"Is there {article(shape.name)} in the image?", "Yes"),
+        ("no", f"Is there {article(absent)} in the image?", "No"),
+    ]
+    questions += [("side", question, answer) for question, answer in side_questions(scene, rng)[:1]]
+    before = [tokenizer.bos_token_id] + tokenizer.encode(f"{SYSTEM} {USER} ")
+    text = tokenizer.encode(write_text(scene, rng)) if form == "text" else []
+    segments = [encode_segment(tokenizer, "v1", [pair]) for _, *pair in questions]
+    segments = [(ids[:-1], labels[:-1]) for ids, labels in segments]  # without the end token
+    if form == "text":
+        row = pack(before + text, segments, CONFIG.max_position_embeddings)
+    else:
+        row = pack_bags(before, bags(scene, tokenizer, rng), segments)
+    return row, [(kind, shape, scene) for kind, *_ in questions]
 
 
 @torch.no_grad()
 def gate(llama, tokenizer, form, scenes=150):
-    """Ask held-out scenes: share of LocPred exact and acc@0.5, NegPred, RevLoc name, colour, yes/no, side.
+    """Ask about held-out scenes: {kind of question: share answered right}, for LocPred also acc@0.5.
 
-    Answers are read off by forcing: right if every token of the true answer is the most likely one where it stands,
-    except for acc@0.5, which takes the box of the most likely tokens.
+    Answers are teacher-forced: right if every token of the true answer is the most likely one at its place. acc@0.5 takes the
+    box of the most likely tokens.
     """
-    rng = random.Random("llama held out")
-    rows, checks = [], []
-    before = [tokenizer.bos_token_id] + tokenizer.encode(SYSTEM + " USER: ")
-    for _ in range(scenes):
-        scene = next(s for s in iter(lambda: draw_scene(rng), None) if s.unique())
-        shape = rng.choice(scene.unique())
-        loc = FORMAT.encode_box(shape.box_px, scene.size)
-        missing = rng.choice([n for n in NAMES if n not in {s.name for s in scene.shapes}])
-        asked = [
-            ("loc", loc_question(shape.name, WORDING, rng), LOC_ANSWER.format(loc=loc)),
-            ("neg", loc_question(missing, WORDING, rng), NEG_ANSWER),
-            ("rev", rng.choice(REV_PROMPTS).format(loc=loc), f"There is a {shape.name}"),
-            ("colour", f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}"),
-            ("yes", f"Is there {article(shape.name)} in the image?", "Yes"),
-            ("no", f"Is there {article(missing)} in the image?", "No"),
-        ]
-        asked += [("side", question, answer) for question, answer in side_questions(scene, rng)[:1]]
-        told = tokenizer.encode(tell(scene, rng)) if form == "told" else [0] * GRID * GRID
-        segments = [encode_segment(tokenizer, "v1", [(question, answer)]) for _, question, answer in asked]
-        rows.append(pack(before + told, [(ids[:-1], labels[:-1]) for ids, labels in segments], 1024))
-        if form != "told":
-            rows[-1]["bags"] = (len(before), bags(scene, tokenizer, rng))
-        checks.append([(kind, shape, scene) for kind, _, _ in asked])
-    hits = {}
-    for row, kinds in zip(rows, checks, strict=True):
-        batch = collate([row])
-        hidden = llama.hidden(
-            embed(llama, [row], batch["input_ids"]), batch["positions"], packed_mask(batch["segments"])
-        )
-        said = llama.lm_head(hidden)[0].argmax(-1)
-        labels, segments = batch["labels"][0], batch["segments"][0]
-        for number, (kind, shape, scene) in enumerate(kinds, start=1):
-            where = ((segments == number) & (labels != IGNORE)).nonzero()[:, 0]
-            hits.setdefault(kind, []).append(bool((said[where - 1] == labels[where]).all()))
+    rng, hits = random.Random("llama held out"), {}
+    for row, questions in [gate_row(tokenizer, rng, form) for _ in range(scenes)]:
+        batch = data.collate([row])
+        x = embed(llama, [row], batch["input_ids"])
+        hidden = llama.hidden(x, batch["positions"], packed_mask(batch["segments"]))
+        _, columns, targets = batch["answers"]
+        predicted = llama.lm_head(hidden)[0, columns].argmax(-1)  # (N,): the most likely tokens of all answers
+        of_token = torch.tensor([s for s, label in zip(row["segments"], row["labels"], strict=True) if label != data.IGNORE])
+        for number, (kind, shape, scene) in enumerate(questions, start=1):
+            mine = of_token == number
+            hits.setdefault(kind, []).append(bool((predicted[mine] == targets[mine]).all()))
             if kind == "loc":
-                boxes = FORMAT.decode_boxes(tokenizer.decode(said[where - 1].tolist()), scene.size)
+                boxes = FORMAT.decode_boxes(tokenizer.decode(predicted[mine].tolist()), scene.size)
                 hits.setdefault("loc acc@0.5", []).append(bool(boxes) and iou(boxes[0], shape.box_px) >= 0.5)
     return {kind: round(sum(h) / len(h), 3) for kind, h in sorted(hits.items())}
 
 
 def save(llama):
     """Write the checkpoint in half precision."""
-    folder = HERE / "llama"
     tensors = {(k if k.startswith("lm_head") else f"model.{k}"): v.half() for k, v in llama.state_dict().items()}
-    write_tensors(folder / "model.safetensors", tensors)
+    write_tensors(FOLDER / "model.safetensors", tensors)
     names = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
     special = {"bos_token_id": 1, "eos_token_id": 2}
     config = {k: v for k, v in asdict(CONFIG).items() if v is not None}
-    write_json(folder / "config.json", {**names, **special, **config})
+    write_json(FOLDER / "config.json", {**names, **special, **config})
+
+
+def initialise(llama):
+    for name, p in llama.named_parameters():
+        if p.ndim == 2:
+            is_last = "o_proj" in name or "down_proj" in name  # adds to the residual stream, twice a layer
+            std = p.shape[1] ** -0.5 / (math.sqrt(2 * CONFIG.num_hidden_layers) if is_last else 1)
+            nn.init.normal_(p, std=0.2 if "embed" in name else std)
+    nn.init.normal_(llama.lm_head.weight, std=0.02)
 
 
 def main():
     torch.manual_seed(0)
     keep_freed_memory()
-    began = time.time()
-    tokenizer = Tokenizer(HERE / "llama") if (HERE / "llama" / "tokenizer.model").exists() else make_tokenizer()
+    began, running = time.time(), {}
+    tokenizer = Tokenizer(FOLDER) if (FOLDER / "tokenizer.model").exists() else make_tokenizer()
     llama = Llama(CONFIG)
-    for name, p in llama.named_parameters():
-        if p.ndim == 2:
-            writes = "o_proj" in name or "down_proj" in name  # into the residual stream, twice a layer
-            std = p.shape[1] ** -0.5 / (math.sqrt(2 * CONFIG.num_hidden_layers) if writes else 1)
-            nn.init.normal_(p, std=0.2 if "embed" in name else std)
-    nn.init.normal_(llama.lm_head.weight, std=0.02)
+    initialise(llama)
     print(f"{sum(p.numel() for p in llama.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} pieces", flush=True)
     matrices = [p for p in llama.layers.parameters() if p.ndim == 2]
     others = [p for name, p in llama.named_parameters() if not (name.startswith("layers.") and p.ndim == 2)]
     muon = torch.optim.Muon(matrices, lr=LR_MUON, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, lr=LR_ADAMW, weight_decay=0.01, betas=(0.9, 0.95), fused=True)
-    running = {}
     for step in range(STEPS):
         end = next(end for end in CYCLES if step < end)
         share = min(1, (step + 1) / 30, (end - step) / DECAY)
@@ -358,9 +342,9 @@ def main():
         forms = next(forms for until, forms in SCHEDULE.items() if step < until)
         form = forms[step % len(forms)]
         rows = [document(tokenizer, random.Random(f"{step} {i}"), form) for i in range(BATCH * WEIGHT[form])]
-        batch = collate(rows)
-        x = embed(llama, rows, batch["input_ids"])
-        loss = answer_loss(llama, x, batch["labels"], batch["segments"], batch["positions"])
+        batch = data.collate(rows)
+        x = embed(llama, rows, batch["input_ids"])  # (B, T, D)
+        loss = answer_loss(llama, x, batch["answers"], batch["positions"], batch["segments"])
         llama.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
@@ -372,7 +356,7 @@ def main():
             print(f"step {step + 1} {losses} {time.time() - began:.0f} s", flush=True)
         if step % 500 == 499 or step == STEPS - 1:
             save(llama)
-            for form in ("told", "bag"):
+            for form in ("text", "bag"):
                 print(f"gate {form}: {gate(llama, tokenizer, form)}", flush=True)
 
 

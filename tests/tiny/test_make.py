@@ -1,0 +1,45 @@
+"""The scripts that trained tiny/llama and tiny/clip still start: their documents, targets, losses and gates."""
+
+import random
+
+import pytest
+import torch
+from conftest import ROOT
+
+from clip_vit import CLIPVisionTower
+from data import collate
+from llama import Llama, Tokenizer
+from model import answer_loss
+from tiny import make_llama, make_vision
+from tiny.shapes import NAMES
+
+
+@torch.no_grad()
+def test_every_form_of_document_is_learned_from():
+    """The committed LLaMA knows each of them: a loss far below a guess over 800 pieces, and right answers at the gate."""
+    llama, tokenizer = Llama.from_pretrained(ROOT / "tiny/llama"), Tokenizer(ROOT / "tiny/llama")
+    assert {form for forms in make_llama.SCHEDULE.values() for form in forms} == set(make_llama.WEIGHT)
+    for form in make_llama.WEIGHT:
+        rows = [make_llama.document(tokenizer, random.Random(i), form) for i in range(4)]
+        batch = collate(rows)
+        x = make_llama.embed(llama, rows, batch["input_ids"])
+        loss = answer_loss(llama, x, batch["answers"], batch["positions"], batch["segments"])
+        assert loss.item() < 3, form
+    right = make_llama.gate(llama, tokenizer, "bag", scenes=6)
+    assert right["neg"] == right["rev"] == 1 and right["loc acc@0.5"] > 0.5
+
+
+def test_every_patch_is_asked_for_the_shape_that_covers_it():
+    """The patch at a shape's centre has its name, colour and box as targets; the heads learn from them."""
+    images, boxes_unit, names, colours = make_vision.paint(6, "test")
+    name, colour, box = make_vision.patch_targets(boxes_unit, names, colours)
+    for image, shape in (names >= 0).nonzero().tolist():
+        x, y = ((boxes_unit[image, shape, :2] + boxes_unit[image, shape, 2:]) / 2 * make_vision.GRID).long().tolist()
+        patch = y * make_vision.GRID + x
+        assert (name[image, patch], colour[image, patch]) == (names[image, shape], colours[image, shape])
+        assert box[image, patch].tolist() == pytest.approx((boxes_unit[image, shape] * make_vision.GRID).tolist())
+    assert (name == len(NAMES)).float().mean() > 0.3  # nothing
+    tower, heads = CLIPVisionTower.from_pretrained(ROOT / "tiny/clip"), make_vision.Heads()
+    loss = sum(heads.loss(part, name, colour, box) for part in make_vision.both_layers(tower, images.float()))
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in heads.parameters())
