@@ -18,6 +18,7 @@ from formats.files import read_json, require_file, some
 from formats.images import image_size, is_clip
 
 CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".npy")
+CLIP_KINDS = f"a {' '.join(CLIP_SUFFIXES)} or a folder of frames"
 STATIC, STATIC_SIDE = 5, 224  # at most 5 px from the mean, in a square of 224 px (App. D does not say in which pixels)
 
 
@@ -58,12 +59,11 @@ def read_file(path, images):
 
 
 def static_objects(boxes_by_frame, size):
-    """Find the objects that stay in place: list of Objects in order of appearance, each box the mean over its frames.
+    """Find the objects that stay in place: Objects in order of appearance, each box the mean over its frames.
 
     boxes_by_frame  (category, box_px) pairs for each annotated frame; box_px None for a crowd or an invalid box
-    size            (width, height) of the frames; distances are measured in a square of STATIC_SIDE px
-    An object is a category that no frame shows twice, whose centre stays within STATIC of its mean on both axes. An object in
-    a single frame counts: it is at its mean.
+    An object is a category that no frame shows twice, whose centre stays within STATIC of its mean on both axes, in a square
+    of STATIC_SIDE px. An object in a single frame counts: it is at its mean.
 
     >>> objects = static_objects([[("cup", (0, 0, 4, 4))], [("cup", (2, 0, 6, 4)), ("dog", (8, 8, 9, 9))]], (224, 224))
     >>> [(o.name, o.box_px) for o in objects]
@@ -75,14 +75,15 @@ def static_objects(boxes_by_frame, size):
         repeated.update(name for name, box_px in frame if count[name] > 1 or box_px is None)
         for name, box_px in frame:
             boxes.setdefault(name, []).append(box_px)
+
+    def distance(box_px, mean, axis):
+        return abs(box_px[axis] + box_px[axis + 2] - mean[axis] - mean[axis + 2]) / 2 * STATIC_SIDE / size[axis]
+
     objects = []
     for name in (name for name in boxes if name not in repeated):
         mean = tuple(sum(edge) / len(edge) for edge in zip(*boxes[name], strict=True))
-        distances = [
-            abs(box_px[axis] + box_px[axis + 2] - mean[axis] - mean[axis + 2]) / 2 * STATIC_SIDE / size[axis]
-            for box_px in boxes[name] for axis in (0, 1)
-        ]
-        if max(distances) <= STATIC + 1e-6:  # float noise must not decide
+        # float noise must not decide
+        if all(distance(box_px, mean, axis) <= STATIC + 1e-6 for box_px in boxes[name] for axis in (0, 1)):
             objects.append(Object(name, mean))
     return objects
 
@@ -90,7 +91,7 @@ def static_objects(boxes_by_frame, size):
 def find_clips(folder):
     """Find the clips in a folder: {file name, with and without its suffix: path}. A folder of frames has priority."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"no folder {folder} of clips, each a {' '.join(CLIP_SUFFIXES)} or a folder of frames")
+        raise FileNotFoundError(f"no folder {folder} of clips, each {CLIP_KINDS}")
     paths = sorted(Path(folder).iterdir(), reverse=True)
     folders = [path for path in paths if path.is_dir()]
     files = [path for path in paths if path.suffix.lower() in CLIP_SUFFIXES and not path.is_dir()]
@@ -109,8 +110,7 @@ def read_clips(path, folder, content=None):
     clips, names = find_clips(folder), {record.image for record in records}
     missing = sorted(names - clips.keys())
     if missing and len(missing) == len(names):
-        kinds = f"as a {' '.join(CLIP_SUFFIXES)} or a folder of frames"
-        raise FileNotFoundError(f"none of the {len(missing)} clips of {path} is in {folder} ({some(missing)}), {kinds}")
+        raise FileNotFoundError(f"none of the {len(missing)} clips of {path} is in {folder} ({some(missing)}), as {CLIP_KINDS}")
     if missing:
         skipped[f"clips of {path} that are not in {folder} ({some(missing)})"] = len(missing)
     return [replace(record, image=clips[record.image]) for record in records if record.image in clips], skipped
@@ -234,7 +234,7 @@ def parse_sources(text, images=""):
 
 
 def unreadable(records):
-    """Look at every image file without decoding it: {record id: what is wrong with it}. Clips are not opened."""
+    """Look at every image file without decoding it: {record id: its problem}. Clips are not opened."""
 
     def look(record):
         if record.image and is_clip(record.image):

@@ -5,8 +5,8 @@ RUN/eval/NAME.jsonl   one row per question
 RUN/eval/NAME.png     boxes on pictures: truth green, prediction blue; successes above, failures below
 RUN/eval/NAME.parts   answers so far; a killed run continues from there, on any number of processes, to the same rows
 
-NAME is the task, followed by the file and split of its questions. RUN/eval_blind holds the same of blank images,
-RUN/eval_scored the judgement of answers made elsewhere.
+NAME is the task, followed by the file and split of its questions. RUN/eval_blind holds results on blank images, RUN/eval_scored
+the judgement of answers made elsewhere.
 """
 
 import copy
@@ -128,7 +128,7 @@ def answer_all(items, size, make_answerer, parts, options, processes, fresh=Fals
     make_answerer  returns the function batch -> {id: answer}; called only if something is left to answer
     parts          folder of journals; those of a killed run are continued if its options were the same
     options        all that answers depend on, as JSON; rank 0's count
-    processes      (rank, world, a function that waits for all)
+    processes      of journal.start_processes
     On rank 0, each item gets its answer. The folder stays until the caller has written the answers elsewhere.
     """
     rank, world, wait = processes
@@ -275,11 +275,7 @@ def describe(args, config, wording, jobs):
 
 
 def run_jobs(args, jobs, wording, model, processes):
-    """Answer the questions of all jobs, judge the answers, write and print the results.
-
-    model      evaluate.Answerer
-    processes  (rank, world, a function that waits for all)
-    """
+    """Answer the questions of all jobs with an evaluate.Answerer, judge the answers, write and print the results."""
     rank, world, _ = processes
     folders = folders_of(args.run, args.into)
     titles = ["blind", "ours"] if args.with_blind else ["blind" if args.blind else "ours"]
@@ -388,7 +384,7 @@ def print_table(job, folders):
 
 
 def shown(value):
-    """Print a figure: a share in percent, a count as it is, - if there is none."""
+    """Print a figure: a share in percent, a count as it is, - for None."""
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{100 * value:.1f} %"

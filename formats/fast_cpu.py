@@ -1,7 +1,4 @@
-"""Make this code fast on a CPU: a memory layout of linear layers, and a setting of the allocator.
-
-Nothing here changes a result beyond rounding, and nothing is needed to understand the model.
-"""
+"""Speed on a CPU: a layout of weights and a setting of the allocator. Neither changes a result beyond rounding."""
 
 import ctypes
 import sys
@@ -13,9 +10,8 @@ from torch import nn
 class InferenceLinear(nn.Module):
     """A linear layer for CPU inference that runs at the speed of memory. It has no gradients.
 
-    PyTorch's matrix products of few rows leave most of the memory's bandwidth unused on a CPU. oneDNN's do not, given weights
-    in its own layout, and are no slower with many rows. For a single row, a compiled multiply-and-add streams as fast as a
-    sum (`compiled`: keeps the weights in both layouts, needs a layer without bias).
+    PyTorch's matrix products of few rows leave most of a CPU's memory bandwidth unused; oneDNN's, with weights in its own
+    layout, do not. `compiled` computes a single row, without bias, as fast as a sum, and keeps the weights in both layouts.
     """
 
     def __init__(self, linear, compiled):

@@ -64,7 +64,7 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
     """Write the features of all records' images. A killed run continues where it stopped.
 
     skip_bad   an unreadable image or clip gets a row of zeros and is listed in features.json; else it ends the run
-    processes  (rank, world, a function that waits for all); this process writes every world-th image
+    processes  of journal.start_processes; this process writes every world-th image
     """
     rank, world, wait = processes
     out, device = Path(out), next(tower.parameters()).device

@@ -1,7 +1,6 @@
 """Work that takes hours and may be killed at any moment: journals of JSON lines, options that must match, processes.
 
-A journal is appended to, one line per piece of work, each flushed to disk. After a kill, the same command reads the journal and
-continues; a half-written last line is dropped.
+A journal gets a line per piece of work, flushed to disk. After a kill, the same command reads the journal and continues.
 """
 
 import json

@@ -38,9 +38,6 @@ CHAT_TEMPLATE = (  # data.encode_prefix and data.encode_segment as transformers'
 )
 
 
-# ----- reading
-
-
 def read_checkpoint(folder, vision, adapters, dtype, device):
     """Read a whole model: (tower, adapter, LLaMA, tokenizer, settings of LocVLMConfig). See LocVLM.from_pretrained."""
     config, parts = read_config(folder), sort_tensors(open_tensors(folder), folder)
@@ -98,17 +95,13 @@ def geometry_of(folder, config):
         processor = read_json(path)
         if processor.get("do_pad"):
             return "pad"
-        size = processor.get("size")
-        is_whole = not processor.get("do_center_crop", True) and isinstance(size, dict) and "height" in size
-        return "squash" if is_whole else "crop"
+        size, is_crop = processor.get("size"), processor.get("do_center_crop", True)
+        return "squash" if not is_crop and isinstance(size, dict) and "height" in size else "crop"
     ratio = config.get("image_aspect_ratio") or "square"
     if ratio not in ("square", "pad"):
         hint = "this model looks once at the whole image ('square' or 'pad')"
         raise ValueError(f"{folder}/config.json: unsupported image_aspect_ratio = {ratio!r}; {hint}")
     return "pad" if ratio == "pad" else "crop"
-
-
-# ----- writing
 
 
 def write_checkpoint(model, folder, state_dict, notes):
@@ -127,11 +120,8 @@ def write_checkpoint(model, folder, state_dict, notes):
         "n_bins": config.coord_format().n_bins, "template": "v1",
         "vocab_size": vocab_size, "tokenizer_sha256": sha256(tokenizer.path),
     }
-    files = {
-        **processor_files(config),
-        **tokenizer_files(config, tokenizer, image_id),
-        "config.json": {**llava_config(config, tokenizer, image_id, rows), "locvlm": {**ours, **notes}},
-    }
+    files = processor_files(config) | tokenizer_files(config, tokenizer, image_id)
+    files["config.json"] = {**llava_config(config, tokenizer, image_id, rows), "locvlm": {**ours, **notes}}
     for name, content in files.items():
         write_json(folder / name, content)
 
@@ -182,11 +172,9 @@ def processor_files(config):
 
 def llava_config(config, tokenizer, image_id, vocab_size):
     """Return the content of config.json, but for our own settings."""
-    vision, text = asdict(config.vision_config), asdict(config.text_config)
-    for name in ("image_mean", "image_std"):  # the image processor's, in llava-hf
-        del vision[name]
-    if not text["rope_scaling"]:
-        del text["rope_scaling"]
+    moved = ("image_mean", "image_std")  # to the image processor, in llava-hf
+    vision = {key: value for key, value in asdict(config.vision_config).items() if key not in moved}
+    text = {key: value for key, value in asdict(config.text_config).items() if value or key != "rope_scaling"}
     tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return {
         "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": image_id,

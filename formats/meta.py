@@ -2,8 +2,8 @@
 
 import torch
 
-from formats.files import read_config, require_file
-from formats.weights import Stored, TorchFile
+from formats.files import read_config
+from formats.weights import Stored, open_file
 
 RENAMED = {
     "tok_embeddings": "embed_tokens", "output": "lm_head",
@@ -42,7 +42,7 @@ def open_shards(folder, params):
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
         raise FileNotFoundError(f"no consolidated.*.pth in {folder}, beside its params.json")
-    shards = [TorchFile(require_file(path, "a shard")).stored() for path in files]
+    shards = [open_file(path) for path in files]
     count = params["dim"] // shards[0]["layers.0.attention.wo.weight"].shape[1]
     if count != len(files):
         names = f"consolidated.00.pth to .{count - 1:02d}.pth"

@@ -4,13 +4,8 @@ import time
 
 import torch
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}  # bf16, dense, per second
-
-
-def peak_flops(device):
-    """Return the bf16 operations per second that a GPU is sold with, or None."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
-    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+# operations per second that a GPU is sold with, bf16, dense
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
 
 
 def step_flops(config, stage, rows, length, answers, runs_tower=True):
@@ -37,7 +32,9 @@ class Meter:
 
     def __init__(self, config, stage, device, runs_tower):
         self.config, self.stage, self.runs_tower = config, stage, runs_tower
-        self.peak, self.flops, self.waited, self.began = peak_flops(device), 0, 0.0, time.time()
+        gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
+        self.peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+        self.flops, self.waited, self.began = 0, 0.0, time.time()
 
     def waiting(self, batches):
         """Pass batches on, and measure how long each made us wait."""

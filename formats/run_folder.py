@@ -1,13 +1,12 @@
 """A training run on disk: its options (train.json), its log (log.jsonl), its checkpoints (state/STAGE-STEP).
 
-A checkpoint holds the weights that learn and the optimizer. All processes write it, each its own part, while training
-continues, and it is renamed when complete: a process or a disk that dies while writing leaves the one before. It can be read on
-any number of processes, under ddp or fsdp.
+A checkpoint holds the weights that learn and the optimizer. Each process writes its part while training continues, and the
+folder is renamed when complete: a kill or a full disk leaves the one before. Any number of processes can read it, ddp or fsdp.
 """
 
-import dataclasses
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,21 +28,17 @@ class RunFolder:
     def __init__(self, config, rank, world):
         self.folder, self.rank, self.resumes = Path(config.out), rank, config.resume
         if rank == 0:
-            self.claim(config)
+            path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
+            if config.resume:
+                require_same_options(read_json(require_file(path, "the options of a run to resume")), options, self.folder)
+            elif path.exists():
+                raise ValueError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
+            else:
+                write_json(path, options)
             for unfinished in (self.folder / "state").glob("*.tmp"):
                 shutil.rmtree(unfinished)
         self.group = dist.new_group(backend="gloo") if world > 1 else None  # its own: it talks while training talks
         self.pending = self.log_file = self.bar = None
-
-    def claim(self, config):
-        path = self.folder / "train.json"
-        options = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-        if config.resume:
-            require_same_options(read_json(require_file(path, "the options of a run to resume")), options, self.folder)
-        elif path.exists():
-            raise ValueError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
-        else:
-            write_json(path, options)
 
     def begin_stage(self, stage, steps, model, optimizer):
         """Load the stage's newest checkpoint, if the run is resumed and has one, and open the log. Return the first step."""
@@ -76,8 +71,6 @@ class RunFolder:
             print(summary)
         if self.group:
             dist.barrier()
-
-    # ----- checkpoints
 
     def complete(self):
         """List (stage, step) of the complete checkpoints, the newest last."""

@@ -1,6 +1,6 @@
 """What the rows of annotation files must hold: one check per format, used by the readers and by tools.check.
 
-Each *_problem function returns what is wrong with a row, to follow its name in a sentence, or None.
+Each *_problem function returns a row's problem, to follow its name in a sentence, or None.
 """
 
 import math
@@ -74,9 +74,9 @@ def conversation_problem(row):
     try:
         turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
     except (KeyError, TypeError):
-        return f"is {str(row)[:80]}; expected LLaVA's id, image, conversations [{{from, value}}]"
+        return f"is {str(row)[:80]}, expected LLaVA's id, image, conversations [{{from, value}}]"
     if [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
-        return f"has turns {[speaker for speaker, _ in turns]}; expected human and gpt in turn"
+        return f"has turns {[speaker for speaker, _ in turns]}, expected human and gpt in turn"
     if not all(isinstance(text, str) for _, text in turns) or not isinstance(row.get("image", ""), str):
         return "has a text or an image name that is not a string"
     if leaves_folder(row.get("image", "")):
@@ -99,7 +99,7 @@ def objective_problem(row):
     for key, values in zip(keys, lists, strict=True):
         for value in values:
             if key == "box_px" and (not are_numbers(value, 4) or fault(value, size)):
-                return f"has box_px {value}; expected x1 < x2, y1 < y2 inside its image of size {size}"
+                return f"has box_px {value}, expected x1 < x2, y1 < y2 inside its image of size {size}"
             if key != "box_px" and not isinstance(value, str) and (key, value) != ("descriptions", None):
                 return f"has {key} {value!r}, not a text"
     return None
@@ -109,12 +109,12 @@ def clip_row_problem(row):
     """Check a row of Video-ChatGPT's, in either of its two forms."""
     if isinstance(row, dict) and "q" in row:
         if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("q", "a", "video_id")):
-            return f"is {str(row)[:80]}; expected texts q, a and video_id"
+            return f"is {str(row)[:80]}, expected texts q, a and video_id"
         clip = row["video_id"]
     else:
         if problem := conversation_problem(row):
             return problem
         clip = row.get("video")
         if not isinstance(clip, str) or not clip:
-            return "names no video; expected id, video, conversations, or q, a, video_id"
+            return "names no video, expected id, video, conversations, or q, a, video_id"
     return f"names {clip}, which leaves the clips folder" if leaves_folder(clip) else None

@@ -1,9 +1,8 @@
 """Weight files: read lazily and strictly, under every naming in use; written whole or not at all.
 
-A checkpoint is a Hugging Face folder (`config.json` beside `model.safetensors` or `pytorch_model.bin`, or beside the shards
-of an index file), or a single file. `open_tensors` returns every tensor's name and shape, and reads contents on request;
-`sort_tensors` sorts the names into the parts of a LLaVA; `build` fills a module. Beside the module itself, only a piece of
-one tensor is in memory at a time (the whole tensor for Meta's queries and keys).
+A checkpoint is a Hugging Face folder (`config.json` beside `model.safetensors`, `pytorch_model.bin`, or an index and its
+shards), or a single file. `open_tensors` returns names and shapes, `sort_tensors` sorts them into the parts of a LLaVA, and
+`build` reads contents into a module: a piece of one tensor at a time (the whole tensor for Meta's queries and keys).
 """
 
 import math
@@ -24,6 +23,7 @@ from formats.files import read_json, require_file, sha256, some, write_json, wri
 
 PIECE_BYTES = 2**24  # read at once, in float32
 SHARD_BYTES = 5 * 10**9  # larger checkpoints are written in shards, as the hub's are
+REMAP_BYTES = 2**26  # read from a TorchFile until it is mapped again, so that pages read do not add up
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def find_weights(path):
             weight_map = read_json(require_file(index, "the list of shards")).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no weight_map; download it again")
-            expected = f"every shard that {index.name} lists"
-            return [require_file(path / shard, expected) for shard in sorted(set(weight_map.values()))], weight_map
+            shards = sorted(set(weight_map.values()))
+            return [require_file(path / shard, f"every shard that {index.name} lists") for shard in shards], weight_map
         if (path / name).is_file():
             return [path / name], {}
     shards = sorted(path.glob("*-of-*.safetensors")) + sorted(path.glob("*-of-*.bin"))
@@ -74,7 +74,7 @@ def find_weights(path):
 def weights_sha256(path):
     """Hash what identifies a model: {file name: sha256} of its config and weights. A path may be a single file."""
     expected = "a model: config.json beside its weights"
-    configs = [] if Path(path).is_file() else [Path(path) / "config.json"]
+    configs = [] if Path(path).is_file() else [require_file(Path(path) / "config.json", expected)]
     return {file.name: sha256(require_file(file, expected)) for file in configs + find_weights(path)[0]}
 
 
@@ -82,7 +82,8 @@ def open_file(path):
     """Open one weight file: {name: Stored}."""
     path = require_file(path, "a weight file")
     if path.suffix != ".safetensors":
-        return TorchFile(path).stored()
+        file = TorchFile(path)
+        return {name: Stored(tuple(tensor.shape), partial(file.read_rows, name), path) for name, tensor in file.tensors.items()}
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -98,8 +99,6 @@ def open_file(path):
 
 class TorchFile:
     """A file that torch.save wrote, mapped into memory and read without running any code in its pickle."""
-
-    REMAP = 2**26  # bytes read until the file is mapped again, so that pages read do not add up
 
     def __init__(self, path):
         self.path, self.bytes_read = path, 0
@@ -122,7 +121,7 @@ class TorchFile:
         return {name: value for name, value in content.items() if torch.is_tensor(value)}
 
     def read_rows(self, name, start, stop):
-        if self.bytes_read > self.REMAP:
+        if self.bytes_read > REMAP_BYTES:
             self.tensors, self.bytes_read = None, 0
             self.tensors = self.load()
         tensor = self.tensors[name]
@@ -130,12 +129,6 @@ class TorchFile:
         self.bytes_read += rows.nbytes
         return rows
 
-    def stored(self):
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        return {name: Stored(shape, partial(self.read_rows, name), self.path) for name, shape in shapes.items()}
-
-
-# ----- names
 
 # Full tensor names of a LLaVA, or of its CLIP or LLaMA alone, in every naming on disk: HF's CLIP and LLaMA, LLaVA's own
 # (model.mm_projector.0), llava-hf's (language_model.model.), transformers 4.52's (model.language_model.) and 5's (no
