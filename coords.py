@@ -60,7 +60,7 @@ def window(size, geometry, side):
 
 
 def fault(xy_px, size):
-    """Return what is wrong with a box or point in an image of `size` = (width, height), or None. Tolerance: 1e-6 of the image."""
+    """Return what is wrong with a box or point in an image of (width, height), or None. Tolerance: 1e-6 of the image."""
     width, height = size
     if not all(math.isfinite(v) for v in xy_px):
         return "not finite"
@@ -265,5 +265,5 @@ class CoordFormat:
         if problem := fault(xy_px, size):
             raise ValueError(f"{xy_px} is {problem}; expected a {what} in pixels of an image of size {size}")
         if max(xy_px) <= 1 < min(size) and any(v % 1 for v in xy_px):
-            raise ValueError(f"{xy_px} looks like fractions; multiply by width and height: a {what} is in pixels, here of {size}")
+            raise ValueError(f"{xy_px} looks like fractions; multiply by width and height: a {what} is in pixels of {size}")
         return self.unit_from_px(xy_px, size)

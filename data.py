@@ -266,7 +266,7 @@ def ask_loc(o, record, wording, rng):
 
 
 def located(item, wording):
-    """Return the first location in an answer, as a list of at most one box_px; a point becomes a box that reaches 2 px each way."""
+    """Return the first location in an answer, as a list of at most one box_px; a point becomes a box of 2 px each way."""
     if wording.location == "box":
         return wording.fmt.decode_boxes(item.answer, item.size)[:1]
     points_px = wording.fmt.decode_points(item.answer, item.size)[:1]
@@ -344,7 +344,7 @@ def targets_of(record, about, wording, rng):
 
 
 def draw_absent(record, wording, rng, descriptions, at_least=0):
-    """Yield absent objects to ask for, neg_ratio per unique object. Half of them borrow a description, unless words are names."""
+    """Yield absent objects to ask for, neg_ratio per unique object; half borrow a description, unless words are names."""
     wanted = wording.neg_ratio * max(1, len(targets_of(record, "object", wording, rng)))
     count = min(int(wanted) + (rng.random() < wanted % 1), len(record.absent))
     if wanted > 0:
@@ -436,7 +436,7 @@ def pack(prefix, segments, max_length):
         ids, labels = ids[:room], labels[:room]
         if all(label == IGNORE for label in labels):
             raise ValueError(
-                f"a question leaves no room for its answer: {max_length} tokens, {len(prefix)} of them before it; raise max_length"
+                f"a question leaves no room for its answer in {max_length} tokens ({len(prefix)} before it); raise max_length"
             )
         row["input_ids"] += ids
         row["labels"] += labels

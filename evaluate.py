@@ -12,7 +12,7 @@
     spatial   which side of ... is ... (COCO-Spatial, Tab. 4)   the answer has the right word; asked directly and in context
     hal       is there a ... (Hal-COCO, Tab. 8)                 yes and no, two objects present and two absent per image
 
-The first three are data.OBJECTIVES; an entry there becomes a task here. Public benchmarks are in tasks/: `python -m tasks NAME RUN`.
+The first three are data.OBJECTIVES; an entry there becomes a task here. Public benchmarks: `python -m tasks NAME RUN`.
 Results are written as formats/eval_folder.py says, and `python -m tools.report RUN` makes a page of them.
 """
 
@@ -528,8 +528,8 @@ def wording_of(args, config):
 
 def write_page(run):
     """Make the HTML page of a run's results: the same as `python -m tools.report RUN`."""
-    done = subprocess.run([sys.executable, "-m", "tools.report", Path(run).resolve()], cwd=Path(__file__).parent)
-    if done.returncode == 0:
+    command = [sys.executable, "-m", "tools.report", Path(run).resolve()]
+    if subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL).returncode == 0:
         print(f"written: {Path(run) / 'eval/report.html'}")
 
 

@@ -7,8 +7,8 @@
         --data instances_train2017.json,llava_instruct_80k.json --images train2017 --out runs/b2
     torchrun train.py --stages 4 --init-from runs/default --out runs/video    clips: the moving shapes
 
-A run is a folder: train.json (these options), log.jsonl (one object per step), state/ (checkpoints to --resume from, on any number
-of processes that divides the batch), and the model itself (`LocVLM.from_pretrained(run)`). What a step draws depends on the
+A run is a folder: train.json (these options), log.jsonl (one object per step), state/ (checkpoints to --resume from, on any
+number of processes that divides the batch), and the model itself (`LocVLM.from_pretrained(run)`). What a step draws depends on the
 seed and the step alone, so a resumed run equals an uninterrupted one, and N processes see the batches of one.
 
     B rows of a batch   T tokens of a row   A answer tokens of a batch
@@ -100,7 +100,7 @@ class TrainConfig:
     out: str = opt("runs/default", "folder of the run")
     stages: typing.Literal["1", "2", "1,2", "3", "4"] = opt(
         "1,2",
-        "1: adapter, on captions; 2: adapter and LLaMA, on questions; 3 and 4 continue a stage-2 model on clips. 3: adapter, on "
+        "1: adapter, on captions; 2: adapter and LLaMA, on questions; 3, 4: continue a stage-2 model on clips, 3: adapter, on "
         "conversations (Vid-B); 4: adapter and LLaMA, on the objectives too (Vid-B+)",
     )
     resume: bool = opt(False, "continue the run from its last checkpoint")
@@ -213,9 +213,8 @@ def lr_at(step, steps, lr, warmup_ratio):
 
 def trainable(model, stage):
     """Freeze and unfreeze: the adapter always learns, LLaMA in stages 2 and 4, the tower never. Return {name: parameter}."""
-    model.vision_tower.requires_grad_(False)
-    model.adapter.requires_grad_(True)
-    model.language_model.requires_grad_(stage in (2, 4))
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("adapter.") or (name.startswith("language_model.") and stage in (2, 4)))
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -285,8 +284,8 @@ def stop_run(row, micro_batches, run, processes):
     ids = [i for _, ids in micro_batches for i in ids]
     raise FloatingPointError(
         f"loss {row['loss']}, gradient norm {row['grad_norm']} at stage {row['stage']}, step {row['step']}, lr {row['lr']:.3g}, "
-        f"process {processes.rank}, images {ids}; the last checkpoint in {run.folder} is good; lower --lr, or look at these images with "
-        "python -m tools.show"
+        f"process {processes.rank}, images {ids}; the last checkpoint in {run.folder} is good; lower --lr, or look at these "
+        "images with python -m tools.show"
     )
 
 
@@ -307,7 +306,7 @@ def build_records(config, processes):
     if (bad or wrong) and not config.skip_bad:
         examples = [*bad.values()][:3] + [f"{count} {reason}" for reason, count in wrong.items()]
         raise ValueError(
-            f"{len(bad)} images and {sum(wrong.values())} annotations cannot be used: {'; '.join(examples)}; see all of them with "
+            f"{len(bad)} images and {sum(wrong.values())} annotations cannot be used: {'; '.join(examples)}; list all with "
             "`python -m tools.check`, or skip them with --skip-bad"
         )
     skipped["images that cannot be read"] = len(bad)
@@ -334,15 +333,16 @@ def world_sources(config, processes):
 
 
 def build_model(config, device="cpu"):
-    """Load the model that a run starts from; on the meta device, its shapes alone."""
+    """Load the model that a run starts from; on the meta device, its shapes alone. Layers of your own are put in here."""
     torch.manual_seed(config.seed)
     if config.init_from:
         model = LocVLM.from_pretrained(config.init_from, config.vision or None, device=device)
         model.config = dataclasses.replace(model.config, **config.settings())
-        return model
-    tiny = Path(__file__).parent / "tiny"
-    parts = config.vision or tiny / "clip", config.llm or tiny / "llama"
-    return LocVLM.from_parts(*parts, config.adapter, device=device, **config.settings())
+    else:
+        tiny = Path(__file__).parent / "tiny"
+        parts = config.vision or tiny / "clip", config.llm or tiny / "llama"
+        model = LocVLM.from_parts(*parts, config.adapter, device=device, **config.settings())
+    return model
 
 
 def build_examples(config, stage, records, model, features=None):
@@ -439,7 +439,7 @@ def main(config):
             train_stage(config, stage, model, examples[stage], run, processes)
         finally:
             run.finish()
-        weights = whole_state_dict(model) if processes.is_fsdp else None
+        weights = whole_state_dict(model) if processes.is_fsdp else model.state_dict()
         if processes.rank == 0:
             model.save_pretrained(run.folder, weights, stage=stage, trained_with=dataclasses.asdict(config))
 

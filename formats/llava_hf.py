@@ -187,7 +187,9 @@ def llava_config(config, tokenizer, image_id, vocab_size):
 
 
 def tokenizer_files(config, tokenizer, image_id):
-    """Return the JSON files of the tokenizer: {file name: content}."""
+    """Return the JSON files of a sentencepiece tokenizer: {file name: content}. Another one's file is saved as it is."""
+    if not hasattr(tokenizer, "piece"):
+        return {}
     ids = {"unk": tokenizer.unk_token_id, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     unk, bos, eos = (tokenizer.piece(i) for i in ids.values())
     how = {"lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -1,4 +1,4 @@
-"""Training in one or several processes: DDP (a whole model in each) or FSDP2 (weights and optimizer sharded); precision; prefetching.
+"""Training in one or several processes: DDP (a whole model in each) or FSDP2 (sharded); precision; prefetching.
 
 With one process and fp32, every method of `Processes` does nothing. Read train.train_stage first.
 """

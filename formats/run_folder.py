@@ -30,7 +30,9 @@ class RunFolder:
         if rank == 0:
             path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
             if config.resume:
-                require_same_options(read_json(require_file(path, "the options of a run to resume")), options, self.folder)
+                before = read_json(require_file(path, "the options of a run to resume"))
+                defaults = {f.name: f.default for f in dataclasses.fields(config)}  # the run may predate an option
+                require_same_options(defaults | before, options, self.folder)
             elif path.exists():
                 raise ValueError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
             else:
