@@ -4,6 +4,7 @@ A checkpoint holds the weights that learn and the optimizer. Each process writes
 folder is renamed when complete: a kill or a full disk leaves the one before. Any number of processes can read it, ddp or fsdp.
 """
 
+import dataclasses
 import json
 import shutil
 from dataclasses import asdict
