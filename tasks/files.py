@@ -1,22 +1,31 @@
-"""Read the files of benchmarks: rows of JSON or JSON lines, joined by id, and images under the names that they go by.
-
-In all functions, `expected` describes the right file, for error messages.
-"""
+"""Read the files of benchmarks: rows of JSON or JSON lines, joined by id, and images under the names that they go by."""
 
 import json
 import re
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
+from evaluate import paper_rows
 from formats.files import require_file, some
 from formats.images import has_image
 from formats.schema import leaves_folder
 
+FOLDER = Path(__file__).parent  # also holds texts and the paper's figures
+
+
+def paper(task):
+    """Return the paper's figures for a benchmark, from paper.json: ((model, {metric: percent}), ...)."""
+    return paper_rows(*json.loads((FOLDER / "paper.json").read_text("utf-8"))[task])
+
 
 def read_rows(path, expected):
-    """Read JSON or JSON lines, whatever the file's name ends in. A file of one row is a list of one."""
-    path = require_file(path, expected)
+    """Read JSON or JSON lines, whatever the file's name ends in. A file of one row is a list of one.
+
+    expected  describes the right file, for error messages
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = require_file(path, expected).read_text("utf-8")
         content = json.loads(text)
         is_row = isinstance(content, dict) and not {"question_id", "expression"}.isdisjoint(content)
         return [content] if is_row else content
@@ -28,10 +37,8 @@ def read_rows(path, expected):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} is neither JSON nor JSON lines (line {number}: {error}); was its download cut short? It should be "
-                f"{expected}"
-            ) from None
+            problem = f"neither JSON nor JSON lines (line {number}: {error}); was its download cut short?"
+            raise ValueError(f"{path} is {problem} It should be {expected}") from None
     return rows
 
 
@@ -39,52 +46,55 @@ def read_lines(path, keys):
     """Read JSON lines whose values under `keys` are strings."""
     rows = []
     for number, line in enumerate(require_file(path, "JSON lines").read_text("utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
         try:
-            rows.append(json.loads(line))
-            is_valid = all(isinstance(rows[-1][key], str) for key in keys)
-        except (json.JSONDecodeError, TypeError, KeyError, IndexError):
+            rows += [json.loads(line)] if line.strip() else []
+            is_valid = not line.strip() or all(isinstance(rows[-1][key], str) for key in keys)
+        except (json.JSONDecodeError, TypeError, KeyError):
             is_valid = False
         if not is_valid:
             raise ValueError(f"{path}: line {number} is {line[:80]}, not JSON with strings under {', '.join(keys)}")
     return rows
 
 
-def rows_by_id(rows, path, key, needs, expected):
-    """Return {id as text: row}. Raise ValueError for rows of another schema or a repeated id. needs: {key: its type}"""
-    if not isinstance(rows, list) or not rows:
-        content = f"a JSON {type(rows).__name__}" if rows else "nothing"
-        raise ValueError(f"{path} holds {content}; it should be {expected}")
-    found = {}
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in needs.items()):
-            raise ValueError(
-                f"{path}: row {index} is {str(row)[:120]}; is this another file? It should be {expected}: "
-                f"rows with {', '.join(needs)}"
-            )
-        if str(row[key]) in found:
-            raise ValueError(f"{path} has {key} {row[key]} twice; are two files in one?")
-        found[str(row[key])] = row
-    return found
+@dataclass(frozen=True)
+class Rows:
+    """A kind of file with rows, and what is required of them."""
+
+    file: str  # its description, for error messages
+    key: str | None  # under which a row has its id; None for a dictionary {id: row}
+    needs: dict  # {key of a row: type of its value}
+    under: str | None = None  # key of the rows, if they are a part of the file
+
+    def read(self, path):
+        return self.by_id(read_rows(path, self.file), path)
+
+    def by_id(self, rows, path):
+        """Return {id as text: row} of a file's content. Raise ValueError for rows of another schema or a repeated id."""
+        kind, name = (list, "list") if self.key else (dict, "dictionary")
+        if self.under:
+            rows = rows.get(self.under) if isinstance(rows, dict) else None
+            if not isinstance(rows, kind):
+                raise ValueError(f"{path} has no {name} {self.under!r}; is this another file? It should be {self.file}")
+        if not isinstance(rows, kind) or not rows:
+            content = f"a JSON {type(rows).__name__}" if rows else "nothing"
+            raise ValueError(f"{path} holds {content}; it should be {self.file}")
+        found, wanted = {}, f"{self.file}: rows with {', '.join(self.needs)}"
+        for place, row in enumerate(rows) if self.key else rows.items():
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in self.needs.items()):
+                raise ValueError(f"{path}: row {place} is {str(row)[:120]}; is this another file? It should be {wanted}")
+            name = str(row[self.key] if self.key else place)
+            if name in found:
+                raise ValueError(f"{path} has {self.key} {name} twice; are two files in one?")
+            found[name] = row
+        return found
 
 
-def list_under(content, key, path, expected):
-    """Return the list under a key of a file's content."""
-    if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise ValueError(f"{path} has no list {key!r}; is this another file? It should be {expected}")
-    return content[key]
-
-
-def match_answers(questions, answers, path, answers_path):
-    """Return {id: answer} of all questions, and how many answers have no question. Raise ValueError if an answer is missing."""
-    missing = [name for name in questions if name not in answers]
-    if missing:
-        raise ValueError(
-            f"{answers_path} has no answer to {len(missing)} of the {len(questions)} questions of {path} ({some(missing)}); "
-            "do the two files belong together?"
-        )
-    return {name: answers[name] for name in questions}, len(answers) - len(questions)
+def match_answers(questions, answers, args, left_over="answers to questions that are not asked"):
+    """Return {id: answer} of all questions, which must each have one, and a Counter {left_over: answers without a question}."""
+    if missing := [name for name in questions if name not in answers]:
+        problem = f"no answer to {len(missing)} of the {len(questions)} questions of {args.questions} ({some(missing)})"
+        raise ValueError(f"{args.answers} has {problem}; do the two files belong together?")
+    return {name: answers[name] for name in questions}, +Counter({left_over: len(answers) - len(questions)})  # + drops a 0
 
 
 def find_image(images, *names):
@@ -96,10 +106,6 @@ def find_image(images, *names):
 
 
 def coco_names(file_name, folder):
-    """Return a COCO image's possible names: its own, inside its year's folder, and its number alone (as in 2017).
-
-    >>> coco_names("COCO_val2014_000000000042.jpg", "val2014")[1:]
-    ('val2014/COCO_val2014_000000000042.jpg', '000000000042.jpg')
-    """
+    """Return a COCO image's possible names: its own, inside its year's folder, and its number alone (as in 2017)."""
     number = re.search(r"\d{12}\.jpg$", file_name)
     return file_name, f"{folder}/{file_name}", number[0] if number else file_name

@@ -8,7 +8,6 @@ Score      the official one: mean over the annotators of min(1, matches among th
 
     python -m tasks vqa runs/b2 --questions v2_OpenEnded_mscoco_val2014_questions.json \\
         --answers v2_mscoco_val2014_annotations.json --images val2014
-
     >>> item = Item("0", None, None, "What animal is it?", {"answers": ["cat"] * 2 + ["dog"] * 8}, "A cat.")
     >>> judge_vqa(item, None); round(item.correct, 2)
     0.6
@@ -16,26 +15,23 @@ Score      the official one: mean over the annotators of min(1, matches among th
 
 from collections import Counter
 
-from evaluate import Item, Task, mean, paper_rows
-from tasks.files import coco_names, find_image, list_under, match_answers, read_rows, rows_by_id
+from evaluate import Item, Task, mean
+from tasks.files import Rows, coco_names, find_image, match_answers, paper, read_rows
 from tasks.words import add_short, vqa_normal, vqa_scores
 
-QUESTIONS = "VQAv2's v2_OpenEnded_mscoco_*_questions.json"
-ANSWERS = "VQAv2's v2_mscoco_*_annotations.json"
+NEEDS = {"question_id": int, "image_id": int, "question": str}
+QUESTIONS = Rows("VQAv2's v2_OpenEnded_mscoco_*_questions.json", "question_id", NEEDS, "questions")
+NEEDS = {"question_id": int, "answers": list, "answer_type": str, "question_type": str}
+ANNOTATIONS = Rows("VQAv2's v2_mscoco_*_annotations.json", "question_id", NEEDS, "annotations")
 
 
 def read_vqa(args, wording):
-    content, skipped, items, truth = read_rows(args.questions, QUESTIONS), Counter(), [], {}
-    needs = {"question_id": int, "image_id": int, "question": str}
-    rows = list_under(content, "questions", args.questions, QUESTIONS)
-    rows = rows_by_id(rows, args.questions, "question_id", needs, QUESTIONS)
+    content, items, truth, skipped = read_rows(args.questions, QUESTIONS.file), [], {}, Counter()
+    rows = QUESTIONS.by_id(content, args.questions)
     split = str(content.get("data_subtype", "val2014")).replace("-dev", "")  # test-dev2015 asks about test2015's images
     if args.answers:
-        needs = {"question_id": int, "answers": list, "answer_type": str, "question_type": str}
-        annotations = list_under(read_rows(args.answers, ANSWERS), "annotations", args.answers, ANSWERS)
-        annotations = rows_by_id(annotations, args.answers, "question_id", needs, ANSWERS)
-        truth, left_over = match_answers(rows, annotations, args.questions, args.answers)
-        skipped.update({"annotations of questions that are not asked": left_over} if left_over else {})
+        left_over = "annotations of questions that are not asked"
+        truth, skipped = match_answers(rows, ANNOTATIONS.read(args.answers), args, left_over)
     for name, row in rows.items():
         facts = {"question_id": row["question_id"]}
         if truth:
@@ -59,11 +55,9 @@ def vqa_metrics(items):
     scored = [item for item in items if item.correct is not None]
     if not scored:
         return {"questions without annotations": len(items)}
-    metrics = {
-        "accuracy": mean(item.correct for item in scored),
-        "accuracy, normalised first": mean(item.truth["normalised"] for item in scored),
-        "contains": mean(item.truth["contains"] for item in scored),
-    }
+    metrics = {"accuracy": mean(item.correct for item in scored)}
+    metrics["accuracy, normalised first"] = mean(item.truth["normalised"] for item in scored)
+    metrics["contains"] = mean(item.truth["contains"] for item in scored)
     for key in ("answer_type", "question_type"):
         for kind in sorted({item.truth[key] for item in scored}):
             metrics[f"{key.replace('_', ' ')} {kind}"] = mean(i.correct for i in scored if i.truth[key] == kind)
@@ -75,19 +69,7 @@ def submission(items):
     return [{"question_id": i.truth["question_id"], "answer": vqa_normal(i.answer)} for i in items]
 
 
+FILES = "questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json, none for test"
 TASKS = {
-    "vqa": Task(
-        read_vqa, judge_vqa, vqa_metrics, ("{question}",),
-        "questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json, none for test",
-        options=("short",), submission=submission,
-        paper=paper_rows(  # * tuned on VQA data
-            ("accuracy", "accuracy on test"),
-            ("LLaVA-v1", 49.8, 49.3),
-            ("LocVLM-B", 50.3, 50.8),
-            ("LLaVA-v1.5", 55.7, 55.3),
-            ("LocVLM-L", 55.9, 56.2),
-            ("LLaVA-v1.5 *", 78.1, 78.4),
-            ("LocVLM-L *", 78.2, 78.6),
-        ),
-    )
-}  # fmt: skip
+    "vqa": Task(read_vqa, judge_vqa, vqa_metrics, ("{question}",), FILES, ("short",), paper("vqa"), submission=submission)
+}
