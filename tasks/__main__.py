@@ -5,8 +5,7 @@
     python -m tasks gqa runs/l2 --questions testdev_balanced_questions.json --images gqa/images --score answers.jsonl
     python -m tasks spatial runs/b2 --coco instances_val2017.json --images val2017 --score answers.jsonl
 
-Each benchmark is explained in its file in tasks/; NAME may also be one of evaluate.py's own tasks. Results are written as
-formats/eval_folder.py says, and `python -m tools.report RUN` makes a page of them.
+NAME is a benchmark, explained in its file in tasks/, or a task of evaluate.py. formats/eval_folder.py lists the results.
 """
 
 import argparse
@@ -17,7 +16,6 @@ import torch.distributed as dist
 
 import evaluate
 from formats import eval_folder
-from formats.eval_folder import answers_sha256, questions_sha256
 from formats.files import read_json, require_file, run_command, sha256
 from formats.journal import start_processes
 from model import LocVLMConfig
@@ -73,8 +71,8 @@ def score(args, job, wording, about):
     own = [f for f in folders.values() if (f / f"{job.name}.jsonl").resolve() == path.resolve()]
     if own and path.with_suffix(".json").is_file():
         before = read_json(path.with_suffix(".json"))
-        hashes = {"questions_sha256": questions_sha256(job.items), "answers_sha256": answers_sha256(job.items)}
-        if before.items() >= hashes.items():
+        questions, answers = eval_folder.questions_sha256(job.items), eval_folder.answers_sha256(job.items)
+        if (before.get("questions_sha256"), before.get("answers_sha256")) == (questions, answers):
             folder, about = own[0], before | {key: about[key] for key in ("git_commit", "torch")}
     if not args.fresh:
         eval_folder.require_own(job, folder, about["data_sha256"])

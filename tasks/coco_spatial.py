@@ -4,8 +4,7 @@ Files      coco_spatial.json, from github.com/kahnchana/locvlm; COCO's val2014
 Questions  "Which side of the dog is the cat?" for each of the file's pairs (left object, right object) that do not overlap and
            whose categories the image has once. The answer is always right, so each is also asked of the mirror image
 Score      the right word is in the answer; strict: and its opposite is not
-
-    python -m tasks coco-spatial runs/b2 --questions coco_spatial.json --images val2014
+Run        python -m tasks coco-spatial runs/b2 --questions coco_spatial.json --images val2014
     >>> item = Item("9:0-1", None, None, "Which side of the dog is the cat?", {"word": "right"}, "To the left or right.")
     >>> judge_spatial(item, None); item.correct, item.truth["strict"]
     (True, False)
@@ -15,25 +14,12 @@ from collections import Counter
 
 from evaluate import Item, Task, flip_consistency, judge_spatial, mean, mirror
 from formats.schema import box_from_xywh, box_problem
-from tasks.files import Rows, coco_names, find_image, read_rows
+from tasks.files import Rows, find_image, read_rows
 
 PROMPT = "Which side of the {obj_1} is the {obj_2}?"  # of the released code; App. E words it otherwise
 FILE = "the authors' coco_spatial.json"
-CATEGORIES = Rows(FILE, "id", {"id": int, "name": str}, under="categories")
-IMAGES = Rows(FILE, None, {"file_name": str}, under="data")
-
-
-def read_entry(image_id, entry, names, path):
-    """Read what the file says about one image: (file name, size, objects [(name, bbox)], pairs of their places in the list)."""
-    try:
-        annotations, size = entry["annotations"], (int(entry["width"]), int(entry["height"]))
-        objects = [(names[annotation["category_id"]], annotation.get("bbox")) for annotation in annotations]
-        pairs = [(left, right) for left, right in entry.get("good_pairs") or ()]
-        [objects[place] for pair in pairs for place in pair]  # raises IndexError
-        return str(entry["file_name"]), size, objects, pairs
-    except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
-        needs = "file_name, width, height, annotations and good_pairs that point into them"
-        raise ValueError(f"{path}: image {image_id} is invalid ({error!r}); it needs {needs}") from None
+CATEGORIES = Rows(FILE, {"id": int, "name": str}, "categories")
+IMAGES = Rows(FILE, {"file_name": str}, "data", "dictionary")
 
 
 def read_coco_spatial(args, wording):
@@ -41,13 +27,18 @@ def read_coco_spatial(args, wording):
     entries, categories = IMAGES.by_id(content, args.questions), CATEGORIES.by_id(content, args.questions)
     names = {row["id"]: row["name"] for row in categories.values()}
     for image_id, entry in entries.items():
-        file_name, size, objects, pairs = read_entry(image_id, entry, names, args.questions)
+        try:
+            annotations, size = entry["annotations"], (int(entry["width"]), int(entry["height"]))
+            objects = [(names[annotation["category_id"]], annotation.get("bbox")) for annotation in annotations]
+            pairs = [(left, right, objects[left], objects[right]) for left, right in entry.get("good_pairs") or ()]
+        except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
+            needs = "width, height, annotations and good_pairs that point into them"
+            raise ValueError(f"{args.questions}: image {image_id} is invalid ({error!r}); it needs {needs}") from None
         if not pairs:
             skipped["images without pairs"] += 1
             continue
-        path, count = find_image(args.images, *coco_names(file_name, "val2014")), Counter(name for name, _ in objects)
-        for left, right in pairs:
-            (name_1, bbox_1), (name_2, bbox_2) = objects[left], objects[right]
+        path, count = find_image(args.images, entry["file_name"], "val2014"), Counter(name for name, _ in objects)
+        for left, right, (name_1, bbox_1), (name_2, bbox_2) in pairs:
             if problem := box_problem(bbox_1, size) or box_problem(bbox_2, size):
                 skipped[f"pairs where a box {problem.split(' of size')[0]}"] += 1
             elif count[name_1] > 1 or count[name_2] > 1:

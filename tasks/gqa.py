@@ -2,10 +2,9 @@
 
 Files      testdev_balanced_questions.json and images.zip, from cs.stanford.edu/people/dorarad/gqa; or LLaVA's JSON lines of the
            same questions, with the official file as --answers
-Questions  the file's own text, {"201307251": {"question": "Is it overcast?", "answer": "yes", "imageId": "n161313", ...}}
+Questions  {"201307251": {"question": "Is it overcast?", "answer": "yes", "imageId": "n161313", ...}}
 Score      exact match in LLaVA's way: lower case, without the last full stop. `contains` also counts answers in sentences
-
-    python -m tasks gqa runs/l2 --questions testdev_balanced_questions.json --images gqa/images --short
+Run        python -m tasks gqa runs/l2 --questions testdev_balanced_questions.json --images gqa/images --short
     >>> item = Item("201307251", None, None, "Is it overcast?", {"answer": "yes"}, "Yes, it is.")
     >>> judge_gqa(item, None); item.correct, item.truth["contains"]
     (False, True)
@@ -16,10 +15,11 @@ from pathlib import Path
 
 from evaluate import Item, Task
 from tasks.files import Rows, find_image, match_answers, paper, read_rows
-from tasks.words import add_short, contains, exact_metrics
+from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
 
-OFFICIAL = Rows("GQA's {testdev,val,...}_balanced_questions.json", None, {"question": str, "answer": str, "imageId": str})
-LLAVA = Rows("LLaVA's llava_gqa_testdev_balanced.jsonl", "question_id", {"question_id": str | int, "image": str, "text": str})
+NEEDS = {"question": str, "answer": str, "imageId": str}
+OFFICIAL = Rows("GQA's {testdev,val,...}_balanced_questions.json", NEEDS, kind="dictionary")
+LLAVA = Rows("LLaVA's llava_gqa_testdev_balanced.jsonl", {"question_id": str | int, "image": str, "text": str})
 
 
 def read_gqa(args, wording):
@@ -35,7 +35,7 @@ def read_gqa(args, wording):
             skipped["questions that are not balanced"] += 1
             continue
         text, image = (row["question"], f"{row['imageId']}.jpg") if is_official else (row["text"], row["image"])
-        path = find_image(args.images, image, f"images/{image}", f"{Path(image).stem}.png")  # .png: the shapes world's
+        path = find_image(args.images, image, "images", f"{Path(image).stem}.png")  # .png: the shapes world's
         items.append(Item(name, path, None, add_short(text, args.short), {"answer": truth[name]["answer"]}))
     return items, skipped + left_over
 
@@ -45,8 +45,7 @@ def normal(answer):
 
 
 def judge_gqa(item, wording):
-    item.correct = normal(item.answer) == item.truth["answer"]
-    item.truth["contains"] = item.correct or contains(item.answer, item.truth["answer"])
+    judge_exact(item, wording, lambda answer, truth: normal(answer) == truth)
 
 
 def submission(items):
@@ -54,6 +53,4 @@ def submission(items):
 
 
 FILES = "questions: testdev_balanced_questions.json; or LLaVA's .jsonl, and answers: testdev_balanced_questions.json"
-TASKS = {
-    "gqa": Task(read_gqa, judge_gqa, exact_metrics, ("{question}",), FILES, ("short",), paper("gqa"), submission=submission)
-}
+TASKS = {"gqa": Task(read_gqa, judge_gqa, exact_metrics, PROMPTS, FILES, ("short",), paper("gqa"), submission=submission)}

@@ -1,4 +1,4 @@
-"""Let a language model judge answers about clips, by Video-ChatGPT's protocol (Tab. 6, 7), with its prompts: judge_*.txt.
+"""Let a language model judge answers about clips, by Video-ChatGPT's protocol (Tab. 6, 7), with its prompts, judge_*.txt.
 
 Every run writes NAME.requests.jsonl, rows of OpenAI's batch format. --judgements reads the replies from a file; --judge-url
 asks an OpenAI-compatible endpoint, and NAME.judgements.jsonl keeps each reply, so that no answer is judged twice.
@@ -7,11 +7,11 @@ asks an OpenAI-compatible endpoint, and NAME.judgements.jsonl keeps each reply, 
 import ast
 import hashlib
 import json
-import math
 import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from http.client import HTTPException
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -24,7 +24,7 @@ from formats.journal import open_journal, read_journal, write_line
 from tasks.files import FOLDER, read_lines
 from tasks.words import SHORT
 
-JUDGE_SYSTEM, JUDGE_USER = ((FOLDER / f"judge_{role}.txt").read_text("utf-8").strip() for role in ("system", "user"))
+PROMPTS = {role: (FOLDER / f"judge_{role}.txt").read_text("utf-8").strip() for role in ("system", "user")}
 LONGEST_REPLY = 10_000  # characters; a longer reply is no dictionary
 
 
@@ -51,11 +51,9 @@ def judge_requests(items, model="gpt-3.5-turbo"):
     """Make a request per answered item: rows of OpenAI's batch format."""
     rows = []
     for item in items:
-        question = item.question.removesuffix(SHORT)
-        prompt = JUDGE_USER.format(question=question, truth=item.truth["answer"], answer=item.answer)
-        messages = [{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": prompt}]
-        row = {"custom_id": item.id, "method": "POST", "url": "/v1/chat/completions"}
-        rows.append(row | {"body": {"model": model, "messages": messages}})
+        facts = {"question": item.question.removesuffix(SHORT), "truth": item.truth["answer"], "answer": item.answer}
+        body = {"model": model, "messages": [{"role": role, "content": PROMPTS[role].format(**facts)} for role in PROMPTS]}
+        rows.append({"custom_id": item.id, "method": "POST", "url": "/v1/chat/completions", "body": body})
     return rows
 
 
@@ -74,11 +72,10 @@ def parse_judgement(reply):
     >>> [parse_judgement(reply) for reply in ("{'pred': 'yes', 'score': 4.8}", "Yes, 5", "{'pred': 'no', 'score': 9}")]
     [(True, 4), None, None]
     """
-    start, end = reply.find("{"), reply.rfind("}")
-    if start < 0 or len(reply) > LONGEST_REPLY:
+    if len(reply) > LONGEST_REPLY:
         return None
     try:
-        judgement = ast.literal_eval(reply[start : end + 1])
+        judgement = ast.literal_eval(reply[reply.find("{") : reply.rfind("}") + 1])
         pred, score = judgement["pred"].lower(), int(judgement["score"])
     except (ValueError, SyntaxError, TypeError, KeyError, AttributeError, OverflowError, MemoryError, RecursionError):
         return None
@@ -106,7 +103,7 @@ def read_judgements(rows, items):
     count, points = len(valid), sum(score for _, score in valid.values())
     return {
         "judge accuracy": mean(is_right for is_right, _ in valid.values()),
-        "judge score, as a share of 5": points / 5 / count if count else math.nan,
+        "judge score, as a share of 5": points / 5 / count if count else float("nan"),
         "judged": count, "judge unparsable": len(replies) - count, "judge missing": len(items) - len(replies),
     }  # fmt: skip
 
@@ -117,13 +114,8 @@ class NoRedirect(HTTPRedirectHandler):
 
 
 def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, timeout=60):
-    """Ask an OpenAI-compatible endpoint to judge answered items. Yield rows for `read_judgements` as they arrive.
-
-    url   without /chat/completions: https://api.openai.com/v1
-    key   sent as a bearer token; None for a server that needs none
-    done  rows of earlier replies: those answers are not judged again
-    After a ValueError of `send_request`, no further answer is judged.
-    """
+    """Ask an endpoint (https://host/v1) to judge answered items, except those that rows of `done` reply to. Yield rows as they
+    arrive. key: a bearer token, or None for a server that needs none"""
     if key and not re.fullmatch(r"[!-~]+", key):
         raise ValueError("OPENAI_API_KEY holds blanks, line ends or other characters outside ASCII; set it to the key alone")
     if not re.match(r"https?://", url):
@@ -131,17 +123,10 @@ def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, t
     url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     answered, failures, pool = {row["custom_id"] for row in done if reply_of(row) is not None}, [], ThreadPoolExecutor(workers)
-
-    def attempt(row):
-        try:
-            request = Request(url, json.dumps(row["body"]).encode(), headers)
-            return None if failures else send_request(request, row["custom_id"], retries, wait, timeout)
-        except ValueError as error:
-            failures.append(error)
-
+    pending = [row for row in judge_requests(items, model) if row["custom_id"] not in answered]
+    send = partial(send_request, url=url, headers=headers, failures=failures, retries=retries, wait=wait, timeout=timeout)
     try:
-        pending = [row for row in judge_requests(items, model) if row["custom_id"] not in answered]
-        for future in as_completed([pool.submit(attempt, row) for row in pending]):
+        for future in as_completed([pool.submit(send, row) for row in pending]):
             if reply := future.result():  # also those that were under way when another failed
                 yield reply
     finally:
@@ -150,24 +135,27 @@ def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, t
         raise failures[0]
 
 
-def send_request(request, name, retries, wait, timeout):
-    """Send a request until it is answered: a row of OpenAI's batch output. Wait longer after each try, up to a minute.
+def send_request(row, url, headers, failures, retries, wait, timeout):
+    """Return a row of OpenAI's batch output once the request is answered. Wait longer after each try, up to a minute.
 
-    Raise ValueError after `retries` tries, or at once for an error that no repetition cures: a wrong key, an unknown model.
+    After the last try, or an error that no repetition improves (a wrong key), add an error to `failures`: nothing is sent then.
     """
+    if failures:
+        return None
+    request = Request(url, json.dumps(row["body"]).encode(), headers)
     for attempt in range(retries):
         time.sleep(min(60, wait * 2 ** (attempt - 1)) if attempt else 0)
         try:
             with build_opener(NoRedirect).open(request, timeout=timeout) as response:
-                reply = {"custom_id": name, "response": {"status_code": 200, "body": json.load(response)}}
+                reply = {"custom_id": row["custom_id"], "response": {"status_code": 200, "body": json.load(response)}}
             if reply_of(reply) is not None:
                 return reply
             problem = f"a reply without choices: {str(reply['response']['body'])[:200]}"
         except HTTPError as error:
             problem = f"{error.code} {error.reason}: {error.read(200).decode(errors='replace')}"
             if error.code not in (408, 409, 429) and error.code < 500:
-                raise ValueError(f"{request.full_url} answers {problem}; check address, key and model") from None
+                break
         except (OSError, ValueError, HTTPException) as error:  # no connection, timeout, half a reply, no JSON
             problem = repr(error)
-    problem = f"no judgement of {name} in {retries} tries ({problem})"
-    raise ValueError(f"{request.full_url}: {problem}; run the same command later: it resumes")
+    problem = f"no judgement of {row['custom_id']} in {attempt + 1} tries ({problem})"
+    failures.append(ValueError(f"{url}: {problem}; check address, key and model, or repeat the command later: it resumes"))

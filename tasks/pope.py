@@ -4,21 +4,18 @@ Files      coco_pope_{random,popular,adversarial}.json (JSON lines or an array),
 Questions  {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in ...?", "label": "yes"}
 Score      accuracy, precision, recall, F1 and share of yes. An answer is no if its first sentence holds No, no or not, else
            yes. As in LLaVA, the mean F1 is printed once several files have results beside each other
-
-    python -m tasks pope runs/b2 --questions coco_pope_adversarial.json --images val2014 --with-blind
+Run        python -m tasks pope runs/b2 --questions coco_pope_adversarial.json --images val2014 --with-blind
     >>> item = Item("1", None, None, "Is there a snowboard in the image?", {"label": "yes"}, "There is not.")
     >>> judge_hal(item, None); item.correct
     False
 """
 
-from collections import Counter
-
 from evaluate import HAL_PROMPT, Item, Task, hal_metrics, judge_hal, mean
 from formats.eval_folder import shown
-from tasks.files import Rows, coco_names, find_image, paper
+from tasks.files import Rows, find_image, paper
 from tasks.words import spaced
 
-ROWS = Rows("a file of POPE", "question_id", {"question_id": int | str, "image": str, "text": str, "label": str})
+ROWS = Rows("a file of POPE", {"question_id": int | str, "image": str, "text": str, "label": str})
 VERSIONS = {3000: "the present files", 2910: "the old random file, LLaVA's"}
 
 
@@ -27,9 +24,9 @@ def read_pope(args, wording):
     for name, row in ROWS.read(args.questions).items():
         if row["label"] not in ("yes", "no"):
             raise ValueError(f"{args.questions}: question {name} has label {row['label']!r}, neither yes nor no")
-        path = find_image(args.images, *coco_names(row["image"], "val2014"))
+        path = find_image(args.images, row["image"], "val2014")
         items.append(Item(name, path, None, row["text"], {"label": row["label"]}))
-    return items, Counter()
+    return items, {}
 
 
 def pope_metrics(items):

@@ -1,13 +1,12 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: describe a box (refcoco, Tab. 10), and find what is described (rec).
 
-Files      refs(unc).p or refs(umd).p beside its instances.json, from github.com/lichengunc/refer, or one of the other forms in
+Files      refs(unc).p or refs(umd).p beside its instances.json, from github.com/lichengunc/refer, or another of the forms in
            refs.py; COCO's train2014. --split: the paper takes testB, and val and test of RefCOCOg
-Questions  refcoco: RevLoc's, "What is at location (4, 52, 13, 63) in image?"; rec: LocPred's, with each sentence of each ref.
-           Which of the prompts is used depends on the seed and the ref alone
+Questions  refcoco: "What is at location (4, 52, 13, 63) in image?"; rec: "Where is ...?" with each sentence of each ref. The
+           prompt, RevLoc's or LocPred's, depends on the seed and the ref alone
 Score      refcoco: METEOR 1.5 of all answers together, against each ref's sentences (pip install pycocoevalcap, and Java);
            rec: IoU >= 0.5 with the true box, in original pixels
-
-    python -m tasks refcoco runs/b2 --questions "refs(unc).p" --images train2014 --split testB
+Run        python -m tasks refcoco runs/b2 --questions "refs(unc).p" --images train2014 --split testB
     >>> from coords import CoordFormat; from data import Wording
     >>> item = Item("10", None, (448, 224), "Where is left zebra?", {"box_px": (0, 0, 224, 112)}, "(0, 0, 112, 56)")
     >>> judge_loc(item, Wording(CoordFormat("ivb", 224))); item.boxes_px, item.correct
@@ -23,7 +22,7 @@ from evaluate import Item, Task, locpred_metrics
 from formats.eval_folder import require_images
 from formats.images import image_size
 from formats.schema import box_from_xywh, box_problem
-from tasks.files import coco_names, find_image, paper
+from tasks.files import find_image, paper
 from tasks.refs import FILE, read_refs
 from tasks.words import meteor, require_meteor
 
@@ -36,7 +35,7 @@ def read_split(args):
         names = ", ".join(f"{name} ({count})" for name, count in splits.items())
         raise ValueError(f"split {args.split} of {args.questions}, which has {names}; choose one of them with --split")
     refs = [ref for ref in refs if args.split in (None, ref["split"])]
-    paths = [find_image(args.images, *coco_names(ref["file_name"], "train2014")) for ref in refs]
+    paths = [find_image(args.images, ref["file_name"], "train2014") for ref in refs]
     require_images(paths, args.questions, args.images)  # some sizes are read from them
     for ref, path in zip(refs, paths, strict=True):
         size = tuple(ref["size"] or image_size(path))
@@ -74,10 +73,6 @@ def read_refcoco(args, wording):
     return items, skipped
 
 
-def judge_refcoco(item, wording):
-    """Judge nothing: only all answers together have a score."""
-
-
 def refcoco_metrics(items):
     """Compute METEOR 1.5 of all answers, and of the answers without our own "There is a"."""
     sentences, answers = {item.id: item.truth["sentences"] for item in items}, {item.id: item.answer for item in items}
@@ -96,8 +91,10 @@ def submission(items):
 
 
 FILES = f"questions: {FILE}; answers: instances.json, if it is not beside the pickle"
-GROUND = Task(read_rec, judge_loc, locpred_metrics, LOC_PROMPTS, FILES, ("split",))
-DESCRIBE = Task(
-    read_refcoco, judge_refcoco, refcoco_metrics, REV_PROMPTS, FILES, ("split",), paper("refcoco"), submission=submission
-)
-TASKS = {"refcoco": DESCRIBE, "rec": GROUND}
+TASKS = {
+    "refcoco": Task(
+        read_refcoco, lambda item, wording: None, refcoco_metrics,  # no single answer has a score
+        REV_PROMPTS, FILES, ("split",), paper("refcoco"), submission=submission,
+    ),
+    "rec": Task(read_rec, judge_loc, locpred_metrics, LOC_PROMPTS, FILES, ("split",)),
+}  # fmt: skip

@@ -13,9 +13,8 @@ from formats.files import naming, require_file
 from tasks.files import Rows, read_rows
 
 FILE = "refs(unc).p with instances.json, the JSON of `python -m tools.refs`, Shikra's JSON lines, or MDETR's finetune_*.json"
-REFS = Rows(FILE, "ref_id", {"ref_id": str, "file_name": str, "bbox": list, "sentences": list, "split": str | None}, "refs")
-NEEDS = {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sentences": list}
-PICKLE = Rows("RefCOCO's refs(unc).p", "ref_id", NEEDS)
+REFS = Rows(FILE, {"ref_id": str, "file_name": str, "bbox": list, "sentences": list, "split": str | None}, "refs")
+PICKLE = Rows("RefCOCO's refs(unc).p", {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sentences": list})
 
 
 class PlainPickle(pickle.Unpickler):

@@ -1,16 +1,14 @@
 """Questions about clips (Tab. 6, 7): ActivityNet-QA, MSRVTT-QA, MSVD-QA and TGIF-QA's frame questions.
 
 Files      activitynet-qa: test_q.json and test_a.json (github.com/MILVLG/activitynet-qa); msrvtt-qa, msvd-qa: val_qa.json or
-           test_qa.json (github.com/xudejing/video-question-answering); tgif-qa: Test_frameqa_question.csv
-           (github.com/YunseokJANG/tgif-qa). Or, for all four, Video-LLaVA's test_q.json and test_a.json.
-           --images is a folder of clips, each a video file or a folder of frames; a missing clip's questions are skipped
-Questions  the file's own text: {"video_name": "1QIUV7WYKXg", "question": "is the athlete wearing trousers", ...}
-Score      the paper's figures are a language model's judgement (judge.py). Beside it: exact match, ignoring case and
-           punctuation, and `contains`
-
-    python -m tasks activitynet-qa runs/vid --questions test_q.json --answers test_a.json --images videos
+           test_qa.json (github.com/xudejing/video-question-answering); tgif-qa: Test_frameqa_question.csv (github.com/
+           YunseokJANG/tgif-qa); or, for all four, Video-LLaVA's test_q.json and test_a.json. --images is a folder of video
+           files or folders of frames; questions about a missing one are skipped
+Questions  {"video_name": "1QIUV7WYKXg", "question": "is the athlete wearing trousers", "question_id": "1QIUV7WYKXg_3"}
+Score      a language model's judgement (judge.py), the paper's; exact match, ignoring case and punctuation; and `contains`
+Run        python -m tasks activitynet-qa runs/vid --questions test_q.json --answers test_a.json --images videos
     >>> item = Item("7", None, None, "what is the man doing?", {"answer": "dance"}, "Dance!")
-    >>> judge_video_qa(item, None); item.correct
+    >>> judge_exact(item, None); item.correct
     True
 """
 
@@ -24,14 +22,13 @@ from formats.annotations import find_clips
 from formats.files import naming, require_file, some
 from tasks.files import Rows, match_answers, paper, read_rows
 from tasks.judge import judge_answers
-from tasks.words import add_short, contains, exact_metrics, same_words
+from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
 
 FILE = "[{video_name, question, question_id}] (ActivityNet-QA), [{id, video_id, question, answer}] or TGIF-QA's table"
-QUESTIONS = Rows(FILE, "question_id", {"question_id": str | int, "video_name": str, "question": str})
-QA = Rows(FILE, "id", {"id": str | int, "video_id": str | int, "question": str, "answer": str})
-NEEDS = {"vid_id": str, "gif_name": str, "question": str, "answer": str}
-TABLE = Rows("TGIF-QA's *_frameqa_question.csv, tabs between its columns", "vid_id", NEEDS)
-ANSWERS = Rows("[{answer, type, question_id}]", "question_id", {"question_id": str | int, "answer": str | int})
+QUESTIONS = Rows(FILE, {"question_id": str | int, "video_name": str, "question": str})
+QA = Rows(FILE, {"id": str | int, "video_id": str | int, "question": str, "answer": str})
+TABLE = Rows("TGIF-QA's *_frameqa_question.csv", {"vid_id": str, "gif_name": str, "question": str, "answer": str})
+ANSWERS = Rows("[{answer, type, question_id}]", {"question_id": str | int, "answer": str | int})
 
 
 def read_questions(path, has_answers):
@@ -60,7 +57,8 @@ def read_video_qa(args, wording, types, prefix):
     lines = [line.split() for line in mapping.read_text("utf-8").splitlines()] if mapping.is_file() else []
     other = {line[1]: line[0] for line in lines if len(line) == 2}
     for name, row in rows.items():
-        clip = row.get("video_name") or row.get("gif_name") or row.get("video") or f"{prefix}{row['video_id']}"
+        clip = row.get("video_name", row.get("gif_name"))
+        clip = row.get("video") or f"{prefix}{row['video_id']}" if clip is None else clip
         path = next((clips[key] for key in (clip, f"v_{clip}", other.get(clip)) if key in clips), None)
         if path is None:
             missing[clip] += 1
@@ -75,14 +73,9 @@ def read_video_qa(args, wording, types, prefix):
     return items, skipped + Counter({f"questions about {len(missing)} clips that are not {where}": missing.total()})
 
 
-def judge_video_qa(item, wording):
-    item.correct = same_words(item.answer, item.truth["answer"])
-    item.truth["contains"] = item.correct or contains(item.answer, item.truth["answer"])
-
-
 def video_task(name, files, types, prefix):
     read, figures = partial(read_video_qa, types=types, prefix=prefix), paper(name)
-    return Task(read, judge_video_qa, exact_metrics, ("{question}",), files, ("short",), figures, after=judge_answers)
+    return Task(read, judge_exact, exact_metrics, PROMPTS, files, ("short",), figures, after=judge_answers)
 
 
 QA_FILES = "questions: val_qa.json, [{id, video_id, question, answer}]; or Video-LLaVA's test_q.json, and answers: test_a.json"

@@ -3,11 +3,9 @@
 Files      v2_OpenEnded_mscoco_val2014_questions.json and v2_mscoco_val2014_annotations.json, from visualqa.org; COCO's val2014.
            The test splits have no annotations: a run on them writes NAME.submission.json for EvalAI
 Questions  the file's own text; with --short, followed by LLaVA-1.5's request for a single word
-Score      the official one: mean over the annotators of min(1, matches among the others / 3), by type of answer and question.
-           It normalises no answer if all annotators agree, so that "Yes." is not "yes" there; "normalised first" always does
-
-    python -m tasks vqa runs/b2 --questions v2_OpenEnded_mscoco_val2014_questions.json \\
-        --answers v2_mscoco_val2014_annotations.json --images val2014
+Score      mean over the annotators of min(1, matches among the others / 3), by type of answer and question. As officially, no
+           answer is normalised if all annotators agree: "Yes." is not "yes" there; "normalised first" always does
+Run        python -m tasks vqa runs/b2 --questions v2_..._questions.json --answers v2_..._annotations.json --images val2014
     >>> item = Item("0", None, None, "What animal is it?", {"answers": ["cat"] * 2 + ["dog"] * 8}, "A cat.")
     >>> judge_vqa(item, None); round(item.correct, 2)
     0.6
@@ -16,13 +14,12 @@ Score      the official one: mean over the annotators of min(1, matches among th
 from collections import Counter
 
 from evaluate import Item, Task, mean
-from tasks.files import Rows, coco_names, find_image, match_answers, paper, read_rows
-from tasks.words import add_short, vqa_normal, vqa_scores
+from tasks.files import Rows, find_image, match_answers, paper, read_rows
+from tasks.words import PROMPTS, add_short, vqa_normal, vqa_scores
 
-NEEDS = {"question_id": int, "image_id": int, "question": str}
-QUESTIONS = Rows("VQAv2's v2_OpenEnded_mscoco_*_questions.json", "question_id", NEEDS, "questions")
-NEEDS = {"question_id": int, "answers": list, "answer_type": str, "question_type": str}
-ANNOTATIONS = Rows("VQAv2's v2_mscoco_*_annotations.json", "question_id", NEEDS, "annotations")
+QUESTIONS = Rows("v2_OpenEnded_mscoco_*_questions.json", {"question_id": int, "image_id": int, "question": str}, "questions")
+ANSWER_KEYS = {"question_id": int, "answers": list, "answer_type": str, "question_type": str}
+ANNOTATIONS = Rows("v2_mscoco_*_annotations.json", ANSWER_KEYS, "annotations")
 
 
 def read_vqa(args, wording):
@@ -39,7 +36,7 @@ def read_vqa(args, wording):
             if not answers or not all(isinstance(text, str) for text in answers):
                 raise ValueError(f"{args.answers}: question {name} has answers {answers}, not one text per annotator")
             facts |= {"answers": answers} | {key: truth[name][key] for key in ("answer_type", "question_type")}
-        path = find_image(args.images, *coco_names(f"COCO_{split}_{row['image_id']:012d}.jpg", split))
+        path = find_image(args.images, f"COCO_{split}_{row['image_id']:012d}.jpg", split)
         items.append(Item(name, path, None, add_short(row["question"], args.short), facts))
     return items, skipped
 
@@ -70,6 +67,4 @@ def submission(items):
 
 
 FILES = "questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json, none for test"
-TASKS = {
-    "vqa": Task(read_vqa, judge_vqa, vqa_metrics, ("{question}",), FILES, ("short",), paper("vqa"), submission=submission)
-}
+TASKS = {"vqa": Task(read_vqa, judge_vqa, vqa_metrics, PROMPTS, FILES, ("short",), paper("vqa"), submission=submission)}

@@ -9,10 +9,9 @@ from evaluate import mean
 from tasks.files import FOLDER
 
 SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's request for a short answer
+PROMPTS = ("{question}",)  # the file's own text
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # and "." apart
-NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
-NUMBERS["none"] = "0"
-CONTRACTIONS = dict(line.split() for line in (FOLDER / "contractions.txt").read_text("utf-8").splitlines())  # dont: don't
+REPLACED = dict(line.split() for line in (FOLDER / "vqa_words.txt").read_text("utf-8").splitlines())  # two: 2, dont: don't
 LONGEST_ANSWER = 1000  # words that METEOR reads: its search for matches takes minutes over a book
 
 
@@ -22,11 +21,7 @@ def add_short(question, short):
 
 
 def spaced(text):
-    """Return the words and numbers of a text in lower case, each with a space on both sides, so that `in` finds whole words.
-
-    >>> spaced("It's a Dog."), spaced("...")
-    (' it s a dog ', ' ')
-    """
+    """Return " it s a dog " of "It's a Dog.": words between spaces, so that `in` finds whole words."""
     return "".join(f" {word}" for word in re.findall(r"\w+", text.lower())) + " "
 
 
@@ -44,6 +39,12 @@ def contains(answer, truth):
     return spaced(truth) != " " and spaced(truth) in spaced(answer)
 
 
+def judge_exact(item, wording, is_same=same_words):
+    """Judge by exact match. `contains` also counts answers in sentences."""
+    item.correct = is_same(item.answer, item.truth["answer"])
+    item.truth["contains"] = item.correct or contains(item.answer, item.truth["answer"])
+
+
 def exact_metrics(items):
     """Count exact match and `contains` over all items and, if questions have a type, over each type."""
     kinds, metrics = sorted({item.truth["type"] for item in items if "type" in item.truth}), {}
@@ -57,31 +58,25 @@ def exact_metrics(items):
 def vqa_normal(text):
     """Normalise an answer as the official VQA evaluation does, mistakes included.
 
-    A mark is deleted if it has a space beside it somewhere, or if the text has a comma between digits; else it becomes a space.
-    Full stops before no digit are deleted, the first 32 only: re.UNICODE is passed as the count.
-
     >>> vqa_normal("The Two-way street."), vqa_normal("1,000 dont"), vqa_normal("3.5")
     ('2 way street', "1000 don't", '3.5')
     """
     text = out = text.replace("\n", " ").replace("\t", " ").strip()
     has_comma = re.search(r"\d,\d", text) is not None
-    for mark in PUNCTUATION:
+    for mark in PUNCTUATION:  # deleted if it has a space beside it somewhere, or if the text has a comma between digits
         out = out.replace(mark, "" if has_comma or f"{mark} " in text or f" {mark}" in text else " ")
-    words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", out, count=32).lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+    out = re.sub(r"\.(?!\d)", "", out, count=32)  # officially, re.UNICODE is passed as the count
+    return " ".join(REPLACED.get(word, word) for word in out.lower().split() if word not in ("a", "an", "the"))
 
 
 def vqa_scores(answer, answers):
-    """Score an answer against the annotators': (official score, the same score if containing counts as a match), each 0..1.
-
-    The mean over the annotators of min(1, matches among the others / 3). If all agree, nothing is normalised, not even case, as
-    in the official evaluation. The time is linear in the answer's length.
+    """Score an answer by the annotators', 0..1: (official score, the same score if containing counts as a match).
 
     >>> vqa_scores("cat", ["cat"] * 3 + ["dog"] * 7)  # three annotators have two others who agree, seven have three
     (0.9, 0.9)
     """
     answer, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *answers))
-    if len(set(answers)) > 1:
+    if len(set(answers)) > 1:  # else nothing is normalised, not even case
         answer, answers = vqa_normal(answer), [vqa_normal(text) for text in answers]
     count, words = Counter(answers), spaced(answer)
 
@@ -94,18 +89,16 @@ def vqa_scores(answer, answers):
 
 def require_meteor():
     """Raise ValueError, before any question is answered, if METEOR cannot be computed."""
-    missing = [] if find_spec("pycocoevalcap") else ["pycocoevalcap"]
-    missing += [] if shutil.which("java") else ["java"]
-    if missing:
+    found = {"pycocoevalcap": find_spec("pycocoevalcap"), "java": shutil.which("java")}
+    if missing := [name for name in found if not found[name]]:
         fix = "pip install pycocoevalcap, and install Java 1.8 or later"
         raise ValueError(f"no {' and no '.join(missing)}: METEOR 1.5 is a Java program inside pycocoevalcap; {fix}")
 
 
 def meteor(answers, sentences):
-    """Compute METEOR 1.5, 0..1, as RefCOCO's own evaluation does: PTB tokens, lower case, `-norm`. Return a list of scores.
+    """Compute METEOR 1.5, 0..1, as RefCOCO's own evaluation does: PTB tokens, lower case, `-norm`; of all matches together.
 
-    answers    list of {id: answer}, each scored by itself: METEOR's of all matches together, not a mean over answers
-    sentences  {id: references}, the same ids
+    Return a score for each {id: answer} in the list `answers`. sentences: {id: references}
     """
     require_meteor()
     from pycocoevalcap.meteor.meteor import Meteor
