@@ -5,32 +5,18 @@
     python -m tasks gqa runs/l2 --questions testdev_balanced_questions.json --images gqa/images --score answers.jsonl
     python -m tasks spatial runs/b2 --coco instances_val2017.json --images val2017 --score answers.jsonl
 
-Each benchmark is explained in its file in tasks/; NAME may also be one of evaluate.py's own tasks. Results are written as
-formats/eval_folder.py says, and `python -m tools.report RUN` makes a page of them.
+NAME is a benchmark, explained in its file in tasks/, or a task of evaluate.py. formats/eval_folder.py lists the results.
 """
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import torch.distributed as dist
 
 import evaluate
-from evaluate import Answerer, add_options, check_options, wording_of
-from formats.eval_folder import (
-    answers_sha256,
-    describe,
-    folders_of,
-    join,
-    print_table,
-    questions_sha256,
-    read_jobs,
-    require_own,
-    run_jobs,
-    write_results,
-)
-from formats.files import read_json, require_file, sha256
+from formats import eval_folder
+from formats.files import read_json, require_file, run_command, sha256
 from formats.journal import start_processes
 from model import LocVLMConfig
 from tasks import TASKS
@@ -39,14 +25,11 @@ from tasks.files import read_lines
 
 def parse(argv):
     files = "\n".join(f"  {name:15} {task.files}" for name, task in TASKS.items())
-    parser = argparse.ArgumentParser(
-        "python -m tasks", description=__doc__, epilog=f"the files of each benchmark:\n{files}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    own = ", ".join(evaluate.TASKS)
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": f"the files of each benchmark:\n{files}"}
+    parser, own = argparse.ArgumentParser("python -m tasks", description=__doc__, **style), ", ".join(evaluate.TASKS)
     add = parser.add_argument
     add("task", metavar="NAME", choices=(*TASKS, *evaluate.TASKS), help=f"a benchmark: {', '.join(TASKS)}; or one of {own}")
-    add_options(parser)
+    evaluate.add_options(parser)
     add("--questions", help="a benchmark's file of questions, see below")
     add("--answers", help="its file of answers, if that is another one")
     add("--split", help="for a file that holds several splits")
@@ -58,7 +41,7 @@ def parse(argv):
     either("--judge-url", help="ask it: https://host/v1, with the key in OPENAI_API_KEY")
     add("--judge-model", default="gpt-3.5-turbo", help="its name (default: gpt-3.5-turbo, the paper's)")
     args = parser.parse_args(argv)
-    return check_options(parser, args, refused_options(args))
+    return evaluate.check_options(parser, args, refused_options(args))
 
 
 def refused_options(args):
@@ -79,28 +62,22 @@ def refused_options(args):
     ]
 
 
-def first_images(items, limit):
-    """Return the items about the first `limit` images."""
-    first = set(list(dict.fromkeys(item.image for item in items))[:limit])
-    return [item for item in items if item.image in first]
-
-
 def score(args, job, wording, about):
     """Judge answers in a file. A run's own rows stay its results; answers made elsewhere go to a folder beside them."""
-    path, folders = Path(args.score), folders_of(args.run, args.into)
-    join(job.items, [(row["id"], row["answer"]) for row in read_lines(path, ("id", "answer"))], path)
+    path, folders = Path(args.score), eval_folder.folders_of(args.run, args.into)
+    eval_folder.join(job.items, [(row["id"], row["answer"]) for row in read_lines(path, ("id", "answer"))], path)
     folder = folders["scored"]
     about |= {"scored": {"file": str(path), "sha256": sha256(path)}}
     own = [f for f in folders.values() if (f / f"{job.name}.jsonl").resolve() == path.resolve()]
     if own and path.with_suffix(".json").is_file():
         before = read_json(path.with_suffix(".json"))
-        hashes = {"questions_sha256": questions_sha256(job.items), "answers_sha256": answers_sha256(job.items)}
-        if before.items() >= hashes.items():
+        questions, answers = eval_folder.questions_sha256(job.items), eval_folder.answers_sha256(job.items)
+        if (before.get("questions_sha256"), before.get("answers_sha256")) == (questions, answers):
             folder, about = own[0], before | {key: about[key] for key in ("git_commit", "torch")}
     if not args.fresh:
-        require_own(job, folder, about["data_sha256"])
-    write_results(job, job.items, folder, wording, about, args)
-    print_table(job, {title: f for title, f in folders.items() if title != "scored" or f == folder})
+        eval_folder.require_own(job, folder, about["data_sha256"])
+    eval_folder.write_results(job, job.items, folder, wording, about, args)
+    eval_folder.print_table(job, {title: f for title, f in folders.items() if title != "scored" or f == folder})
     if folder != folders["scored"] and not args.into:
         evaluate.write_page(args.run)
 
@@ -117,20 +94,21 @@ def main(argv=None):
         model, config = None, LocVLMConfig()
         print(f"{args.run} holds no model: boxes are read as {config.coord_format()}")
     else:
-        model = Answerer(args, world)
+        model = evaluate.Answerer(args, world)
         config = model.config
-    wording = wording_of(args, config)
+    wording = evaluate.wording_of(args, config)
     if rank > 0:
         wait()  # until rank 0 has written the shapes world, if it is missing
     if not task.files and args.is_default_data:
         evaluate.use_default_data(args, config)
-    [job] = read_jobs({args.task: task}, args, wording)
-    job.items = first_images(job.items, args.limit)
+    [job] = eval_folder.read_jobs({args.task: task}, args, wording)
+    first = set(list(dict.fromkeys(item.image for item in job.items))[: args.limit])  # the first images
+    job.items = [item for item in job.items if item.image in first]
     if rank == 0:
         wait()
     if args.score:
-        return score(args, job, wording, describe(args, config, wording, [job]))
-    run_jobs(args, [job], wording, model, processes)
+        return score(args, job, wording, eval_folder.describe(args, config, wording, [job]))
+    eval_folder.run_jobs(args, [job], wording, model, processes)
     if rank == 0 and not args.into:
         evaluate.write_page(args.run)
     if world > 1:
@@ -138,7 +116,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"python -m tasks: {error}")
+    run_command("python -m tasks", main)

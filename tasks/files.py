@@ -1,105 +1,95 @@
-"""Read the files of benchmarks: rows of JSON or JSON lines, joined by id, and images under the names that they go by.
-
-In all functions, `expected` describes the right file, for error messages.
-"""
+"""Read the files of benchmarks: rows of JSON or JSON lines, joined by id, and images under the names that they go by."""
 
 import json
 import re
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
+from evaluate import paper_rows
 from formats.files import require_file, some
 from formats.images import has_image
 from formats.schema import leaves_folder
 
+FOLDER = Path(__file__).parent  # also holds texts and the paper's figures
+
+
+def paper(task):
+    """Return the paper's figures for a benchmark, from paper.json: ((model, {metric: percent}), ...)."""
+    return paper_rows(*json.loads((FOLDER / "paper.json").read_text("utf-8"))[task])
+
 
 def read_rows(path, expected):
-    """Read JSON or JSON lines, whatever the file's name ends in. A file of one row is a list of one."""
-    path = require_file(path, expected)
+    """Read JSON or JSON lines, whatever the file's name ends in, as `expected` describes it. One row is a list of one."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-        is_row = isinstance(content, dict) and not {"question_id", "expression"}.isdisjoint(content)
-        return [content] if is_row else content
+        content = json.loads(require_file(path, expected).read_text("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text ({error}); it should be {expected}") from None
     except json.JSONDecodeError:
-        rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON text may hold U+2028
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} is neither JSON nor JSON lines (line {number}: {error}); was its download cut short? It should be "
-                f"{expected}"
-            ) from None
-    return rows
+        problem = "so the file is neither JSON nor JSON lines; was its download cut short?"
+        return read_lines(path, (), f"{problem} It should be {expected}")
+    is_row = isinstance(content, dict) and not {"question_id", "expression"}.isdisjoint(content)
+    return [content] if is_row else content
 
 
-def read_lines(path, keys):
-    """Read JSON lines whose values under `keys` are strings."""
-    rows = []
+def read_lines(path, keys, problem=None):
+    """Read JSON lines whose values under `keys` are strings. problem: what another line means, for the error message"""
+    rows, problem = [], problem or f"not JSON with strings under {', '.join(keys)}"
     for number, line in enumerate(require_file(path, "JSON lines").read_text("utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-            is_valid = all(isinstance(rows[-1][key], str) for key in keys)
-        except (json.JSONDecodeError, TypeError, KeyError, IndexError):
+        try:  # not splitlines: JSON text may hold U+2028
+            rows += [json.loads(line)] if line.strip() else []
+            is_valid = not line.strip() or all(isinstance(rows[-1][key], str) for key in keys)
+        except (json.JSONDecodeError, TypeError, KeyError):
             is_valid = False
         if not is_valid:
-            raise ValueError(f"{path}: line {number} is {line[:80]}, not JSON with strings under {', '.join(keys)}")
+            raise ValueError(f"{path}: line {number} is {line[:80]}, {problem}")
     return rows
 
 
-def rows_by_id(rows, path, key, needs, expected):
-    """Return {id as text: row}. Raise ValueError for rows of another schema or a repeated id. needs: {key: its type}"""
-    if not isinstance(rows, list) or not rows:
-        content = f"a JSON {type(rows).__name__}" if rows else "nothing"
-        raise ValueError(f"{path} holds {content}; it should be {expected}")
-    found = {}
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in needs.items()):
-            raise ValueError(
-                f"{path}: row {index} is {str(row)[:120]}; is this another file? It should be {expected}: "
-                f"rows with {', '.join(needs)}"
-            )
-        if str(row[key]) in found:
-            raise ValueError(f"{path} has {key} {row[key]} twice; are two files in one?")
-        found[str(row[key])] = row
-    return found
+@dataclass(frozen=True)
+class Rows:
+    """A kind of file with rows, and what is required of them."""
+
+    file: str  # its description, for error messages
+    needs: dict  # {key of a row: type of its value}; the first key has the row's id, unless the kind is a dictionary {id: row}
+    under: str | None = None  # key of the rows, if they are a part of the file
+    kind: str = "list"  # or "dictionary"
+
+    def read(self, path):
+        return self.by_id(read_rows(path, self.file), path)
+
+    def by_id(self, rows, path):
+        """Return {id as text: row} of a file's content. Raise ValueError for rows of another schema or a repeated id."""
+        if self.under:
+            rows = rows.get(self.under) if isinstance(rows, dict) else None
+        if not rows or not isinstance(rows, list if self.kind == "list" else dict):
+            kind = f"{self.kind} {self.under!r}" if self.under else f"{self.kind} of rows"
+            raise ValueError(f"{path} has no {kind}, or it holds nothing; is this another file? It should be {self.file}")
+        found, key, wanted = {}, next(iter(self.needs)), f"{self.file}: rows with {', '.join(self.needs)}"
+        for place, row in enumerate(rows) if self.kind == "list" else rows.items():
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in self.needs.items()):
+                raise ValueError(f"{path}: row {place} is {str(row)[:120]}; is this another file? It should be {wanted}")
+            name = str(row[key] if self.kind == "list" else place)
+            if name in found:
+                raise ValueError(f"{path} has {key} {name} twice; are two files in one?")
+            found[name] = row
+        return found
 
 
-def list_under(content, key, path, expected):
-    """Return the list under a key of a file's content."""
-    if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise ValueError(f"{path} has no list {key!r}; is this another file? It should be {expected}")
-    return content[key]
+def match_answers(questions, answers, args, left_over="answers to questions that are not asked"):
+    """Return {id: answer} of all questions, which must each have one, and a Counter {left_over: answers without a question}."""
+    if missing := [name for name in questions if name not in answers]:
+        problem = f"no answer to {len(missing)} of the {len(questions)} questions of {args.questions} ({some(missing)})"
+        raise ValueError(f"{args.answers} has {problem}; do the two files belong together?")
+    return {name: answers[name] for name in questions}, +Counter({left_over: len(answers) - len(questions)})  # + drops a 0
 
 
-def match_answers(questions, answers, path, answers_path):
-    """Return {id: answer} of all questions, and how many answers have no question. Raise ValueError if an answer is missing."""
-    missing = [name for name in questions if name not in answers]
-    if missing:
-        raise ValueError(
-            f"{answers_path} has no answer to {len(missing)} of the {len(questions)} questions of {path} ({some(missing)}); "
-            "do the two files belong together?"
-        )
-    return {name: answers[name] for name in questions}, len(answers) - len(questions)
-
-
-def find_image(images, *names):
-    """Return an image's path in a folder or zip, by the first of its possible names that exists, else by the first name."""
-    if any(leaves_folder(name) for name in names):
-        raise ValueError(f"the image name {names[0]} leads out of {images}; correct the file of questions")
+def find_image(images, name, folder=".", *others):
+    """Return an image's path in a folder or zip: under its name, inside `folder`, under COCO's number alone (as in 2017), or
+    under one of `others`. If all are missing, return the first."""
+    number = re.search(r"\d{12}\.jpg$", name)
+    names = (name, f"{folder}/{name}", number[0] if number else name, *others)
+    if any(map(leaves_folder, names)):
+        raise ValueError(f"the image name {name} leads out of {images}; correct the file of questions")
     paths = [Path(images) / name for name in names]
     return next((path for path in paths if has_image(path)), paths[0])
-
-
-def coco_names(file_name, folder):
-    """Return a COCO image's possible names: its own, inside its year's folder, and its number alone (as in 2017).
-
-    >>> coco_names("COCO_val2014_000000000042.jpg", "val2014")[1:]
-    ('val2014/COCO_val2014_000000000042.jpg', '000000000042.jpg')
-    """
-    number = re.search(r"\d{12}\.jpg$", file_name)
-    return file_name, f"{folder}/{file_name}", number[0] if number else file_name

@@ -2,13 +2,10 @@
 
 Files      ADEChallengeData2016/objectInfo150.txt (or .csv), and beside it annotations/validation/*.png, whose pixels are object
            numbers from 0 (nothing) to 150; images/validation. From sceneparsing.csail.mit.edu
-Questions  "Is there a screen door in the image?" for two objects that are in the image and two that are not, as (seed, image)
-           decides. An object that shares a name with one in the image does not count as absent
+Questions  "Is there a screen door in the image?" for two objects in the image and two that are not (none that shares a name
+           with one in the image), as (seed, image) decides. An object with a COCO name, or whose last word is one, is skipped
 Score      accuracy, by POPE's reading of an answer (evaluate.says_no)
-
-    python -m tasks hal-ade runs/b2 --questions ADEChallengeData2016/objectInfo150.txt \\
-        --images ADEChallengeData2016/images/validation
-
+Run        python -m tasks hal-ade runs/b2 --questions ADE/objectInfo150.txt --images ADE/images/validation
     >>> item = Item("ADE_val_1:no:sky", None, None, ask_presence("sky"), {"label": "no", "name": "sky"}, "No.")
     >>> judge_hal(item, None); item.question, item.correct
     ('Is there a sky in the image?', True)
@@ -23,36 +20,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluate import HAL_PROMPT, Item, Task, ask_presence, hal_metrics, judge_hal, paper_rows
-from formats.clips import naming
-from formats.files import require_file, some
-from tasks.files import find_image
+from evaluate import HAL_PROMPT, Item, Task, ask_presence, hal_metrics, judge_hal
+from formats.files import naming, require_file, some
+from tasks.files import FOLDER, find_image, paper
 
-COCO_NAMES = """
-person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter,
-bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase,
-frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle,
-wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake,
-chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven,
-toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush
-""".strip().replace(",\n", ", ").split(", ")  # fmt: skip
-COCO_KINDS = {"motorbike", "armchair", "bag", "animal", "food", "computer", "van", "ship"}  # other words for COCO's
-
-
-def overlaps_coco(names):
-    """Return True if one of an object's names, or its last word, is a COCO name or the last word of one.
-
-    >>> overlaps_coco(["sofa", "couch"]), overlaps_coco(["coffee table"]), overlaps_coco(["sky"])
-    (True, True, False)
-    """
-    taken = {*COCO_NAMES, *(name.split()[-1] for name in COCO_NAMES), *COCO_KINDS}
-    return any(name in taken or name.split()[-1] in taken for name in names)
+COCO_NAMES = (FOLDER / "coco_categories.txt").read_text("utf-8").splitlines()
+TAKEN = {*COCO_NAMES, *(name.split()[-1] for name in COCO_NAMES)}  # "hot dog" and "dog"
+TAKEN |= {"motorbike", "armchair", "bag", "animal", "food", "computer", "van", "ship"}  # other words for COCO's
 
 
 def read_names(path):
     """Read objectInfo150: {object number: its names}."""
     with naming(require_file(path, "ADEChallengeData2016/objectInfo150.txt"), UnicodeDecodeError):
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text("utf-8")
     rows = csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in text else ",")
     try:
         names = {int(row["Idx"]): [n.strip() for n in re.split("[,;]", row["Name"]) if n.strip()] for row in rows}
@@ -69,25 +49,24 @@ def read_mask(path, names):
         pixels = np.asarray(image)
     numbers = set(np.unique(pixels).tolist()) - {0}
     if pixels.ndim != 2 or numbers - names.keys():
-        raise ValueError(
-            f"{path} has shape {pixels.shape} and values {some(sorted(map(str, numbers)))}, not one number of "
-            "objectInfo150 per pixel; is it the full ADE20K's?"
-        )
+        found = f"shape {pixels.shape} and values {some(sorted(map(str, numbers)))}"
+        raise ValueError(f"{path} has {found}, not one number of objectInfo150 per pixel; is it the full ADE20K's?")
     return numbers
 
 
 def read_hal_ade(args, wording):
     names, folder = read_names(args.questions), Path(args.questions).parent / "annotations/validation"
-    masks = sorted(folder.glob("*.png"))
+    masks, skipped, items = sorted(folder.glob("*.png")), Counter(), []
     if not masks:
         raise FileNotFoundError(f"no masks ADE_val_*.png in {folder}; unpack the whole archive")
-    ours, skipped, items = {number for number in names if not overlaps_coco(names[number])}, Counter(), []
+    ours = {number for number in names if not any({name, name.split()[-1]} & TAKEN for name in names[number])}
     for mask in masks:
         numbers = read_mask(mask, names)
         present, taken = sorted(numbers & ours), {name for number in numbers for name in names[number]}
         absent = sorted(number for number in ours - numbers if not taken & set(names[number]))
         count, rng = min(2, len(present), len(absent)), random.Random(f"{args.seed} {mask.stem}")
-        skipped.update({} if count else {"images with no such object": 1})
+        if not count:
+            skipped["images with no such object"] += 1
         path = find_image(args.images, f"{mask.stem}.jpg")
         for label, choices in (("yes", present), ("no", absent)):
             for name in [names[number][0] for number in rng.sample(choices, count)]:
@@ -96,10 +75,5 @@ def read_hal_ade(args, wording):
     return items, skipped
 
 
-TASKS = {
-    "hal-ade": Task(
-        read_hal_ade, judge_hal, hal_metrics, (HAL_PROMPT,),
-        "questions: ADEChallengeData2016/objectInfo150.txt, its masks beside it in annotations/validation",
-        paper=paper_rows(("accuracy",), ("Shikra", 58.7), ("LLaVA", 53.8), ("LocVLM-B", 75.2)),
-    )
-}  # fmt: skip
+FILES = "questions: ADEChallengeData2016/objectInfo150.txt, its masks beside it in annotations/validation"
+TASKS = {"hal-ade": Task(read_hal_ade, judge_hal, hal_metrics, (HAL_PROMPT,), FILES, paper=paper("hal-ade"))}

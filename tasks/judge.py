@@ -1,4 +1,4 @@
-"""Let a language model judge answers about clips, by Video-ChatGPT's protocol (Tab. 6, 7).
+"""Let a language model judge answers about clips, by Video-ChatGPT's protocol (Tab. 6, 7), with its prompts, judge_*.txt.
 
 Every run writes NAME.requests.jsonl, rows of OpenAI's batch format. --judgements reads the replies from a file; --judge-url
 asks an OpenAI-compatible endpoint, and NAME.judgements.jsonl keeps each reply, so that no answer is judged twice.
@@ -6,47 +6,31 @@ asks an OpenAI-compatible endpoint, and NAME.judgements.jsonl keeps each reply, 
 
 import ast
 import hashlib
-import http.client
 import json
-import math
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
+from http.client import HTTPException
+from urllib.error import HTTPError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
+from evaluate import mean
 from formats.files import write_rows
 from formats.journal import open_journal, read_journal, write_line
-from tasks.files import read_lines
+from tasks.files import FOLDER, read_lines
 from tasks.words import SHORT
 
-JUDGE_SYSTEM = (
-    "You are an intelligent chatbot designed for evaluating the correctness of generative outputs for question-answer pairs. "
-    "Your task is to compare the predicted answer with the correct answer and determine if they match meaningfully. "
-    "Here's how you can accomplish the task:------##INSTRUCTIONS: "
-    "- Focus on the meaningful match between the predicted answer and the correct answer.\n"
-    "- Consider synonyms or paraphrases as valid matches.\n"
-    "- Evaluate the correctness of the prediction compared to the answer."
-)
-JUDGE_USER = (
-    "Please evaluate the following video-based question-answer pair:\n\n"
-    "Question: {question}\nCorrect Answer: {truth}\nPredicted Answer: {answer}\n\n"
-    "Provide your evaluation only as a yes/no and score where the score is an integer value between 0 and 5, with 5 indicating "
-    "the highest meaningful match. Please generate the response in the form of a Python dictionary string with keys 'pred' and "
-    "'score', where value of 'pred' is  a string of 'yes' or 'no' and value of 'score' is in INTEGER, not STRING."
-    "DO NOT PROVIDE ANY OTHER OUTPUT TEXT OR EXPLANATION. Only provide the Python dictionary string. "
-    "For example, your response should look like this: {{'pred': 'yes', 'score': 4.8}}."
-)
+PROMPTS = {role: (FOLDER / f"judge_{role}.txt").read_text("utf-8").strip() for role in ("system", "user")}
 LONGEST_REPLY = 10_000  # characters; a longer reply is no dictionary
 
 
 def judge_answers(job, items, folder, args):
     """Judge all answers of a job, as the options say: (figures, who judged), or ({}, None) without a judge."""
-    requests = judge_requests(items, args.judge_model)
+    requests, journal_path = judge_requests(items, args.judge_model), folder / f"{job.name}.judgements.jsonl"
     write_rows(folder / f"{job.name}.requests.jsonl", requests)
     if args.judgements:
         rows = read_lines(args.judgements, ("custom_id",))
@@ -54,10 +38,10 @@ def judge_answers(job, items, folder, args):
     if not args.judge_url:
         return {}, None
     hashes = {row["custom_id"]: hashlib.sha256(json.dumps(row["body"]).encode()).hexdigest() for row in requests}
-    path, key = folder / f"{job.name}.judgements.jsonl", os.environ.get("OPENAI_API_KEY")
-    with open_journal(path) as journal:
-        kept = [row for row in read_journal(path) if row.get("request") == hashes.get(row["custom_id"], "")]
-        for row in tqdm(ask_judge(args.judge_url, key, args.judge_model, items, kept), desc="judge", disable=None):
+    with open_journal(journal_path) as journal:
+        kept = [row for row in read_journal(journal_path) if row.get("request") == hashes.get(row["custom_id"], "")]
+        replies = ask_judge(args.judge_url, os.environ.get("OPENAI_API_KEY"), args.judge_model, items, kept)
+        for row in tqdm(replies, desc="judge", disable=None):
             kept.append(row | {"request": hashes[row["custom_id"]]})
             write_line(journal, kept[-1])
     return read_judgements(kept, items), {"model": args.judge_model, "url": args.judge_url}
@@ -67,118 +51,82 @@ def judge_requests(items, model="gpt-3.5-turbo"):
     """Make a request per answered item: rows of OpenAI's batch format."""
     rows = []
     for item in items:
-        question = item.question.removesuffix(SHORT)
-        prompt = JUDGE_USER.format(question=question, truth=item.truth["answer"], answer=item.answer)
-        messages = [{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": prompt}]
-        body = {"model": model, "messages": messages}
+        facts = {"question": item.question.removesuffix(SHORT), "truth": item.truth["answer"], "answer": item.answer}
+        body = {"model": model, "messages": [{"role": role, "content": PROMPTS[role].format(**facts)} for role in PROMPTS]}
         rows.append({"custom_id": item.id, "method": "POST", "url": "/v1/chat/completions", "body": body})
     return rows
-
-
-# ----- replies
 
 
 def reply_of(row):
     """Return the judge's reply in a row of OpenAI's batch output, or None if the row says that the request failed."""
     try:
         content = row["response"]["body"]["choices"][0]["message"]["content"]
+        return content if isinstance(content, str) else ""
     except (KeyError, TypeError, IndexError):
         return None
-    return content if isinstance(content, str) else ""
 
 
 def parse_judgement(reply):
-    """Read {'pred': 'yes', 'score': 4} in a judge's reply: (is right, score 0..5), or None if there is no such dictionary.
-
-    As in Video-ChatGPT, 4.8 counts as 4. Text around the dictionary, such as a code fence, is ignored.
+    """Read {'pred': 'yes', 'score': 4} in a reply, whatever is around it: (is right, score 0..5), or None. 4.8 counts as 4.
 
     >>> [parse_judgement(reply) for reply in ("{'pred': 'yes', 'score': 4.8}", "Yes, 5", "{'pred': 'no', 'score': 9}")]
     [(True, 4), None, None]
     """
-    start, end = reply.find("{"), reply.rfind("}")
-    if start < 0 or len(reply) > LONGEST_REPLY:
+    if len(reply) > LONGEST_REPLY:
         return None
     try:
-        judgement = ast.literal_eval(reply[start : end + 1])
+        judgement = ast.literal_eval(reply[reply.find("{") : reply.rfind("}") + 1])
         pred, score = judgement["pred"].lower(), int(judgement["score"])
     except (ValueError, SyntaxError, TypeError, KeyError, AttributeError, OverflowError, MemoryError, RecursionError):
         return None
-    if not 0 <= score <= 5 or not ("yes" in pred or "no" in pred):
-        return None
-    return "yes" in pred, score
+    return ("yes" in pred, score) if 0 <= score <= 5 and ("yes" in pred or "no" in pred) else None
 
 
 def read_judgements(rows, items):
-    """Join a judge's replies to items by id: {name: share or count}. Valid ones also go to item.truth["judged"].
+    """Join a judge's replies, rows of OpenAI's batch output, to items by id. Return {name: share or count}.
 
-    rows  of OpenAI's batch output, as `ask_judge` yields them: custom_id, response.body.choices
-    Accuracy and score are over valid replies; invalid and missing ones are counted beside them.
-    Raise ValueError for an id that belongs to no item, or that occurs twice.
+    Accuracy and score are over valid replies, which also go to item.truth["judged"]; invalid and missing ones are counted.
     """
     by_id, replies = {item.id: item for item in items}, {}
     for index, row in enumerate(rows):
-        name = row.get("custom_id") if isinstance(row, dict) else None
+        name, reply = row.get("custom_id") if isinstance(row, dict) else None, reply_of(row)
         if name not in by_id:
-            raise ValueError(
-                f"judgement {index} has custom_id {str(name)[:80]!r}, which no question has; was it made for another run?"
-            )
-        if replies.get(name) is not None and reply_of(row) is not None:
+            problem = f"custom_id {str(name)[:80]!r}, which no question has"
+            raise ValueError(f"judgement {index} has {problem}; was it made for another run?")
+        if reply is not None and name in replies:
             raise ValueError(f"custom_id {name} comes twice among the judgements; remove one of them")
-        if replies.get(name) is None:  # else a failed request after a reply
-            replies[name] = reply_of(row)
-    parsed = {name: parse_judgement(reply) for name, reply in replies.items() if reply is not None}
-    valid = {name: judgement for name, judgement in parsed.items() if judgement}
+        if reply is not None:  # else the request failed; another row may hold its reply
+            replies[name] = reply
+    valid = {name: judgement for name, reply in replies.items() if (judgement := parse_judgement(reply))}
     for name, (is_right, score) in valid.items():
         by_id[name].truth["judged"] = {"right": is_right, "score": score}
-    count = len(valid)
-    rights, points = (sum(values) for values in zip(*valid.values(), strict=True)) if valid else (math.nan, math.nan)
+    count, points = len(valid), sum(score for _, score in valid.values())
     return {
-        "judge accuracy": rights / max(1, count),
-        "judge score, as a share of 5": points / 5 / max(1, count),
-        "judged": count,
-        "judge unparsable": len(parsed) - count,
-        "judge missing": len(items) - len(parsed),
-    }
+        "judge accuracy": mean(is_right for is_right, _ in valid.values()),
+        "judge score, as a share of 5": points / 5 / count if count else float("nan"),
+        "judged": count, "judge unparsable": len(replies) - count, "judge missing": len(items) - len(replies),
+    }  # fmt: skip
 
 
-# ----- an endpoint
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follow no redirection: it would carry the key elsewhere."""
-
+class NoRedirect(HTTPRedirectHandler):
     def redirect_request(self, *args):
-        return None
+        """Follow no redirection: it would carry the key elsewhere."""
 
 
 def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, timeout=60):
-    """Ask an OpenAI-compatible endpoint to judge answered items. Yield rows for `read_judgements` as they arrive.
-
-    url    without /chat/completions: https://api.openai.com/v1
-    key    sent as a bearer token; None for a server that needs none
-    done   rows of earlier replies: those answers are not judged again
-    A request is tried `retries` times, after waits of `wait` seconds, doubled each time, at most a minute. Errors that a
-    repetition cannot cure (a wrong key, an unknown model) are not retried. Raise ValueError.
-    """
+    """Ask an endpoint (https://host/v1) to judge answered items, except those that rows of `done` reply to. Yield rows as they
+    arrive. key: a bearer token, or None for a server that needs none"""
     if key and not re.fullmatch(r"[!-~]+", key):
         raise ValueError("OPENAI_API_KEY holds blanks, line ends or other characters outside ASCII; set it to the key alone")
     if not re.match(r"https?://", url):
         raise ValueError(f"the judge's address {url} must begin with http:// or https://")
     url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    opener, failures = urllib.request.build_opener(NoRedirect), []
-    send = partial(send_request, url=url, headers=headers, opener=opener, retries=retries, wait=wait, timeout=timeout)
-
-    def attempt(row):
-        try:
-            return None if failures else send(row)
-        except ValueError as error:
-            failures.append(error)
-
-    answered, pool = {row["custom_id"] for row in done if reply_of(row) is not None}, ThreadPoolExecutor(workers)
+    answered, failures, pool = {row["custom_id"] for row in done if reply_of(row) is not None}, [], ThreadPoolExecutor(workers)
     pending = [row for row in judge_requests(items, model) if row["custom_id"] not in answered]
+    send = partial(send_request, url=url, headers=headers, failures=failures, retries=retries, wait=wait, timeout=timeout)
     try:
-        for future in as_completed([pool.submit(attempt, row) for row in pending]):
+        for future in as_completed([pool.submit(send, row) for row in pending]):
             if reply := future.result():  # also those that were under way when another failed
                 yield reply
     finally:
@@ -187,25 +135,27 @@ def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, t
         raise failures[0]
 
 
-def send_request(row, url, headers, opener, retries, wait, timeout):
-    """Send a request until it is answered: a row of OpenAI's batch output. Raise ValueError if it is refused or times out."""
-    request = urllib.request.Request(url, json.dumps(row["body"]).encode(), headers)
+def send_request(row, url, headers, failures, retries, wait, timeout):
+    """Return a row of OpenAI's batch output once the request is answered. Wait longer after each try, up to a minute.
+
+    After the last try, or an error that no repetition improves (a wrong key), add an error to `failures`: nothing is sent then.
+    """
+    if failures:
+        return None
+    request = Request(url, json.dumps(row["body"]).encode(), headers)
     for attempt in range(retries):
-        if attempt:
-            time.sleep(min(60, wait * 2 ** (attempt - 1)))
+        time.sleep(min(60, wait * 2 ** (attempt - 1)) if attempt else 0)
         try:
-            with opener.open(request, timeout=timeout) as response:
-                body = json.load(response)
-            reply = {"custom_id": row["custom_id"], "response": {"status_code": 200, "body": body}}
+            with build_opener(NoRedirect).open(request, timeout=timeout) as response:
+                reply = {"custom_id": row["custom_id"], "response": {"status_code": 200, "body": json.load(response)}}
             if reply_of(reply) is not None:
                 return reply
-            problem = f"a reply without choices: {str(body)[:200]}"
-        except urllib.error.HTTPError as error:
+            problem = f"a reply without choices: {str(reply['response']['body'])[:200]}"
+        except HTTPError as error:
             problem = f"{error.code} {error.reason}: {error.read(200).decode(errors='replace')}"
             if error.code not in (408, 409, 429) and error.code < 500:
-                raise ValueError(f"{url} answers {problem}; check address, key and model") from None
-        except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, timeout, half a reply, no JSON
+                break
+        except (OSError, ValueError, HTTPException) as error:  # no connection, timeout, half a reply, no JSON
             problem = repr(error)
-    raise ValueError(
-        f"{url}: no judgement of {row['custom_id']} in {retries} tries ({problem}); run the same command later: it resumes"
-    )
+    problem = f"no judgement of {row['custom_id']} in {attempt + 1} tries ({problem})"
+    failures.append(ValueError(f"{url}: {problem}; check address, key and model, or repeat the command later: it resumes"))

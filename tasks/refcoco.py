@@ -1,14 +1,12 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: describe a box (refcoco, Tab. 10), and find what is described (rec).
 
-Files      refs(unc).p or refs(umd).p beside its instances.json, from github.com/lichengunc/refer, or one of the other forms in
+Files      refs(unc).p or refs(umd).p beside its instances.json, from github.com/lichengunc/refer, or another of the forms in
            refs.py; COCO's train2014. --split: the paper takes testB, and val and test of RefCOCOg
-Questions  refcoco: RevLoc's, "What is at location (4, 52, 13, 63) in image?"; rec: LocPred's, with each sentence of each ref.
-           Which of the prompts is used depends on the seed and the ref alone
+Questions  refcoco: "What is at location (4, 52, 13, 63) in image?"; rec: "Where is ...?" with each sentence of each ref. The
+           prompt, RevLoc's or LocPred's, depends on the seed and the ref alone
 Score      refcoco: METEOR 1.5 of all answers together, against each ref's sentences (pip install pycocoevalcap, and Java);
            rec: IoU >= 0.5 with the true box, in original pixels
-
-    python -m tasks refcoco runs/b2 --questions "refs(unc).p" --images train2014 --split testB
-
+Run        python -m tasks refcoco runs/b2 --questions "refs(unc).p" --images train2014 --split testB
     >>> from coords import CoordFormat; from data import Wording
     >>> item = Item("10", None, (448, 224), "Where is left zebra?", {"box_px": (0, 0, 224, 112)}, "(0, 0, 112, 56)")
     >>> judge_loc(item, Wording(CoordFormat("ivb", 224))); item.boxes_px, item.correct
@@ -20,11 +18,11 @@ import re
 from collections import Counter
 
 from data import LOC_PROMPTS, REV_PROMPTS, judge_loc, loc_question
-from evaluate import Item, Task, locpred_metrics, paper_rows
+from evaluate import Item, Task, locpred_metrics
 from formats.eval_folder import require_images
 from formats.images import image_size
 from formats.schema import box_from_xywh, box_problem
-from tasks.files import coco_names, find_image
+from tasks.files import find_image, paper
 from tasks.refs import FILE, read_refs
 from tasks.words import meteor, require_meteor
 
@@ -36,8 +34,8 @@ def read_split(args):
     if args.split is None and len(splits) > 1 or args.split is not None and args.split not in splits:
         names = ", ".join(f"{name} ({count})" for name, count in splits.items())
         raise ValueError(f"split {args.split} of {args.questions}, which has {names}; choose one of them with --split")
-    refs = [ref for ref in refs if args.split is None or ref["split"] == args.split]
-    paths = [find_image(args.images, *coco_names(ref["file_name"], "train2014")) for ref in refs]
+    refs = [ref for ref in refs if args.split in (None, ref["split"])]
+    paths = [find_image(args.images, ref["file_name"], "train2014") for ref in refs]
     require_images(paths, args.questions, args.images)  # some sizes are read from them
     for ref, path in zip(refs, paths, strict=True):
         size = tuple(ref["size"] or image_size(path))
@@ -51,14 +49,20 @@ def read_split(args):
     return found, skipped
 
 
-# ----- describe a box
+def read_rec(args, wording):
+    """Ask where the object of each sentence is."""
+    (refs, skipped), items = read_split(args), []
+    for ref, path, size, box_px in refs:
+        for name, text in ref["sentences"]:
+            question = loc_question(text, wording, random.Random(f"{args.seed} {name}"))
+            items.append(Item(name, path, size, question, {"name": text, "box_px": box_px}))
+    return items, skipped
 
 
 def read_refcoco(args, wording):
-    """Ask about each referred box. Boxes that a crop does not show are skipped."""
+    """Ask what is in each box. Boxes that a crop does not show are skipped."""
     require_meteor()
-    refs, skipped = read_split(args)
-    items = []
+    (refs, skipped), items = read_split(args), []
     for ref, path, size, box_px in refs:
         if not wording.can_place(box_px, size):
             skipped["refs that the model's square does not show"] += 1
@@ -69,23 +73,16 @@ def read_refcoco(args, wording):
     return items, skipped
 
 
-def judge_refcoco(item, wording):
-    """Judge nothing: only all answers together have a score."""
-    item.correct, item.boxes_px = None, []
-
-
 def refcoco_metrics(items):
     """Compute METEOR 1.5 of all answers, and of the answers without our own "There is a"."""
     sentences, answers = {item.id: item.truth["sentences"] for item in items}, {item.id: item.answer for item in items}
     bare = {name: re.sub(r"^\s*there is an? ", "", answer, flags=re.IGNORECASE) for name, answer in answers.items()}
     score, bare_score = meteor([answers, bare], sentences)
     return {
-        "METEOR 1.5": score,
-        'METEOR 1.5 without "There is a"': bare_score,
-        "refs (meteor-1.5.jar and PTB tokens of pycocoevalcap)": len(items),
-        "sentences": sum(map(len, sentences.values())),
+        "METEOR 1.5": score, 'METEOR 1.5 without "There is a"': bare_score,
+        "refs (meteor-1.5.jar and PTB tokens of pycocoevalcap)": len(items), "sentences": sum(map(len, sentences.values())),
         "empty answers": sum(not answer.strip() for answer in answers.values()),
-    }
+    }  # fmt: skip
 
 
 def submission(items):
@@ -93,32 +90,11 @@ def submission(items):
     return {"predictions": [{"sent": i.answer, "ref_id": int(i.id) if i.id.isdecimal() else i.id} for i in items]}
 
 
-# ----- find what is described
-
-
-def read_rec(args, wording):
-    refs, skipped = read_split(args)
-    items = []
-    for ref, path, size, box_px in refs:
-        for name, text in ref["sentences"]:
-            question = loc_question(text, wording, random.Random(f"{args.seed} {name}"))
-            items.append(Item(name, path, size, question, {"name": text, "box_px": box_px}))
-    return items, skipped
-
-
-SETS = ("RefCOCO testB", "RefCOCO+ testB", "RefCOCOg val", "RefCOCOg test")
-METEOR = {  # * tuned on the sets' training split
-    "LLaVA": (4.23, 7.26, 10.6, 10.3),
-    "LocVLM-B": (11.0, 11.1, 20.6, 20.7),
-    "LLaVA *": (8.43, 8.73, 13.5, 13.5),
-    "LocVLM-B *": (14.6, 15.2, 26.0, 26.2),
-}
-PAPER = [(f"{model}, {name}", value) for model in METEOR for name, value in zip(SETS, METEOR[model], strict=True)]
 FILES = f"questions: {FILE}; answers: instances.json, if it is not beside the pickle"
 TASKS = {
     "refcoco": Task(
-        read_refcoco, judge_refcoco, refcoco_metrics, REV_PROMPTS, FILES, ("split",), submission=submission,
-        paper=paper_rows(("METEOR 1.5",), *PAPER),
+        read_refcoco, lambda item, wording: None, refcoco_metrics,  # no single answer has a score
+        REV_PROMPTS, FILES, ("split",), paper("refcoco"), submission=submission,
     ),
     "rec": Task(read_rec, judge_loc, locpred_metrics, LOC_PROMPTS, FILES, ("split",)),
 }  # fmt: skip

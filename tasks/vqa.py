@@ -3,12 +3,9 @@
 Files      v2_OpenEnded_mscoco_val2014_questions.json and v2_mscoco_val2014_annotations.json, from visualqa.org; COCO's val2014.
            The test splits have no annotations: a run on them writes NAME.submission.json for EvalAI
 Questions  the file's own text; with --short, followed by LLaVA-1.5's request for a single word
-Score      the official one: mean over the annotators of min(1, matches among the others / 3), by type of answer and question.
-           It normalises no answer if all annotators agree, so that "Yes." is not "yes" there; "normalised first" always does
-
-    python -m tasks vqa runs/b2 --questions v2_OpenEnded_mscoco_val2014_questions.json \\
-        --answers v2_mscoco_val2014_annotations.json --images val2014
-
+Score      mean over the annotators of min(1, matches among the others / 3), by type of answer and question. As officially, no
+           answer is normalised if all annotators agree: "Yes." is not "yes" there; "normalised first" always does
+Run        python -m tasks vqa runs/b2 --questions v2_..._questions.json --answers v2_..._annotations.json --images val2014
     >>> item = Item("0", None, None, "What animal is it?", {"answers": ["cat"] * 2 + ["dog"] * 8}, "A cat.")
     >>> judge_vqa(item, None); round(item.correct, 2)
     0.6
@@ -16,26 +13,22 @@ Score      the official one: mean over the annotators of min(1, matches among th
 
 from collections import Counter
 
-from evaluate import Item, Task, mean, paper_rows
-from tasks.files import coco_names, find_image, list_under, match_answers, read_rows, rows_by_id
-from tasks.words import add_short, vqa_normal, vqa_scores
+from evaluate import Item, Task, mean
+from tasks.files import Rows, find_image, match_answers, paper, read_rows
+from tasks.words import PROMPTS, add_short, vqa_normal, vqa_scores
 
-QUESTIONS = "VQAv2's v2_OpenEnded_mscoco_*_questions.json"
-ANSWERS = "VQAv2's v2_mscoco_*_annotations.json"
+QUESTIONS = Rows("v2_OpenEnded_mscoco_*_questions.json", {"question_id": int, "image_id": int, "question": str}, "questions")
+ANSWER_KEYS = {"question_id": int, "answers": list, "answer_type": str, "question_type": str}
+ANNOTATIONS = Rows("v2_mscoco_*_annotations.json", ANSWER_KEYS, "annotations")
 
 
 def read_vqa(args, wording):
-    content, skipped, items, truth = read_rows(args.questions, QUESTIONS), Counter(), [], {}
-    needs = {"question_id": int, "image_id": int, "question": str}
-    rows = list_under(content, "questions", args.questions, QUESTIONS)
-    rows = rows_by_id(rows, args.questions, "question_id", needs, QUESTIONS)
+    content, items, truth, skipped = read_rows(args.questions, QUESTIONS.file), [], {}, Counter()
+    rows = QUESTIONS.by_id(content, args.questions)
     split = str(content.get("data_subtype", "val2014")).replace("-dev", "")  # test-dev2015 asks about test2015's images
     if args.answers:
-        needs = {"question_id": int, "answers": list, "answer_type": str, "question_type": str}
-        annotations = list_under(read_rows(args.answers, ANSWERS), "annotations", args.answers, ANSWERS)
-        annotations = rows_by_id(annotations, args.answers, "question_id", needs, ANSWERS)
-        truth, left_over = match_answers(rows, annotations, args.questions, args.answers)
-        skipped.update({"annotations of questions that are not asked": left_over} if left_over else {})
+        left_over = "annotations of questions that are not asked"
+        truth, skipped = match_answers(rows, ANNOTATIONS.read(args.answers), args, left_over)
     for name, row in rows.items():
         facts = {"question_id": row["question_id"]}
         if truth:
@@ -43,7 +36,7 @@ def read_vqa(args, wording):
             if not answers or not all(isinstance(text, str) for text in answers):
                 raise ValueError(f"{args.answers}: question {name} has answers {answers}, not one text per annotator")
             facts |= {"answers": answers} | {key: truth[name][key] for key in ("answer_type", "question_type")}
-        path = find_image(args.images, *coco_names(f"COCO_{split}_{row['image_id']:012d}.jpg", split))
+        path = find_image(args.images, f"COCO_{split}_{row['image_id']:012d}.jpg", split)
         items.append(Item(name, path, None, add_short(row["question"], args.short), facts))
     return items, skipped
 
@@ -59,11 +52,9 @@ def vqa_metrics(items):
     scored = [item for item in items if item.correct is not None]
     if not scored:
         return {"questions without annotations": len(items)}
-    metrics = {
-        "accuracy": mean(item.correct for item in scored),
-        "accuracy, normalised first": mean(item.truth["normalised"] for item in scored),
-        "contains": mean(item.truth["contains"] for item in scored),
-    }
+    metrics = {"accuracy": mean(item.correct for item in scored)}
+    metrics["accuracy, normalised first"] = mean(item.truth["normalised"] for item in scored)
+    metrics["contains"] = mean(item.truth["contains"] for item in scored)
     for key in ("answer_type", "question_type"):
         for kind in sorted({item.truth[key] for item in scored}):
             metrics[f"{key.replace('_', ' ')} {kind}"] = mean(i.correct for i in scored if i.truth[key] == kind)
@@ -75,19 +66,5 @@ def submission(items):
     return [{"question_id": i.truth["question_id"], "answer": vqa_normal(i.answer)} for i in items]
 
 
-TASKS = {
-    "vqa": Task(
-        read_vqa, judge_vqa, vqa_metrics, ("{question}",),
-        "questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json, none for test",
-        options=("short",), submission=submission,
-        paper=paper_rows(  # * tuned on VQA data
-            ("accuracy", "accuracy on test"),
-            ("LLaVA-v1", 49.8, 49.3),
-            ("LocVLM-B", 50.3, 50.8),
-            ("LLaVA-v1.5", 55.7, 55.3),
-            ("LocVLM-L", 55.9, 56.2),
-            ("LLaVA-v1.5 *", 78.1, 78.4),
-            ("LocVLM-L *", 78.2, 78.6),
-        ),
-    )
-}  # fmt: skip
+FILES = "questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json, none for test"
+TASKS = {"vqa": Task(read_vqa, judge_vqa, vqa_metrics, PROMPTS, FILES, ("short",), paper("vqa"), submission=submission)}

@@ -6,8 +6,13 @@ from collections import Counter
 from importlib.util import find_spec
 
 from evaluate import mean
+from tasks.files import FOLDER
 
 SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's request for a short answer
+PROMPTS = ("{question}",)  # the file's own text
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # and "." apart
+REPLACED = dict(line.split() for line in (FOLDER / "vqa_words.txt").read_text("utf-8").splitlines())  # two: 2, dont: don't
+LONGEST_ANSWER = 1000  # words that METEOR reads: its search for matches takes minutes over a book
 
 
 def add_short(question, short):
@@ -15,15 +20,8 @@ def add_short(question, short):
     return question.removesuffix(SHORT) + SHORT * short
 
 
-# ----- words
-
-
 def spaced(text):
-    """Return the words and numbers of a text in lower case, each with a space on both sides, so that `in` finds whole words.
-
-    >>> spaced("It's a Dog."), spaced("...")
-    (' it s a dog ', ' ')
-    """
+    """Return " it s a dog " of "It's a Dog.": words between spaces, so that `in` finds whole words."""
     return "".join(f" {word}" for word in re.findall(r"\w+", text.lower())) + " "
 
 
@@ -41,68 +39,44 @@ def contains(answer, truth):
     return spaced(truth) != " " and spaced(truth) in spaced(answer)
 
 
+def judge_exact(item, wording, is_same=same_words):
+    """Judge by exact match. `contains` also counts answers in sentences."""
+    item.correct = is_same(item.answer, item.truth["answer"])
+    item.truth["contains"] = item.correct or contains(item.answer, item.truth["answer"])
+
+
 def exact_metrics(items):
     """Count exact match and `contains` over all items and, if questions have a type, over each type."""
-    metrics = {"exact match": mean(i.correct for i in items), "contains": mean(i.truth["contains"] for i in items)}
-    for kind in sorted({item.truth["type"] for item in items if "type" in item.truth}):
-        of_kind = [item for item in items if item.truth["type"] == kind]
-        metrics[f"exact match, {kind}"] = mean(item.correct for item in of_kind)
-        metrics[f"contains, {kind}"] = mean(item.truth["contains"] for item in of_kind)
+    kinds, metrics = sorted({item.truth["type"] for item in items if "type" in item.truth}), {}
+    groups = {"": items} | {f", {kind}": [i for i in items if i.truth.get("type") == kind] for kind in kinds}
+    for name, group in groups.items():
+        metrics[f"exact match{name}"] = mean(item.correct for item in group)
+        metrics[f"contains{name}"] = mean(item.truth["contains"] for item in group)
     return metrics | {"questions": len(items)}
-
-
-# ----- VQAv2: ten annotators
-
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # and "." apart
-NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
-NUMBERS["none"] = "0"
-ARTICLES = ("a", "an", "the")
-APOSTROPHES = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
-how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
-oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
-they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
-where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
-y'all'd've you'd you'd've you'll you're you've
-""".split()
-# a word without one of its apostrophes gets it back; "somebodyd" is the official table's own mistake
-CONTRACTIONS = {
-    word[:i] + word[i + 1 :]: word for word in APOSTROPHES for i, letter in enumerate(word) if letter == "'"
-} | {"somebody'd": "somebodyd"}
 
 
 def vqa_normal(text):
     """Normalise an answer as the official VQA evaluation does, mistakes included.
 
-    A mark is deleted if it has a space beside it somewhere, or if the text has a comma between digits; else it becomes a
-    space. Full stops are deleted unless a digit follows (the official look-behind is misspelt and has no effect), but only
-    the first 32: there, re.UNICODE is passed as the count.
-
     >>> vqa_normal("The Two-way street."), vqa_normal("1,000 dont"), vqa_normal("3.5")
     ('2 way street', "1000 don't", '3.5')
     """
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    deleted = re.search(r"\d,\d", text) is not None
-    out = text
-    for mark in PUNCTUATION:
-        out = out.replace(mark, "" if deleted or f"{mark} " in text or f" {mark}" in text else " ")
-    out = re.sub(r"\.(?!\d)", "", out, count=32)
-    kept = [word for word in (NUMBERS.get(word, word) for word in out.lower().split()) if word not in ARTICLES]
-    return " ".join(CONTRACTIONS.get(word, word) for word in kept)
+    text = out = text.replace("\n", " ").replace("\t", " ").strip()
+    has_comma = re.search(r"\d,\d", text) is not None
+    for mark in PUNCTUATION:  # deleted if it has a space beside it somewhere, or if the text has a comma between digits
+        out = out.replace(mark, "" if has_comma or f"{mark} " in text or f" {mark}" in text else " ")
+    out = re.sub(r"\.(?!\d)", "", out, count=32)  # officially, re.UNICODE is passed as the count
+    return " ".join(REPLACED.get(word, word) for word in out.lower().split() if word not in ("a", "an", "the"))
 
 
 def vqa_scores(answer, answers):
-    """Score an answer against the annotators': (official score, the same score if containing counts as a match), each 0..1.
-
-    The score is the mean over the annotators of min(1, matches among the others / 3). If all annotators agree, nothing is
-    normalised, not even case, as in the official evaluation. The time is linear in the answer's length.
+    """Score an answer by the annotators', 0..1: (official score, the same score if containing counts as a match).
 
     >>> vqa_scores("cat", ["cat"] * 3 + ["dog"] * 7)  # three annotators have two others who agree, seven have three
     (0.9, 0.9)
     """
     answer, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *answers))
-    if len(set(answers)) > 1:
+    if len(set(answers)) > 1:  # else nothing is normalised, not even case
         answer, answers = vqa_normal(answer), [vqa_normal(text) for text in answers]
     count, words = Counter(answers), spaced(answer)
 
@@ -110,46 +84,32 @@ def vqa_scores(answer, answers):
         total = sum(count[text] for text in matching)
         return (total * min(1, (total - 1) / 3) + (len(answers) - total) * min(1, total / 3)) / len(answers)
 
-    contained = [text for text in count if spaced(text) != " " and spaced(text) in words]
-    return score([text for text in count if text == answer]), score(contained)
-
-
-# ----- METEOR
-
-LONGEST_ANSWER = 1000  # words: METEOR's search for matches takes minutes over a book
+    return score({answer}), score(text for text in count if spaced(text) != " " and spaced(text) in words)
 
 
 def require_meteor():
     """Raise ValueError, before any question is answered, if METEOR cannot be computed."""
-    missing = [] if find_spec("pycocoevalcap") else ["pycocoevalcap"]
-    missing += [] if shutil.which("java") else ["java"]
-    if missing:
-        raise ValueError(
-            f"no {' and no '.join(missing)}: METEOR 1.5 is a Java program inside pycocoevalcap; "
-            "pip install pycocoevalcap, and install Java 1.8 or later"
-        )
+    found = {"pycocoevalcap": find_spec("pycocoevalcap"), "java": shutil.which("java")}
+    if missing := [name for name in found if not found[name]]:
+        fix = "pip install pycocoevalcap, and install Java 1.8 or later"
+        raise ValueError(f"no {' and no '.join(missing)}: METEOR 1.5 is a Java program inside pycocoevalcap; {fix}")
 
 
 def meteor(answers, sentences):
-    """Compute METEOR 1.5, 0..1, as RefCOCO's own evaluation does: PTB tokens, lower case, `-norm`. Return a list of scores.
+    """Compute METEOR 1.5, 0..1, as RefCOCO's own evaluation does: PTB tokens, lower case, `-norm`; of all matches together.
 
-    answers    list of {id: answer}, each scored by itself; an empty answer counts as 0
-    sentences  {id: references}, the same ids
-    The score is METEOR's of all matches together, not a mean over answers. All white space becomes single spaces: the tokenizer
-    reads lines, and an extra one would shift all that follow. Only the first LONGEST_ANSWER words of an answer count. Half of a
-    surrogate pair, which no file can hold, becomes "?".
+    Return a score for each {id: answer} in the list `answers`. sentences: {id: references}
     """
     require_meteor()
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+    def row(text):  # one line, or all that follow would shift; half of a surrogate pair, which no file can hold, becomes "?"
+        text = text.encode(errors="replace").decode().replace("|||", " ")
+        return {"caption": " ".join(text.split()[:LONGEST_ANSWER])}
+
     texts = {("reference", name): references for name, references in sentences.items()}
-    for i, by_id in enumerate(answers):
-        texts |= {(i, name): [by_id[name].encode(errors="replace").decode()] for name in sentences}
-    rows = {
-        key: [{"caption": " ".join(text.replace("|||", " ").split()[:LONGEST_ANSWER])} for text in some]
-        for key, some in texts.items()
-    }
-    tokens, java = PTBTokenizer().tokenize(rows), Meteor()
+    texts |= {(i, name): [by_id[name]] for i, by_id in enumerate(answers) for name in sentences}
+    tokens, java = PTBTokenizer().tokenize({key: list(map(row, texts[key])) for key in texts}), Meteor()
     references = {name: tokens["reference", name] for name in sentences}
     return [java.compute_score(references, {name: tokens[i, name] for name in sentences})[0] for i in range(len(answers))]
