@@ -191,7 +191,7 @@ def read_llava(path, images, content=None):
     return records, skipped
 
 
-# ----- objectives: what is asked, what is answered, when an answer is right
+# ----- objectives: questions, answers, and when an answer is right
 
 
 @dataclass(frozen=True)
@@ -559,7 +559,7 @@ class Examples:
         """
         record, fmt = self.records[index], self.wording.fmt
         row = self.text_row(record, draw)
-        if record.image is None:
+        if not record.image:
             return row, None, record
         if self.features:
             return row, self.features.read(record.image), record

@@ -337,7 +337,7 @@ def hal_metrics(items):
 
 def read_items(task, make, args, wording):
     """Read a task's questions about the annotated images of the command line; the file is read once for all tasks."""
-    if args.annotated is None:
+    if not args.annotated:
         args.annotated = read_file(args.coco, args.images)
     records, skipped = args.annotated
     return make(records[: args.limit], wording, random.Random(f"{args.seed} {task}")), skipped

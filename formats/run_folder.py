@@ -95,7 +95,7 @@ class RunFolder:
 
     def finish(self):
         """Wait for the checkpoint being written, rename it, and delete the oldest beyond KEEP."""
-        if self.pending is None:
+        if not self.pending:
             return
         (path, writing), self.pending = self.pending, None
         try:
