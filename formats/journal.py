@@ -3,6 +3,7 @@
 A journal gets a line per piece of work, flushed to disk. After a kill, the same command reads the journal and continues.
 """
 
+import atexit
 import json
 import os
 import threading
@@ -72,4 +73,5 @@ def start_processes():
         return 0, 1, lambda: None
     end_with_parent()  # a torchrun that is killed leaves its processes running
     dist.init_process_group("gloo", timeout=timedelta(days=30))  # for barriers, which wait for the slowest process
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return dist.get_rank(), world, dist.barrier

@@ -110,7 +110,7 @@ def test_panoptic_masks_of_clips_give_the_boxes_told(moving, tmp_path, capsys):
     files = sorted((moving / "panoptic_train").glob("*.json"))
     assert [path.stem for path in files] == ["000000000001", "000000000005", "000000000009"]
     for path in files:
-        panoptic(path, path.with_suffix(""), tmp_path / path.name, check=True)
+        panoptic(path, tmp_path / path.name, path.with_suffix(""), check=True)
         found = read_json(tmp_path / path.name)["annotations"]
         wanted = [a for a in content["annotations"] if a["video_id"] == path.stem]
         assert [(a["image_id"] - 1, a["category_id"], a["bbox"]) for a in found] == [
