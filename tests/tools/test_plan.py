@@ -156,18 +156,29 @@ def test_a_plan_of_clips_reads_features_and_one_of_images_runs_the_tower(monkeyp
     monkeypatch.setattr(plan, "plan_step", planned)
     plan.main(["--variant", "tiny", "--stages", "4", "--micro-batch", "2"])
     plan.main(["--variant", "tiny", "--stages", "2", "--micro-batch", "2"])
-    length = plan.SYSTEM_TOKENS + 64 + 6 * plan.QUESTION
-    assert shapes == [(4, 2, 8 + 64, 128, 8 + length), (2, 2, 3, 112, 112, length)]
+    length = VARIANTS["tiny"].text_config.max_position_embeddings  # less than the recipe's max_length
+    assert shapes == [(4, 2, 8 + 64, 128, length), (2, 2, 3, 112, 112, length)]
 
 
 def test_a_plan_with_data_takes_the_longest_of_its_rows(tmp_path, capsys):
     write_world(tmp_path, {"train": 12})
-    data = ["--data", f"{tmp_path}/instances_train.json", "--images", f"{tmp_path}/images", "--stages", "2"]
+    data = ["--data", f"{tmp_path}/captions_train.json", "--images", f"{tmp_path}/images", "--stages", "1"]
     plan.main([*data, "--micro-batch", "2", "--out", str(tmp_path / "run")])
     out = capsys.readouterr().out
     assert "(the longest of 64 rows), 1 processes, fp32" in out and not (tmp_path / "run").exists()
     plan.main([*data, "--micro-batch", "2", "--variant", "b", "--preset", "paper", "--recompute"])
     assert "no tokenizer without --llm" in capsys.readouterr().out
+
+
+def test_a_plan_of_stage_2_is_for_full_rows_of_answers(capsys):
+    """No batch of the run, however late, can need more: not even one of long conversations."""
+    plan.main(["--variant", "tiny", "--stages", "2", "--micro-batch", "2"])
+    assert "2 rows of at most 1024 tokens" in capsys.readouterr().out
+    row = plan.made_row(VARIANTS["tiny"], 2, questions=6, length=1024)
+    assert len(row["input_ids"]) == 1024 and max(row["segments"]) == 6
+    assert sum(label != IGNORE for label in row["labels"]) == 1024 - plan.SYSTEM_TOKENS - 64
+    with pytest.raises(ValueError, match="leaves no room for its answer: 80 tokens"):
+        plan.made_row(VARIANTS["tiny"], 2, questions=6, length=80)
 
 
 def test_options_that_cannot_be_meant_are_refused_first():
