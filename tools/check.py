@@ -79,7 +79,7 @@ def image_problems(coco, images):
 
 
 def image_problem(images, file_name, size=()):
-    """Return what is wrong with an image file, or None. size: what the annotations say, if they do"""
+    """Return the problem of an image file, or None. size: what the annotations say, if they do"""
     path = Path(images) / file_name
     if leaves_folder(file_name):
         return f"{file_name} leaves the images folder"
