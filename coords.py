@@ -166,7 +166,7 @@ class CoordFormat:
 
     The paper's example, a cat in an image of 512 x 512:
 
-    >>> [CoordFormat(kind).encode_box((10, 120, 30, 145), (512, 512)) for kind in KINDS]
+    >>> [CoordFormat(kind).encode_box((10, 120, 30, 145), (512, 512)) for kind in ("nfp", "ivb", "diga")]
     ['(0.0195, 0.2344, 0.0586, 0.2832)', '(4, 52, 13, 63)', '(0, 4, 3, 11, 6, 0)']
     >>> CoordFormat("ivb").decode_boxes("It is located at [4,52, 13 ,63].", (448, 224))
     [(8.0, 52.0, 26.0, 63.0)]

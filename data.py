@@ -233,7 +233,7 @@ class Wording:
 
 @dataclass(frozen=True)
 class Objective:
-    """One instruction objective. Training, evaluate.py and tools.prefcoco all use this entry.
+    """One instruction objective. Training, evaluate.py (as a task) and tools.prefcoco (as conversations) use every entry.
 
     task     its name in evaluate.py
     about    what a question is about: "object" (each unique object), "pair" (two of them), "absent" (a category that is not
@@ -321,10 +321,10 @@ def judge_rev(item, wording):
     item.correct = item.truth["named"] == item.truth["name"]
 
 
-def judge_words(item, wording):
-    """Right if the answer has the words of the expected one, in any case and punctuation. For objectives of your own."""
-    said, expected = (re.findall(r"\w+", text.lower()) for text in (item.answer, item.truth["answer"]))
-    item.correct = said == expected
+def judge_named(item, wording):
+    """Right if the answer names first, of the objects asked about, the one that the expected answer names first."""
+    named, expected = (first_named(text, item.truth["names"]) for text in (item.answer, item.truth["answer"]))
+    item.correct = named == expected
 
 
 OBJECTIVES = {

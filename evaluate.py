@@ -143,6 +143,8 @@ def objective_items(objective, records, wording, rng):
             question, answer = objective.ask(target, record, wording, rng)
             objects = (target,) if isinstance(target, Object) else target
             truth = {"name": " ".join(o.name for o in objects), "answer": answer}
+            if objective.about == "pair":
+                truth["names"] = [o.name for o in objects]
             if objective.about == "object":
                 truth["box_px"] = target.box_px
             if objective.judge is judge_rev:  # any category of the data may be named

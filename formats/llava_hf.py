@@ -7,6 +7,7 @@ between them: the same function. `read_checkpoint` undoes both. Our settings are
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -51,11 +52,8 @@ def read_checkpoint(folder, vision, adapters, dtype, device):
         for name in {"embed_tokens.weight", "lm_head.weight"} & language.keys():
             language[name] = language[name].rows(0, ours["vocab_size"])
     llama = Llama.from_stored(LlamaConfig.from_dict(config), language, f"{folder} (LLaMA)", dtype, device)
-    if ours.get("adapter") == "linear":  # drop the identity
-        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("linear_2.")}
-    kind = ours.get("adapter") or kind_of_adapter(stored)
     sizes = tower.config.hidden_size, llama.config.hidden_size
-    adapter = build(lambda: adapters[kind](*sizes), stored, f"{folder} (adapter)", dtype, device)
+    adapter = build_adapter(stored, ours, adapters, sizes, f"{folder} (adapter)", dtype, device)
     tokenizer = read_tokenizer(folder)
     if ours and sha256(tokenizer.path) != ours["tokenizer_sha256"]:
         hint = f"use the one whose sha256 begins {ours['tokenizer_sha256'][:12]}"
@@ -78,14 +76,16 @@ def read_tower(folder, config, stored, vision, dtype, device):
 
 def read_adapter(path, adapters, sizes, dtype=torch.float32, device="cpu"):
     """Read an adapter alone: LLaVA's mm_projector.bin, or the one inside a run. sizes: of CLIP and LLaMA."""
-    stored = sort_tensors(open_tensors(path), path)["adapter"]
-    made = adapters[kind_of_adapter(stored)]
-    return build(lambda: made(*sizes), stored, path, dtype, device)
+    ours = read_json(Path(path) / "config.json").get("locvlm", {}) if (Path(path) / "config.json").is_file() else {}
+    return build_adapter(sort_tensors(open_tensors(path), path)["adapter"], ours, adapters, sizes, path, dtype, device)
 
 
-def kind_of_adapter(stored):
-    """Return the kind of a LLaVA's adapter, by its tensors."""
-    return "mlp2x_gelu" if "linear_2.weight" in stored else "linear"
+def build_adapter(stored, ours, adapters, sizes, source, dtype, device):
+    """Make the adapter that a run of ours names under "locvlm", or that a LLaVA's tensors show."""
+    kind = ours.get("adapter") or ("mlp2x_gelu" if "linear_2.weight" in stored else "linear")
+    if kind == "linear":  # drop the identity
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("linear_2.")}
+    return build(lambda: adapters[kind](*sizes), stored, source, dtype, device)
 
 
 def geometry_of(folder, config):

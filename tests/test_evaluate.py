@@ -518,7 +518,7 @@ def test_an_objective_of_your_own_becomes_a_task(monkeypatch):
         left, right = sorted(pair, key=lambda o: o.box_px[0] + o.box_px[2])
         return f"Which is further left, the {pair[0].name} or the {pair[1].name}?", f"The {left.name}."
 
-    entry = data.Objective("further", "pair", ask, data.judge_words)
+    entry = data.Objective("further", "pair", ask, data.judge_named)
     monkeypatch.setitem(data.OBJECTIVES, "side", entry)
     objects = (Object("cup", (0, 0, 20, 20)), Object("dog", (100, 0, 140, 40)))
     record = Record("1", "x.png", (224, 224), objects, ("cup", "dog"), ("car",))
