@@ -1,8 +1,8 @@
 """Checkpoints of whole models: read a run of ours, llava-hf's or LLaVA's own; write llava-hf's.
 
 LLaVA-hf has a word for the image and an adapter of two layers. So a saved folder has added vocabulary rows for <image> (the
-mean of the others: never the most likely), and a linear adapter gets the identity as its second layer, without activation
-between them: the same function. `read_checkpoint` undoes both. Our settings are in config.json's "locvlm", which others ignore.
+mean of the others: never the most likely), and a linear adapter the identity as its second layer, without activation before it.
+`read_checkpoint` undoes both. Our settings are in config.json's "locvlm", which others ignore.
 """
 
 import math
@@ -18,10 +18,8 @@ from formats.weights import build, open_tensors, sort_tensors, write_tensors
 from llama import Llama, LlamaConfig, read_tokenizer
 
 PARTS = {  # our names -> llava-hf's; the first prefix that fits
-    "vision_tower.": "vision_tower.vision_model.",
-    "adapter.": "multi_modal_projector.",
-    "language_model.lm_head.": "language_model.lm_head.",
-    "language_model.": "language_model.model.",
+    "vision_tower.": "vision_tower.vision_model.", "adapter.": "multi_modal_projector.",
+    "language_model.lm_head.": "language_model.lm_head.", "language_model.": "language_model.model.",
 }
 SUPPORTED = {  # keys of a LLaVA's config, and the values that this model can read; the first is the default
     "mm_vision_select_layer": (-2,), "mm_vision_select_feature": ("patch",),
@@ -65,8 +63,7 @@ def read_checkpoint(folder, vision, adapters, dtype, device):
 def read_tower(folder, config, stored, vision, dtype, device):
     """Read the tower inside a checkpoint, or the one at `vision`."""
     if stored:
-        has_config = "vision_config" in config
-        shape = CLIPVisionConfig.from_dict(config) if has_config else CLIPVisionConfig.from_shapes(stored)
+        shape = CLIPVisionConfig.from_dict(config) if "vision_config" in config else CLIPVisionConfig.from_shapes(stored)
         return build(lambda: CLIPVisionTower(shape), stored, f"{folder} (vision tower)", dtype, device)
     if not vision:
         clip = config.get("mm_vision_tower", "its CLIP")
@@ -90,18 +87,17 @@ def build_adapter(stored, ours, adapters, sizes, source, dtype, device):
 
 def geometry_of(folder, config):
     """Return how a LLaVA that is not ours makes its square: from its image processor, or its image_aspect_ratio."""
-    path = folder / "preprocessor_config.json"
+    path, ratios = folder / "preprocessor_config.json", {"square": "crop", "pad": "pad"}
     if "vision_config" in config and path.is_file():
         processor = read_json(path)
         if processor.get("do_pad"):
             return "pad"
         size, is_crop = processor.get("size"), processor.get("do_center_crop", True)
         return "squash" if not is_crop and isinstance(size, dict) and "height" in size else "crop"
-    ratio = config.get("image_aspect_ratio") or "square"
-    if ratio not in ("square", "pad"):
+    if (ratio := config.get("image_aspect_ratio") or "square") not in ratios:
         hint = "this model looks once at the whole image ('square' or 'pad')"
         raise ValueError(f"{folder}/config.json: unsupported image_aspect_ratio = {ratio!r}; {hint}")
-    return "pad" if ratio == "pad" else "crop"
+    return ratios[ratio]
 
 
 def write_checkpoint(model, folder, state_dict, notes):
@@ -116,9 +112,8 @@ def write_checkpoint(model, folder, state_dict, notes):
     write_whole(folder / tokenizer.path.name, lambda temporary: temporary.write_bytes(tokenizer_model))
     write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
     ours = {
-        "adapter": config.adapter, **{key: getattr(config, key) for key in SETTINGS},
-        "n_bins": config.coord_format().n_bins, "template": "v1",
-        "vocab_size": vocab_size, "tokenizer_sha256": sha256(tokenizer.path),
+        "adapter": config.adapter, **{key: getattr(config, key) for key in SETTINGS}, "n_bins": config.coord_format().n_bins,
+        "template": "v1", "vocab_size": vocab_size, "tokenizer_sha256": sha256(tokenizer.path),
     }
     files = processor_files(config) | tokenizer_files(config, tokenizer, image_id)
     files["config.json"] = {**llava_config(config, tokenizer, image_id, rows), "locvlm": {**ours, **notes}}
@@ -152,20 +147,15 @@ def processor_files(config):
     is_pad, is_crop = config.geometry == "pad", config.geometry == "crop"
     whole = {"height": side, "width": side}
     processor = {
-        "image_processor_type": "LlavaImageProcessor" if is_pad else "CLIPImageProcessor",
-        "do_convert_rgb": True,
+        "image_processor_type": "LlavaImageProcessor" if is_pad else "CLIPImageProcessor", "do_convert_rgb": True,
         "do_resize": True, "size": {"shortest_edge": side} if is_crop else whole, "resample": 3,  # bicubic
-        "do_center_crop": is_crop, "crop_size": whole,
-        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_center_crop": is_crop, "crop_size": whole, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": vision.image_mean, "image_std": vision.image_std,
         "processor_class": "LlavaProcessor",
-    }
-    if is_pad:
-        processor |= {"do_pad": True, "background_color": list(mean_colour(vision))}
-    llava = {
+    } | ({"do_pad": True, "background_color": list(mean_colour(vision))} if is_pad else {})
+    llava = {  # the additional token is the class token, which "default" drops again
         "processor_class": "LlavaProcessor", "patch_size": vision.patch_size, "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,  # the class token, which "default" drops again
-        "image_token": "<image>",
+        "num_additional_image_tokens": 1, "image_token": "<image>",
     }
     return {"preprocessor_config.json": processor, "processor_config.json": llava}
 
@@ -212,16 +202,14 @@ def tokenizer_files(config, tokenizer, image_id):
 def tokenizer_json(tokenizer, special):
     """Return a sentencepiece model in the format of HF's tokenizers.
 
-    Sentencepiece files hold no merges: every pair of pieces that makes a piece is one, the better its score the earlier. The
-    text after a special token gets a leading space of its own, as if each chunk were tokenised alone.
+    Its merges: every pair of pieces that makes a piece, the best score first. The text after a special token gets a space.
     """
     vocab = {tokenizer.piece(i): i for i in range(len(tokenizer))}
     merges = sorted(
         (-tokenizer.score(i), vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
         for piece, i in vocab.items()
         if not (tokenizer.is_byte(i) or i in special)
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
+        for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab
     )
     bos = tokenizer.piece(tokenizer.bos_token_id)
     start = {"SpecialToken": {"id": bos, "type_id": 0}}

@@ -1,7 +1,4 @@
-"""Training in one or several processes: DDP (a whole model in each) or FSDP2 (sharded); precision; prefetching.
-
-With one process and fp32, every method of `Processes` does nothing. Read train.train_stage first.
-"""
+"""Training in one or several processes (DDP, or sharded by FSDP2); precision; prefetching. Read train.train_stage first."""
 
 import os
 from collections import deque
@@ -20,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Processes:
-    """Where this process runs: its rank of `world`, its device, the dtype of the forward pass, ddp or fsdp."""
+    """Where this process runs, and the dtype of the forward pass. With one process and fp32, every method does nothing."""
 
     rank: int
-    world: int
+    world: int  # number of processes
     device: torch.device
     dtype: torch.dtype
     is_fsdp: bool
@@ -31,9 +28,9 @@ class Processes:
     @classmethod
     def start(cls, config):
         """Read torchrun's environment and join the other processes. Raise ValueError if they cannot share the batch evenly."""
-        world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        cuda, env = torch.cuda.is_available(), os.environ
+        world, rank, local = int(env.get("WORLD_SIZE", 1)), int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)  # before anything asks CUDA: fsdp gathers on the current device
         for batch in [config.recipe(stage).batch for stage in config.stage_list]:
@@ -84,9 +81,9 @@ def prefetched(make, first, last, workers=2):
 
 
 def shard(model, env):
-    """Split a model over all processes, one decoder or tower layer at a time (FSDP2), and copy rank 0's weights there.
+    """Split a model over all processes by layer (FSDP2), and copy rank 0's weights there; other ranks' may be on "meta".
 
-    Weights, gradients and their sums stay float32; layers compute in env.dtype. Other ranks' models may be on the meta device.
+    Weights, gradients and their sums stay float32; layers compute in env.dtype.
     """
     if model.config.text_config.tie_word_embeddings:
         raise ValueError("fsdp cannot train a LLaMA whose head is its embedding; use --parallel ddp")
@@ -94,8 +91,8 @@ def shard(model, env):
     model.to("meta")
     mesh = init_device_mesh(env.device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(None if env.dtype == torch.float32 else env.dtype, torch.float32)
-    # the tower's last layer never runs
-    for part in [*model.vision_tower.encoder["layers"][:-1], *model.language_model.layers, model]:
+    tower = model.vision_tower.encoder["layers"][:-1]  # the last one never runs
+    for part in [*tower, *model.language_model.layers, model]:
         fully_shard(part, mesh=mesh, mp_policy=policy)
     model.to_empty(device=env.device)
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

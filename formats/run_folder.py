@@ -1,13 +1,12 @@
 """A training run on disk: its options (train.json), its log (log.jsonl), its checkpoints (state/STAGE-STEP).
 
-A checkpoint holds the weights that learn and the optimizer. Each process writes its part while training continues, and the
-folder is renamed when complete: a kill or a full disk leaves the one before. Any number of processes can read it, ddp or fsdp.
+A checkpoint holds the weights that learn and the optimizer. Each process writes its part while training continues; when
+complete, its folder is renamed: a kill or a full disk leaves the one before. Any number of processes can read it, ddp or fsdp.
 """
 
-import dataclasses
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,6 +22,10 @@ FREE = ("resume", "dry_run", "evaluate", "out", "parallel", "recompute", "save_e
 LEARNED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
+def state_of(model, optimizer):
+    return dict(zip(("weights", "optimizer"), get_state_dict(model, optimizer, options=LEARNED), strict=True))
+
+
 class RunFolder:
     """The folder of a run. Raise ValueError if it holds another run, or was started with other options than --resume has."""
 
@@ -32,7 +35,7 @@ class RunFolder:
             path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
             if config.resume:
                 before = read_json(require_file(path, "the options of a run to resume"))
-                defaults = {f.name: f.default for f in dataclasses.fields(config)}  # the run may predate an option
+                defaults = {f.name: f.default for f in fields(config)}  # the run may predate an option
                 require_same_options(defaults | before, options, self.folder)
             elif path.exists():
                 raise ValueError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
@@ -48,8 +51,7 @@ class RunFolder:
         newest_stage, newest_step = self.newest()
         first_step = newest_step if newest_stage == stage else 0
         if first_step:
-            weights, moments = get_state_dict(model, optimizer, options=LEARNED)
-            state = {"weights": weights, "optimizer": moments}
+            state = state_of(model, optimizer)
             dcp.load(state, checkpoint_id=self.folder / f"state/{stage}-{first_step}", process_group=self.group)
             loaded = {"model_state_dict": state["weights"], "optim_state_dict": state["optimizer"]}
             set_state_dict(model, optimizer, **loaded, options=LEARNED)
@@ -87,11 +89,9 @@ class RunFolder:
     def save(self, stage, step, model, optimizer):
         """Start writing a checkpoint. The weights are copied before this returns."""
         self.finish()
-        weights, moments = get_state_dict(model, optimizer, options=LEARNED)
         path = self.folder / f"state/{stage}-{step}.tmp"
         path.parent.mkdir(parents=True, exist_ok=True)
-        state = {"weights": weights, "optimizer": moments}
-        self.pending = path, dcp.async_save(state, checkpoint_id=path, process_group=self.group)
+        self.pending = path, dcp.async_save(state_of(model, optimizer), checkpoint_id=path, process_group=self.group)
 
     def finish(self):
         """Wait for the checkpoint being written, rename it, and delete the oldest beyond KEEP."""

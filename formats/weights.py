@@ -114,7 +114,7 @@ class TorchFile:
             script = "a TorchScript archive; save its state_dict() with torch.save"
             what = script if "TorchScript" in str(error) else "damaged; download it again"
             raise ValueError(f"{self.path} is {what}") from None
-        tensors = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else {}
+        tensors = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else None
         if not tensors:
             raise ValueError(f"{self.path} holds a {type(content).__name__}, not a state_dict")
         return tensors
@@ -128,10 +128,11 @@ class TorchFile:
         return rows
 
 
-# Tensor names of a LLaVA, or of its CLIP or LLaMA alone, in every naming: HF's CLIP and LLaMA, LLaVA's own (model.mm_projector.0),
-# llava-hf's (language_model.model.), transformers 4.52's (model.language_model.) and 5's (no vision_model). The group: our name.
+# Tensor names of a LLaVA, or of its CLIP or LLaMA alone, in every naming: HF's, LLaVA's own (model.mm_projector.0), llava-hf's
+# (language_model.model.), transformers 4.52's (model.language_model.) and 5's (no vision_model). Their group is our name.
 NAMES = {
-    "vision_tower": r"(?:model\.)?(?:vision_tower\.)*(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)",
+    "vision_tower": r"(?:model\.)?(?:vision_tower\.)*(?:vision_model\.)?"
+    r"((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)",
     "adapter": r"(?:model\.)?(?:mm_projector|multi_modal_projector)\.(.+)",
     "language_model": r"(?:model\.)?(?:language_model\.)?(?:model\.)?((?:layers|embed_tokens|norm|lm_head)\..+)",
 }
