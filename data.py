@@ -28,7 +28,7 @@ import torch
 from clip_vit import open_image, preprocess
 from coords import CoordFormat, iou
 from formats.files import read_json, require_file
-from formats.schema import COCO_KEYS, box_from_xywh, box_problem, leaves_folder, llava_problem, require_rows
+from formats.schema import COCO_KEYS, clip_box, leaves_folder, llava_problem, require_rows
 
 IMAGE_ID = -200  # placeholder id, one per visual token (LLaVA's choice: no vocabulary has it)
 IGNORE = -100  # label of a token without loss
@@ -145,11 +145,8 @@ def read_coco(instances, images, content=None):
         count.update(a["category_id"] for a in annotations if a.get("iscrowd"))
         objects = []
         for a in annotations:
-            if problem := box_problem(a.get("bbox"), size):
-                skipped[f"boxes where the box {problem.split(' of size')[0]}"] += 1
-            elif count[a["category_id"]] == 1:
-                x1, y1, x2, y2 = box_from_xywh(a["bbox"])
-                box_px = x1, y1, min(x2, size[0]), min(y2, size[1])
+            box_px = clip_box(a.get("bbox"), size, skipped)
+            if box_px and count[a["category_id"]] == 1:
                 objects.append(Object(names[a["category_id"]], box_px, a.get("description")))
         present = tuple(sorted({names[c] for c in count}))
         absent = tuple(name for name in names.values() if name not in present)

@@ -32,12 +32,10 @@ class Features:
 
     def __init__(self, folder, side, geometry, frames=0, tower=None):
         about = read_config(folder, "features.json")
-        expected = {"side": side, "geometry": geometry, "frames": frames}
-        expected |= {"tower": fingerprint(tower)} if tower else {}
-        for key, value in expected.items():
+        tower = {"tower": fingerprint(tower)} if tower else {}
+        for key, value in ({"side": side, "geometry": geometry, "frames": frames} | tower).items():
             if about[key] != value:
-                fix = "make it again: python -m tools.features"
-                raise ValueError(f"{folder} was made with {key} {about[key]}, this run has {value}; {fix}")
+                raise ValueError(f"{folder} was made with {key} {about[key]}, this run has {value}; repeat tools.features")
         self.folder, self.rows_of = folder, {name: row for row, name in enumerate(about["images"])}
         self.skipped = set(about.get("skipped", ()))
         self.rows = np.load(require_file(Path(folder) / "features.npy", "the features"), mmap_mode="r")
@@ -80,9 +78,8 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
         readable = [row for row, pixels in read.items() if pixels is not None]
         if readable and frames:
             rows[readable[0]] = encode(tower, read[readable[0]], geometry).half().cpu().numpy()
-        elif readable:
-            pixels = torch.stack([read[row] for row in readable]).to(device)  # (B, 3, S, S)
-            rows[readable] = tower(pixels).half().cpu().numpy()  # (B, P, Dv)
+        elif readable:  # (B, 3, S, S) -> (B, P, Dv)
+            rows[readable] = tower(torch.stack([read[row] for row in readable]).to(device)).half().cpu().numpy()
         rows.flush()  # before they count as done
         done[list(read)] = [1 if row in readable else 2 for row in read]
     wait()

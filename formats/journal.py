@@ -23,7 +23,6 @@ def read_journal(path):
 def open_journal(path):
     """Open a journal to append to, for this process alone, without a half-written last line."""
     import fcntl  # not on Windows
-
     file = open(path, "ab")
     for _ in range(50):
         try:
