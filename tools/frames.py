@@ -18,7 +18,7 @@ from video import RULES, look
 def show_frames(clip, /, frames=8, rule: Literal[RULES] = "segments", out=None):
     about, total, indices, pictures = look(clip, frames, rule)
     print(f"{clip}: {about}, {pictures[0].width} x {pictures[0].height}, {total} frames")
-    print(f"sampled: {' '.join(map(str, indices))}")
+    print("sampled:", *indices)
     if out:
         sheet(pictures, out, lines=[f"frame {index}" for index in indices])
         print(f"written: {out}")

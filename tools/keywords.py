@@ -2,8 +2,7 @@
 
     python -m tools.keywords llava_instruct_80k.json
 
-Sec. 4.2 divides by question and answer turns (0.37 % and 1.13 % for left and right), App. F by conversations (2.02 % and
-6.25 %): both are printed.
+Prints shares of turns (Sec. 4.2: 0.37 % and 1.13 % for left and right) and of conversations (App. F: 2.02 % and 6.25 %).
 
 file  LLaVA-format JSON
 """
@@ -22,10 +21,8 @@ def read_talk(path):
     rows, talks = read_rows(path, "LLaVA's conversations"), []
     for index, row in enumerate(rows if isinstance(rows, list) else [rows]):
         try:
-            if "conversations" in row:
-                talks.append([turn["value"] for turn in row["conversations"]])
-            else:
-                talks.append([row["instruction"], row["output"]])
+            has_turns = "conversations" in row
+            talks.append([turn["value"] for turn in row["conversations"]] if has_turns else [row["instruction"], row["output"]])
             "".join(talks[-1])  # raises TypeError if one is not a text
         except (KeyError, TypeError):
             problem = f"{path}: row {index} is {str(row)[:120]}, without conversations, or instruction and output"

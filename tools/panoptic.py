@@ -3,9 +3,8 @@
     python -m tools.panoptic --json panoptic.json --masks PNG_FOLDER --out instances.json
     python -m tools.panoptic --json FOLDER --out clips.json
 
---json is a panoptic file of COCO's, or one of a single video (annotations [{file_name, segments_info}], categories, no images).
-A folder of such files, CLIP.json with its masks in CLIP/ beside it, makes a file of clips (the paper's Pseudo-ActNet).
-Boxes and sizes are those of the masks: a segmenter may have looked at smaller frames.
+--json is COCO's panoptic file, or that of one video (without images). A folder of such files, CLIP.json with its masks in CLIP/
+beside it, makes a file of clips (the paper's Pseudo-ActNet). Boxes and sizes are those of the masks.
 
 json   panoptic JSON, or a folder of one per clip
 masks  folder of its PNGs
@@ -109,11 +108,9 @@ def read_masks(frames, paths):
 
 
 def boxes_from_panoptic(segments_info, png):
-    """Find the box of every segment: list of {id, category_id, iscrowd, area, bbox}, in the order of segments_info.
+    """Find the box of every segment: list of {id, category_id, iscrowd, area, bbox} with COCO's [x, y, width, height].
 
     png    the mask, a PIL image whose pixels encode a segment's id as R + 256 G + 65536 B; 0 is no segment
-    bbox   COCO's [x, y, width, height], in whole pixels
-    Raise ValueError unless mask and list hold the same segments.
     """
     rgb = np.asarray(png.convert("RGB")).astype(np.int32)  # before the sum: bytes would overflow
     ids = rgb @ np.array([1, 256, 65536], np.int32)  # (H, W)

@@ -4,9 +4,8 @@
         --coco instances_train2017.json --images train2017_blurred --out prefcoco.json
     python -m tools.prefcoco localize --prefcoco prefcoco.json --coco instances_train2017.json --out localize.json
 
-caption lets a visual LLM describe every object whose category occurs once in its image. localize turns the descriptions into
-conversations about locations, in LLaVA's format. A killed caption run resumes with the same command, on any number of
-processes, and ends in the same files.
+caption lets a visual LLM describe objects; localize turns the descriptions into conversations about locations. A killed caption
+run resumes with the same command, on any number of processes, and ends in the same files.
 
 model           run, llava-hf or LLaVA folder
 vision          CLIP, for an original LLaVA that does not hold its tower
@@ -42,28 +41,26 @@ from formats.weights import weights_sha256
 from model import LocVLM
 from tools import command, positive
 
-# ----- caption
-
-PROMPT = (  # App. C, to the letter
-    "Describe the {category} in this image using one short sentence, referring to its visual features and spatial "
-    "position relative to other objects in image."
-)
+PROMPT = ("Describe the {category} in this image using one short sentence, referring to its visual features and spatial "
+          "position relative to other objects in image.")  # App. C, to the letter  # fmt: skip
 
 
-def caption(
-    model, coco, images, out, vision=None, batch: positive = 8, max_new_tokens: positive = 64, temperature=0.0, seed=0,
-    limit: positive = None, exclude="",
-):  # fmt: skip
+def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_tokens: positive = 64, temperature=0.0, seed=0,
+            limit: positive = None, exclude=""):  # fmt: skip
     """Describe every object whose category occurs once in its image, with a visual LLM: PRefCOCO (Sec. 3.4, App. C).
 
-    Write the descriptions to OUT, and rejected captions to OUT's .rejected.json, with the reason. Unfinished work lies in
-    OUT.parts: a journal per process, a row per group of `batch` images. The groups do not depend on the processes.
+    Write rejected captions, with the reason, to OUT's .rejected.json. Unfinished work lies in OUT.parts: a journal per process,
+    a row per group of `batch` images. The groups do not depend on the processes.
     """
-    # 1 what to do, and what earlier runs have done
     out, (rank, world, wait) = Path(out), start_processes()
     parts, rejects = out.with_name(out.name + ".parts"), out.with_name(out.stem + ".rejected.json")
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    records, skipped = read_describable(coco, images, limit, exclude)
+    records, skipped = read_records([(coco, images, 1.0)], image_ids_of(exclude))
+    records = [record for record in records if record.objects][:limit]
+    if missing := [record.image.name for record in records if not record.image.is_file()]:
+        raise FileNotFoundError(f"{len(missing)} of {len(records)} images are not in {images} ({some(missing)})")
+    if not records:
+        raise ValueError(f"{coco} leaves no image with an object whose category occurs once; check --exclude")
     if rank == 0:
         for reason, count in skipped.items():
             print(f"skipped: {count} {reason}")
@@ -72,8 +69,7 @@ def caption(
         options = {
             "model": weights_sha256(model), "vision": weights_sha256(vision) if vision else None, "coco": sha256(coco),
             "images": str(images), "limit": limit, "exclude": [sha256(path) for path in exclude.split(",") if path],
-            "batch": batch, "decoding": decoding, "device": "cuda" if torch.cuda.is_available() else "cpu",
-        }  # fmt: skip
+            "batch": batch, "decoding": decoding, "device": "cuda" if torch.cuda.is_available() else "cpu"}  # fmt: skip
         if out.exists():
             require_same_options(read_json(rejects)["made_with"] if rejects.is_file() else {}, options, out)
             shutil.rmtree(parts, ignore_errors=True)
@@ -86,15 +82,13 @@ def caption(
         return print(f"{out} is complete") if rank == 0 else None
     chunks, done = range(0, len(records), batch), read_parts(parts)  # a chunk is named by its first record
     wait()  # all processes have read what is done before any does more
-    # 2 do the rest
     mine = [chunk for chunk in chunks if chunk not in done][rank::world]
     with open_journal(parts / f"part-{rank}.jsonl") as journal:
         describe = captioner(model, vision, decoding) if mine else None
         for chunk in tqdm(mine, disable=None if rank == 0 else True):
             write_line(journal, {"chunk": chunk, "captions": describe(records[chunk : chunk + batch])})
     wait()
-    # 3 join
-    if rank == 0:
+    if rank == 0:  # join what all processes have done
         done = read_parts(parts)
         kept, rejected = prefcoco_rows(records, [captions for chunk in chunks for captions in done[chunk]], images)
         write_json(rejects, {"made_with": read_json(parts / "options.json"), "rejected": rejected})
@@ -109,17 +103,6 @@ def caption(
 def read_parts(parts):
     """Read what all processes have done: {chunk: captions}."""
     return {row["chunk"]: row["captions"] for path in parts.glob("*.jsonl") for row in read_journal(path)}
-
-
-def read_describable(coco, images, limit, exclude):
-    """Read the images that have unique objects and that `exclude` does not name: (records, Counter of skipped rows)."""
-    records, skipped = read_records([(coco, images, 1.0)], image_ids_of(exclude))
-    records = [record for record in records if record.objects][:limit]
-    if missing := [record.image.name for record in records if not record.image.is_file()]:
-        raise FileNotFoundError(f"{len(missing)} of {len(records)} images are not in {images} ({some(missing)})")
-    if not records:
-        raise ValueError(f"{coco} leaves no image with an object whose category occurs once; check --exclude")
-    return records, skipped
 
 
 def captioner(model, vision, decoding):
@@ -145,36 +128,28 @@ def captioner(model, vision, decoding):
 
 def prefcoco_rows(records, captions, images):
     """Join records and captions: (rows kept, rows rejected)."""
-    kept, rejected = [], []
+    rows = []
     for record, texts in zip(records, captions, strict=True):
         for o, text in zip(record.objects, texts, strict=True):
             question, image = "<image>\n" + PROMPT.format(category=o.name), record.image.relative_to(images).as_posix()
-            row = {
+            row = {  # its box in COCO's own precision
                 "id": f"{record.id}-{o.name}", "image": image, "size": list(record.size),
                 "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": text}],
-                "objective": "caption", "name": o.name, "box_px": [round(v, 2) for v in o.box_px],  # COCO's own precision
-            }  # fmt: skip
+                "objective": "caption", "name": o.name, "box_px": [round(v, 2) for v in o.box_px]}  # fmt: skip
             description, reason = (None, "damaged image") if text is None else clean_caption(text, o.name)
-            if reason:
-                rejected.append({**row, "reason": reason})
-            else:
-                kept.append({**row, "description": description})
-    return kept, rejected
+            rows.append({**row, "reason": reason} if reason else {**row, "description": description})
+    return [row for row in rows if "reason" not in row], [row for row in rows if "reason" in row]
 
 
-# ----- a caption becomes a description
-
-LONGEST = 60  # words of a description
+LONGEST = 60  # words of a description, into which a caption is turned
 PEOPLE = "|people|man|men|woman|women|boy|girl|child|kid|baby|lady|guy|player|rider|skier|surfer|skateboarder|snowboarder"
 SENTENCE_END = re.compile(r"(?<=[a-z0-9)\"'])(?<!\b(?:St|Mt|Mr|Dr))[.!?]\"? (?=[A-Z\"])")
 IN_IMAGE = r"in (?:the|this) (?:image|picture|photo|scene)"
 SHOWS = r"(?:the|this) (?:image|picture|photo) (?:shows|features|depicts)"
 LEAD = re.compile(rf"(?i)(?:{IN_IMAGE},? )?(?:there (?:is|are) |this is |{SHOWS} )?(?:an? |the |one )?")
 VERBS = r"(?:is|are|was|were|has|have|had|can|may|(?:appear|seem|look|sit|stand|lie|rest|hang|lean|feature|wear|contain)s?)\b"
-REFUSAL = re.compile(
-    r"(?i)\b(sorry|can(?:'t| ?not)|unable|not (?:visible|present|shown|clear|possible)|there (?:is|are)(?: no|n't)|"
-    r"do(?:es)?(?: not|n't) (?:show|contain|include|feature|appear|see))\b"
-)
+UNSEEN = r"not (?:visible|present|shown|clear|possible)|do(?:es)?(?: not|n't) (?:show|contain|include|feature|appear|see)"
+REFUSAL = re.compile(rf"(?i)\b(sorry|can(?:'t| ?not)|unable|there (?:is|are)(?: no|n't)|{UNSEEN})\b")
 
 
 def clean_caption(caption, category):
@@ -192,7 +167,7 @@ def clean_caption(caption, category):
     if reason := caption_fault(text, named):
         return None, reason
     lead = LEAD.match(text)[0]
-    text = text[len(lead) :]
+    text = text.removeprefix(lead)
     where = rf"(?: \(?(?:shown |seen )?{IN_IMAGE}\)?)?((?: (?!{VERBS}|that\b|which\b|who\b)[\w'-]+){{0,8}})"
     if match := re.match(rf"({named}){where},? (?:(?:that|which|who) )?({VERBS}.+)", text, re.IGNORECASE):
         return f"{match[1].lower()}{match[2]} that {match[3]}", None
@@ -217,17 +192,11 @@ def caption_fault(text, named):
     return next((fault for fault, is_found in faults.items() if is_found), None)
 
 
-# ----- localize
+def localize(prefcoco, coco, out, kind: Literal[KINDS] = "ivb", location: Literal[*REPR] = "box", neg_ratio=1.0, seed=0,
+             side=224, geometry: Literal[GEOMETRIES] = "squash"):  # fmt: skip
+    """Make Localize-Instruct-200K from PRefCOCO: one conversation of LLaVA's per image and objective (Sec. 3.4, App. B).
 
-
-def localize(
-    prefcoco, coco, out, kind: Literal[KINDS] = "ivb", location: Literal[*REPR] = "box", neg_ratio=1.0, seed=0, side=224,
-    geometry: Literal[GEOMETRIES] = "squash",
-):  # fmt: skip
-    """Make Localize-Instruct-200K from PRefCOCO: one conversation per image and objective (Sec. 3.4, App. B).
-
-    The objectives of data.OBJECTIVES ask about all described objects of an image; NegPred asks about categories that are not
-    in it, half of them under a description from another image. Our reader uses the boxes and descriptions, others the text.
+    NegPred asks about categories that are not in the image, half of them under a description from another image.
     """
     require_new(out)
     described, descriptions = {}, {}  # by image, by category
@@ -264,8 +233,7 @@ def conversation(objective, record, turns):
     return {
         "id": f"{record.id}-{objective}", "image": record.image.as_posix(), "size": list(record.size), "objective": objective,
         "names": [o.name for o in objects], "descriptions": [o.description for o in objects], "box_px": boxes_px,
-        "conversations": values,
-    }  # fmt: skip
+        "conversations": values}  # fmt: skip
 
 
 main = command(__name__, caption, localize)

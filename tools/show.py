@@ -21,10 +21,9 @@ from model import LocVLMConfig
 from tools import command
 
 
-def show(
-    data, images="", tokenizer="tiny/llama", template: Literal["v1", "plain"] = "v1", kind: Literal[KINDS] = "ivb",
-    location: Literal[*REPR] = "box", words: Literal["name", "description", "mixed"] = "name", side=224, number=3, seed=0,
-):  # fmt: skip
+def show(data, images="", tokenizer="tiny/llama", template: Literal["v1", "plain"] = "v1", kind: Literal[KINDS] = "ivb",
+         location: Literal[*REPR] = "box", words: Literal["name", "description", "mixed"] = "name", side=224, number=3,
+         seed=0):  # fmt: skip
     records, skipped = read_records(parse_sources(data, images))
     wording, config = Wording(CoordFormat(kind, side), location=location, words=words), CLIPVisionConfig(image_size=side)
     tokenizer = read_tokenizer(tokenizer)
@@ -33,8 +32,7 @@ def show(
         row, image, record = examples.row(*examples.order(index))
         size = f"{record.size[0]} x {record.size[1]} px" if any(record.size) else "size unknown"
         shape = f"{size} -> {tuple(image.shape)}" if record.image else "text only"
-        print(f"--- {record.id}  {record.image}  {shape}, {len(row['input_ids'])} tokens")
-        print(marked(tokenizer, row))
+        print(f"--- {record.id}  {record.image}  {shape}, {len(row['input_ids'])} tokens", marked(tokenizer, row), sep="\n")
     for reason, count in skipped.items():
         print(f"skipped: {count} {reason}")
 
