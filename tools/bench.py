@@ -5,11 +5,10 @@
     python -m tools.bench evaluate    evaluation: 6 questions about each of 4 images at ViT-L/14's 336 px, or --run RUN
 
 Both sides have the same weights, images and questions, in fp32; losses and answers must agree.
-Training: forward, backward and fused AdamW; the tower is frozen. Theirs reads a row per question, each with its image. A process
-measures one side, with glibc's allocator set to keep freed memory (formats.fast_cpu) or as it is. The first step is not timed.
-Generation: greedy, one row and eight. Ours also runs compiled, and with bf16 weights. "Of limit" is the time to sum the bytes that
-a token reads, as a share of its time. Evaluation: theirs reads as many rows at a time as our batch has questions, and as it has
-images. The random model never ends an answer.
+Training: forward, backward and AdamW, the tower frozen, with glibc's allocator set to keep freed memory (formats.fast_cpu) or
+not. Theirs reads a row per question, each with its image. The first step is not timed. Generation: greedy; "of limit" is the
+time to sum the bytes that a token reads, as a share of its time. Evaluation: theirs reads as many rows at a time as our batch
+has questions, then as it has images. The random model never ends an answer.
 """
 
 import argparse
@@ -56,14 +55,11 @@ OPTIONS = {
 class StandInTokenizer:
     """Words and single characters -> ids in order of appearance: about as many as LLaMA's pieces."""
 
-    bos_token_id, eos_token_id, ids = 1, None, {}
+    bos_token_id, eos_token_id, ids = 1, 2, {}
 
     def encode(self, text):
         pieces = re.findall(r"[A-Za-z]+| (?=\d)|\S|\n", text)  # a piece for each digit, and for the space before it
         return [self.ids.setdefault(piece, 3 + len(self.ids)) for piece in pieces]
-
-
-# ----- both sides with the same weights
 
 
 def their_llava(config):
@@ -111,23 +107,19 @@ def their_inputs(rows, pixels, placeholder, left=False):
     return {"input_ids": padded(rows, 0, left), "attention_mask": mask, "pixel_values": pixels}
 
 
-# ----- measuring
-
-
 def memory(key):
     """Return this process's memory in GiB: `VmRSS` is now, `VmHWM` its peak."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(key + ":")) / 2**20
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{key}:\s*(\d+)", status, re.MULTILINE)[1]) / 2**20
 
 
 def in_own_process(call, *args):
-    """Call a function in a new process, with its own memory and allocator, and return its result."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         return fresh.submit(call, *args).result()
 
 
 def measured(sides, line, call, *args):
-    """Call a function for each side, in a process of its own. Print a line of what it returns, and return {side: results}."""
+    """Call a function for each side, in a process of its own, with its own peak. Print a line of each result; return them."""
     found = {}
     for side in sides:
         found[side] = in_own_process(call, side, *args)
@@ -183,19 +175,22 @@ def measure_training(side, is_tuned, args):
     draw_weights(named)
     for name, p in named.items():
         p.requires_grad_(not name.startswith("vision_tower."))
-    optimizer, before = torch.optim.AdamW([p for p in named.values() if p.requires_grad], lr=2e-5, fused=True), memory("VmRSS")
+    optimizer = torch.optim.AdamW([p for p in named.values() if p.requires_grad], lr=2e-5, fused=True)
+    before = memory("VmRSS")
 
     def step():
-        loss = model(**inputs)
-        loss = loss if side == "ours" else loss.loss
+        out = model(**inputs)
+        loss = out if side == "ours" else out.loss
+        del out  # theirs holds the logits
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
     seconds, (first, *_, last) = clock(step, args.steps)
-    peak, size, shape = memory("VmHWM"), sum(p.numel() for p in named.values()) / 1e6, "{} x {}".format(*inputs["input_ids"].shape)
-    return {"size": size, "shape": shape, "seconds": seconds, "peak": peak, "growth": peak - before, "losses": (first, last)}
+    peak, shape = memory("VmHWM"), "{} x {}".format(*inputs["input_ids"].shape)
+    found = {"seconds": seconds, "peak": peak, "growth": peak - before, "first": first, "last": last, "shape": shape}
+    return found | {"size": sum(p.numel() for p in named.values()) / 1e6}
 
 
 def training(args):
@@ -203,10 +198,10 @@ def training(args):
     print(f"{args.questions} questions about each of {args.images} images, fp32, {args.threads} threads; forward, backward and "
           f"AdamW, median of {args.steps} steps")  # fmt: skip
     print("allocator  side    parameters  rows x tokens  s / step  peak GiB  over start GiB  loss at first, last step")
-    line = "  {side:6}  {size:8.1f} M  {shape:>13}  {seconds:8.2f}  {peak:8.2f}  {growth:14.2f}  {losses[0]:.4f}, {losses[1]:.4f}"
+    line = "  {side:6}  {size:8.1f} M  {shape:>13}  {seconds:8.2f}  {peak:8.2f}  {growth:14.2f}  {first:.4f}, {last:.4f}"
     for is_tuned, name in ((True, "tuned"), (False, "default")):
         theirs, ours = measured(("theirs", "ours"), f"{name:9}" + line, measure_training, is_tuned, args).values()
-        assert abs(theirs["losses"][0] - ours["losses"][0]) < 5e-5, "the first losses differ"
+        assert abs(theirs["first"] - ours["first"]) < 5e-5, "the first losses differ"
         seconds, peak, growth = (ours[key] / theirs[key] for key in ("seconds", "peak", "growth"))
         print(f"{name:9}  {1 / seconds:.2f} x as fast (goal: at least 4.5), {peak:.3f} of the peak (goal: at most 0.28), "
               f"{growth:.3f} of what the steps add", flush=True)  # fmt: skip
@@ -230,12 +225,9 @@ def measure_generation(side, folder, args):
     """Load a folder and generate, in this process: seconds, GiB, and the ids of one answer."""
     torch.set_num_threads(args.threads)
     if side == "theirs":
-        from transformers import LlamaForCausalLM
-    before, began = memory("VmHWM"), time.perf_counter()
-    if side == "theirs":
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    else:
-        model = Llama.from_pretrained(folder, torch.bfloat16 if side == "bf16" else torch.float32)
+        from transformers import LlamaForCausalLM  # imported before the clock starts
+    before, began, dtype = memory("VmHWM"), time.perf_counter(), torch.bfloat16 if side == "bf16" else torch.float32
+    model = (LlamaForCausalLM if side == "theirs" else Llama).from_pretrained(folder, dtype=dtype)
     load, peak = time.perf_counter() - began, memory("VmHWM") - before
     size = sum(p.nbytes for p in model.parameters())
     # a token reads every weight, but only one row of the embeddings, unless the head is tied to them
@@ -294,6 +286,7 @@ def stand_in(args):
     for name, p in ours.named_parameters():
         p.data = named[name].data
     ours.tokenizer, theirs.generation_config.eos_token_id = StandInTokenizer(), None
+    ours.tokenizer.eos_token_id = None  # so no answer ends
     draw, noise, wording = random.Random(0), torch.Generator().manual_seed(1), data.Wording(config.coord_format())
     images = torch.randn(args.images * args.batches, 3, *2 * [VIT_L.image_size], generator=noise)
     return ours, theirs, [
@@ -363,8 +356,8 @@ def evaluation(args):
     seconds = dict.fromkeys(sides, 0.0)
     for answer in sides.values():
         answer([(asked[0][0], asked[0][1][:1])])
-    for part in (asked[start : start + args.images] for start in range(0, len(asked), args.images)):
-        answers = {}
+    for start in range(0, len(asked), args.images):
+        part, answers = asked[start : start + args.images], {}
         for side, answer in sides.items():
             began = time.perf_counter()
             answers[side] = answer(part)
