@@ -57,7 +57,7 @@ def read_file(path, images):
 def static_objects(boxes_by_frame, size):
     """Find the objects that stay in place: Objects in order of appearance, each box the mean over its frames.
 
-    boxes_by_frame holds (category, box_px) pairs for each frame; box_px is None for a crowd or an invalid box. An object is a
+    boxes_by_frame holds (category, box_px) pairs for each frame; box_px = None marks a crowd or an invalid box. An object is a
     category that no frame shows twice, with its centre within STATIC of its mean on both axes, in a square of STATIC_SIDE px.
 
     >>> objects = static_objects([[("cup", (0, 0, 4, 4))], [("cup", (2, 0, 6, 4)), ("dog", (8, 8, 9, 9))]], (224, 224))
