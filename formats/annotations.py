@@ -57,7 +57,7 @@ def read_file(path, images):
 def static_objects(boxes_by_frame, size):
     """Find the objects that stay in place: Objects in order of appearance, each box the mean over its frames.
 
-    boxes_by_frame holds (category, box_px) pairs for each frame; box_px is None for a crowd or an invalid box. An object is a
+    boxes_by_frame holds (category, box_px) pairs for each frame; box_px = None marks a crowd or an invalid box. An object is a
     category that no frame shows twice, with its centre within STATIC of its mean on both axes, in a square of STATIC_SIDE px.
 
     >>> objects = static_objects([[("cup", (0, 0, 4, 4))], [("cup", (2, 0, 6, 4)), ("dog", (8, 8, 9, 9))]], (224, 224))
@@ -91,7 +91,7 @@ def find_clips(folder):
 
 
 def read_clips(path, folder, content=None):
-    """Read annotations of clips, which lie in `folder` under any suffix:
+    """Read annotations of clips, which lie in `folder` under any suffix. They have one of two formats:
 
     clips_*.json                    of tiny.moving and tools.panoptic: videos, categories, annotations with a box per frame
     VideoInstruct_Dataset.json      Video-ChatGPT's [{q, a, video_id}], or its converter's [{id, video, conversations}]
@@ -216,15 +216,14 @@ def unreadable(records):
     """Look at every image file without decoding it: {record id: its problem}. Clips are not opened."""
 
     def look(record):
-        if record.image and is_clip(record.image):
+        if not record.image or is_clip(record.image):
             return None
         try:
-            size = image_size(record.image) if record.image else record.size
+            size = image_size(record.image)
         except (FileNotFoundError, ValueError) as error:
             return str(error)
         is_wrong = any(record.size) and size != record.size
         return f"{record.image} is {size}, but the annotations say {record.size}" if is_wrong else None
-
     with ThreadPoolExecutor(8) as pool:
         return {record.id: problem for record, problem in zip(records, pool.map(look, records), strict=True) if problem}
 
@@ -257,7 +256,6 @@ def image_ids(path):
                 yield from visit(inner, name)
         elif key in ("image_id", "image", "file_name") and value is not None:
             yield coco_id(value) if isinstance(value, str) and not value.isdigit() else int(value)
-
     found = set(visit(content)) - {None}
     if not found:
         raise ValueError(f"{path} names no COCO image (keys image_id, image or file_name)")

@@ -66,7 +66,6 @@ def open_animation(path):
                 image.seek(place)
                 frames[place] = image.convert("RGB")
         return frames
-
     return about, len(spans), read
 
 
@@ -116,7 +115,6 @@ def open_video(path, decode_all=False):
         with opened(path) as file:
             frames = seek(file, number, times, keys, places) if keys else enumerate(decoded(file, number))
             return {place: upright(frame) for place, frame in frames if place in places}
-
     return about, len(times), read
 
 

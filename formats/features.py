@@ -35,7 +35,7 @@ class Features:
         tower = {"tower": fingerprint(tower)} if tower else {}
         for key, value in ({"side": side, "geometry": geometry, "frames": frames} | tower).items():
             if about[key] != value:
-                raise ValueError(f"{folder} was made with {key} {about[key]}, this run has {value}; repeat tools.features")
+                raise ValueError(f"{folder} has {key} {about[key]}, this run has {value}; remake it: python -m tools.features")
         self.folder, self.rows_of = folder, {name: row for row, name in enumerate(about["images"])}
         self.skipped = set(about.get("skipped", ()))
         self.rows = np.load(require_file(Path(folder) / "features.npy", "the features"), mmap_mode="r")

@@ -72,13 +72,13 @@ def open_zip(path):
 
 
 def image_size(path):
-    """Return (width, height) of an image file, which is decoded only if its end looks wrong; other damage goes unnoticed."""
+    """Return (width, height) of an image file, decoded only if its end looks wrong. Raise what open_image raises."""
     try:
         with image_file(path) as file, Image.open(file) as image:
             file.seek(-12, os.SEEK_END)
             end = file.read()
             is_whole = end.endswith(b"\xff\xd9") if image.format == "JPEG" else b"IEND" in end and image.format == "PNG"
-            if is_whole or split_zip(path)[0]:  # zips hold checksums
+            if is_whole or split_zip(path)[0]:  # damage in the middle goes unnoticed, except in zips: checksums
                 return image.size
     except (*PIL_ERRORS, KeyError):  # KeyError: not in its zip
         pass

@@ -61,7 +61,6 @@ def end_with_parent():
         while os.getppid() == parent:
             time.sleep(0.1)
         os._exit(1)
-
     threading.Thread(target=watch, daemon=True).start()
 
 

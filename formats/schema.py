@@ -99,8 +99,8 @@ def objective_problem(row):
     """Check the fields that tools.prefcoco adds: lists of one length, one entry per object."""
     if not isinstance(row["objective"], str):
         return f"has objective {row['objective']!r}, not a text"
-    own = {"caption": ("name", "description", "box_px"), "neg": ("names",)}
-    keys = own.get(row["objective"], ("names", "descriptions", "box_px"))
+    keys_of = {"caption": ("name", "description", "box_px"), "neg": ("names",)}
+    keys = keys_of.get(row["objective"], ("names", "descriptions", "box_px"))
     lists = [[row.get(key)] if row["objective"] == "caption" else row.get(key) for key in keys]
     size, is_even = row.get("size"), all(isinstance(v, list) and len(v) == len(lists[0]) for v in lists)
     if not is_even or not are_numbers(size, 2):
