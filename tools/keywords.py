@@ -13,8 +13,6 @@ import re
 from tasks.files import read_rows
 from tools import command
 
-PHRASES = ("{}", "the {}", "{} side", "to the {}")
-
 
 def read_talk(path):
     """Read conversations as lists of texts, one per turn: LLaVA's JSON, or its JSON lines of instruction and output."""
@@ -33,7 +31,7 @@ def read_talk(path):
 def keywords(talks):
     """Count whole phrases, in any case: {phrase: (conversations that contain it, share of conversations, of turns)}."""
     texts, turns, table = ["\n".join(talk).lower() for talk in talks], sum(map(len, talks)), {}
-    for phrase in (pattern.format(side) for pattern in PHRASES for side in ("left", "right")):
+    for phrase in (pattern.format(side) for pattern in ("{}", "the {}", "{} side", "to the {}") for side in ("left", "right")):
         count = sum(bool(re.search(rf"\b{phrase}\b", text)) for text in texts)
         table[phrase] = (count, *(count / total if total else math.nan for total in (len(texts), turns)))
     return table

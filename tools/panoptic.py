@@ -108,7 +108,7 @@ def read_masks(frames, paths):
 
 
 def boxes_from_panoptic(segments_info, png):
-    """Find the box of every segment: list of {id, category_id, iscrowd, area, bbox} with COCO's [x, y, width, height].
+    """Find the box of every segment, in order: list of {id, category_id, iscrowd, area, bbox}, with COCO's bbox.
 
     png    the mask, a PIL image whose pixels encode a segment's id as R + 256 G + 65536 B; 0 is no segment
     """
