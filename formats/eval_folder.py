@@ -157,11 +157,9 @@ def join(items, pairs, source):
     """Give each item its answer, by id. Raise ValueError for missing, unknown or repeated ids. pairs: (id, answer)"""
     count, wanted, answers = Counter(i for i, _ in pairs), {item.id for item in items}, dict(pairs)
     fix = "pass the file that these answers were made for, or answer again with --fresh"
-    for what, ids in {
-        "occur twice": [i for i in count if count[i] > 1],
-        "belong to no question": [i for i in count if i not in wanted],
-        "are missing": [item.id for item in items if item.id not in count],
-    }.items():
+    doubled, unknown = [i for i in count if count[i] > 1], [i for i in count if i not in wanted]
+    missing = [item.id for item in items if item.id not in count]
+    for what, ids in {"occur twice": doubled, "belong to no question": unknown, "are missing": missing}.items():
         if ids:
             raise ValueError(f"{source}: {len(ids)} ids {what} ({some(ids)}), of {len(items)} questions; {fix}")
     for item in items:
@@ -285,17 +283,15 @@ def write_results(job, items, folder, wording, about, args):
     """Judge the answers, and write the figures, the rows, the picture and the submission file."""
     for item in items:
         job.rules.judge(item, wording)
-    metrics, judge = job.rules.metrics(items), None
-    if job.rules.after:
-        more, judge = job.rules.after(job, items, folder, args)
-        metrics |= more
+    metrics = job.rules.metrics(items)
+    more, judge = job.rules.after(job, items, folder, args) if job.rules.after else ({}, None)
     keys = ("id", "image", "size", "question", "answer", "correct", "boxes_px", "mirrored", "truth")
     rows = [{key: getattr(item, key) for key in keys} | {"image": item.image and str(item.image)} for item in items]
     write_rows(folder / f"{job.name}.jsonl", rows)
     if job.rules.submission:
         write_json(folder / f"{job.name}.submission.json", job.rules.submission(items))
     figures = {  # JSON has no NaN, which stands for: there was no such question
-        "task": job.task, "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
+        "task": job.task, "metrics": {name: None if math.isnan(value) else value for name, value in (metrics | more).items()},
         "questions": len(items), "images": len({item.image for item in items}), "skipped": job.skipped, "judge": judge,
         "paper": paper_of(job), "paper_rows": job.rules.paper, "prompts": list(job.rules.prompts),
         "questions_sha256": questions_sha256(items), "answers_sha256": answers_sha256(items),

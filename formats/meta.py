@@ -16,8 +16,14 @@ RENAMED = {
 
 def meta_tensors(folder):
     """Read Meta's layout: (the values of a LlamaConfig, {our name: Stored}). Shards are joined, heads in HF's rotary order."""
-    params, stored = read_config(folder, "params.json"), {}
-    shards = open_shards(folder, params)
+    params, files, stored = read_config(folder, "params.json"), sorted(folder.glob("consolidated.*.pth")), {}
+    if not files:
+        raise FileNotFoundError(f"no consolidated.*.pth in {folder}, beside its params.json")
+    shards = [open_file(path) for path in files]
+    count = params["dim"] // shards[0]["layers.0.attention.wo.weight"].shape[1]
+    if count != len(files):
+        names = f"consolidated.00.pth to .{count - 1:02d}.pth"
+        raise FileNotFoundError(f"{folder} holds {len(files)} of {count} shards, {names}; complete the download")
     for name in shards[0].keys() - {"rope.freqs"}:
         tensor = join(name, [shard[name] for shard in shards], params["dim"])
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
@@ -33,19 +39,6 @@ def meta_tensors(folder):
         "rms_norm_eps": norm_eps, "rope_theta": params.get("rope_theta", 10000.0),
         "max_position_embeddings": 2048 if norm_eps == 1e-6 else 4096,  # not in the file: LLaMA-2's eps is 1e-5
     }, stored
-
-
-def open_shards(folder, params):
-    """Open all shards, each as {Meta's name: Stored}. Raise FileNotFoundError if one is missing."""
-    files = sorted(folder.glob("consolidated.*.pth"))
-    if not files:
-        raise FileNotFoundError(f"no consolidated.*.pth in {folder}, beside its params.json")
-    shards = [open_file(path) for path in files]
-    count = params["dim"] // shards[0]["layers.0.attention.wo.weight"].shape[1]
-    if count != len(files):
-        names = f"consolidated.00.pth to .{count - 1:02d}.pth"
-        raise FileNotFoundError(f"{folder} holds {len(files)} of {count} shards, {names}; complete the download")
-    return shards
 
 
 def join(name, parts, width):

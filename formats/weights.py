@@ -175,8 +175,7 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     others = [name for name in sorted(shapes.keys() & stored.keys()) if stored[name].shape != shapes[name]]
     for what, names in {
-        "missing": sorted(shapes.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - shapes.keys()),
+        "missing": sorted(shapes.keys() - stored.keys()), "unexpected": sorted(stored.keys() - shapes.keys()),
         "of another shape": [f"{name} {stored[name].shape}, expected {shapes[name]}" for name in others],
     }.items():
         if names:
