@@ -123,7 +123,7 @@ def write_clips(folder, clips=CLIPS, frames=8, seed=0):
     panoptic_SPLIT/CLIP.json    for every fourth clip: COCO's panoptic format, with masks panoptic_SPLIT/CLIP/00.png ...
     conversations_SPLIT.json    [{q, a, video_id}], as Video-ChatGPT's VideoInstruct_Dataset.json
     {q,a}_SPLIT.json            ActivityNet-QA's questions and answers: those of the above that one word answers
-    clips_SPLIT.json            COCO's with a `frame` and a `track_id`, a row per box. Written last: a split that has it is complete
+    clips_SPLIT.json            COCO's, but of videos, with a frame and a track_id per box. Written last, completes a split
     """
     if not 2 <= frames <= 100:
         raise ValueError(f"{frames} frames per clip; use 2 to 100, because file names have two digits")
