@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from formats.files import write_json
-from tasks.refs import read_pickle
+from tasks.refcoco import read_pickle
 
 
 def main(argv=None):
