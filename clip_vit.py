@@ -3,8 +3,8 @@
     image file --open_image--> PIL RGB --preprocess--> (3, S, S) --CLIPVisionTower--> patches (P, Dv)
 
 Parameter names are those of HF `openai/clip-vit-*` under `vision_model.`, including the typo `pre_layrnorm`, so checkpoints
-load strictly. The tower returns what LLaVA uses: the patches after the second-to-last block, without the class token and without
-`post_layernorm`. The last block is kept, so that a checkpoint can be written back, and never run.
+load strictly. The tower returns what LLaVA uses: the patches after the second-to-last block, without the class token and
+without `post_layernorm`. The last block is kept, so that a checkpoint can be written back, and never run.
 
     B images   S image side in pixels   P patches   Dv hidden_size   H heads   K head size
 """
@@ -189,7 +189,7 @@ class CLIPVisionTower(nn.Module):
         """Normalised images (B, 3, S, S) -> patches (B, P, Dv): HF's hidden_states[-2] without the class token."""
         side = self.config.image_size
         if pixel_values.shape[1:] != (3, side, side):
-            raise ValueError(f"images of shape {tuple(pixel_values.shape)}, not (B, 3, {side}, {side}); use clip_vit.preprocess")
+            raise ValueError(f"images of shape {tuple(pixel_values.shape)}, not (B, 3, {side}, {side}); use preprocess")
         x = self.pre_layrnorm(self.embeddings(pixel_values))  # (B, 1 + P, Dv)
         for block in self.encoder["layers"][:-1]:  # LLaVA reads layer -2
             x = block(x)

@@ -60,7 +60,7 @@ def window(size, geometry, side):
 
 
 def fault(xy_px, size):
-    """Return what is wrong with a box or point in an image of `size` = (width, height), or None. Tolerance: 1e-6 of the image."""
+    """Return the problem of a box or point in an image of (width, height), or None. Tolerance: 1e-6 of the image."""
     width, height = size
     if not all(math.isfinite(v) for v in xy_px):
         return "not finite"
@@ -128,7 +128,7 @@ class IVB(NFP):
 class DIGA(IVB):
     """Deviation from image-grid based anchor: the patch that holds the centre, then deviations from its centre, in bins.
 
-    A box is (p, q, left, top, right, bottom), as FCOS: only these signs give the example of App. A, (0, 4, 3, 11, 6, 0). A
+    A box is (p, q, left, top, right, bottom), as FCOS: only these signs reproduce the example of App. A, (0, 4, 3, 11, 6, 0). A
     point is (p, q, dx, dy), our reading: the paper has none. Deviations are differences of IVB's integers, so decoding
     gives exactly IVB's box; they are negative if a thin box misses its anchor.
     """
@@ -166,7 +166,7 @@ class CoordFormat:
 
     The paper's example, a cat in an image of 512 x 512:
 
-    >>> [CoordFormat(kind).encode_box((10, 120, 30, 145), (512, 512)) for kind in KINDS]
+    >>> [CoordFormat(kind).encode_box((10, 120, 30, 145), (512, 512)) for kind in ("nfp", "ivb", "diga")]
     ['(0.0195, 0.2344, 0.0586, 0.2832)', '(4, 52, 13, 63)', '(0, 4, 3, 11, 6, 0)']
     >>> CoordFormat("ivb").decode_boxes("It is located at [4,52, 13 ,63].", (448, 224))
     [(8.0, 52.0, 26.0, 63.0)]
@@ -227,10 +227,10 @@ class CoordFormat:
         return self._write(point_unit)
 
     def decode_boxes(self, text, size):
-        """Read every box in a model's text, in original pixels; [] if there is none. Never raises.
+        """Read every box in a model's text, in original pixels: a list, perhaps empty. Never raises.
 
         Brackets may be () or [], numbers may carry signs and decimals, prose may surround them. Nothing is clamped:
-        a box with swapped corners or outside the image comes back as written, and `fault` says what is wrong.
+        a box with swapped corners or outside the image comes back as written, and `fault` names its problem.
         """
         return self._decode(text, size, 4)
 
@@ -254,16 +254,16 @@ class CoordFormat:
         return f"{what} {tuple(xy_px)} is outside the {self.geometry} of an image of size {size}; use geometry squash or pad"
 
     def _checked(self, xy_px, size, length):
-        """Return a location in original pixels as fractions of the model's square. Raise ValueError if it is none."""
+        """Return a location in original pixels as fractions of the model's square. Raise ValueError if it is invalid."""
         what = "box (x1, y1, x2, y2)" if length == 4 else "point (x, y)"
         width, height = size
         if not (width > 0 and height > 0):
-            raise ValueError(f"image size {size}; expected (width, height) in pixels")
+            raise ValueError(f"image size {size} is not (width, height) in pixels")
         xy_px = tuple(float(v) for v in xy_px)
         if len(xy_px) != length:
-            raise ValueError(f"{xy_px} has {len(xy_px)} numbers; expected a {what} (COCO's (x, y, w, h) must be converted)")
+            raise ValueError(f"{xy_px} has {len(xy_px)} numbers; expected a {what} (convert COCO's (x, y, w, h) first)")
         if problem := fault(xy_px, size):
-            raise ValueError(f"{xy_px} is {problem}; expected a {what} in pixels of an image of size {size}")
+            raise ValueError(f"{xy_px} is {problem}: no {what} in pixels of an image of size {size}")
         if max(xy_px) <= 1 < min(size) and any(v % 1 for v in xy_px):
-            raise ValueError(f"{xy_px} looks like fractions; multiply by width and height: a {what} is in pixels, here of {size}")
+            raise ValueError(f"{xy_px} looks like fractions; multiply by width and height: a {what} is in pixels of {size}")
         return self.unit_from_px(xy_px, size)

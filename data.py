@@ -28,7 +28,7 @@ import torch
 from clip_vit import open_image, preprocess
 from coords import CoordFormat, iou
 from formats.files import read_json, require_file
-from formats.schema import COCO_KEYS, box_from_xywh, box_problem, leaves_folder, llava_problem, require_rows
+from formats.schema import COCO_KEYS, clip_box, leaves_folder, llava_problem, require_rows
 
 IMAGE_ID = -200  # placeholder id, one per visual token (LLaVA's choice: no vocabulary has it)
 IGNORE = -100  # label of a token without loss
@@ -145,11 +145,8 @@ def read_coco(instances, images, content=None):
         count.update(a["category_id"] for a in annotations if a.get("iscrowd"))
         objects = []
         for a in annotations:
-            if problem := box_problem(a.get("bbox"), size):
-                skipped[f"boxes where the box {problem.split(' of size')[0]}"] += 1
-            elif count[a["category_id"]] == 1:
-                x1, y1, x2, y2 = box_from_xywh(a["bbox"])
-                box_px = x1, y1, min(x2, size[0]), min(y2, size[1])
+            box_px = clip_box(a.get("bbox"), size, skipped)
+            if box_px and count[a["category_id"]] == 1:
                 objects.append(Object(names[a["category_id"]], box_px, a.get("description")))
         present = tuple(sorted({names[c] for c in count}))
         absent = tuple(name for name in names.values() if name not in present)
@@ -191,7 +188,7 @@ def read_llava(path, images, content=None):
     return records, skipped
 
 
-# ----- objectives: what is asked, what is answered, when an answer is right
+# ----- objectives: questions, answers, and when an answer is right
 
 
 @dataclass(frozen=True)
@@ -233,7 +230,7 @@ class Wording:
 
 @dataclass(frozen=True)
 class Objective:
-    """One instruction objective. Training, evaluate.py and tools.prefcoco all use this entry.
+    """One instruction objective. Training, evaluate.py (as a task) and tools.prefcoco (as conversations) use every entry.
 
     task     its name in evaluate.py
     about    what a question is about: "object" (each unique object), "pair" (two of them), "absent" (a category that is not
@@ -266,7 +263,7 @@ def ask_loc(o, record, wording, rng):
 
 
 def located(item, wording):
-    """Return the first location in an answer, as a list of at most one box_px; a point becomes a box that reaches 2 px each way."""
+    """Return the first location in an answer, as a list of at most one box_px; a point becomes a box of 2 px each way."""
     if wording.location == "box":
         return wording.fmt.decode_boxes(item.answer, item.size)[:1]
     points_px = wording.fmt.decode_points(item.answer, item.size)[:1]
@@ -321,10 +318,10 @@ def judge_rev(item, wording):
     item.correct = item.truth["named"] == item.truth["name"]
 
 
-def judge_words(item, wording):
-    """Right if the answer has the words of the expected one, in any case and punctuation. For objectives of your own."""
-    said, expected = (re.findall(r"\w+", text.lower()) for text in (item.answer, item.truth["answer"]))
-    item.correct = said == expected
+def judge_named(item, wording):
+    """Right if the answer names first, of the objects asked about, the one that the expected answer names first."""
+    named, expected = (first_named(text, item.truth["names"]) for text in (item.answer, item.truth["answer"]))
+    item.correct = named == expected
 
 
 OBJECTIVES = {
@@ -344,7 +341,7 @@ def targets_of(record, about, wording, rng):
 
 
 def draw_absent(record, wording, rng, descriptions, at_least=0):
-    """Yield absent objects to ask for, neg_ratio per unique object. Half of them borrow a description, unless words are names."""
+    """Yield absent objects to ask for, neg_ratio per unique object; half borrow a description, unless words are names."""
     wanted = wording.neg_ratio * max(1, len(targets_of(record, "object", wording, rng)))
     count = min(int(wanted) + (rng.random() < wanted % 1), len(record.absent))
     if wanted > 0:
@@ -436,7 +433,7 @@ def pack(prefix, segments, max_length):
         ids, labels = ids[:room], labels[:room]
         if all(label == IGNORE for label in labels):
             raise ValueError(
-                f"a question leaves no room for its answer: {max_length} tokens, {len(prefix)} of them before it; raise max_length"
+                f"a question leaves no room for its answer in {max_length} tokens ({len(prefix)} before it); raise max_length"
             )
         row["input_ids"] += ids
         row["labels"] += labels
@@ -559,7 +556,7 @@ class Examples:
         """
         record, fmt = self.records[index], self.wording.fmt
         row = self.text_row(record, draw)
-        if record.image is None:
+        if not record.image:
             return row, None, record
         if self.features:
             return row, self.features.read(record.image), record

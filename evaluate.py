@@ -12,7 +12,7 @@
     spatial   which side of ... is ... (COCO-Spatial, Tab. 4)   the answer has the right word; asked directly and in context
     hal       is there a ... (Hal-COCO, Tab. 8)                 yes and no, two objects present and two absent per image
 
-The first three are data.OBJECTIVES; an entry there becomes a task here. Public benchmarks are in tasks/: `python -m tasks NAME RUN`.
+The first three are data.OBJECTIVES; an entry there becomes a task here. Public benchmarks: `python -m tasks NAME RUN`.
 Results are written as formats/eval_folder.py says, and `python -m tools.report RUN` makes a page of them.
 """
 
@@ -143,6 +143,8 @@ def objective_items(objective, records, wording, rng):
             question, answer = objective.ask(target, record, wording, rng)
             objects = (target,) if isinstance(target, Object) else target
             truth = {"name": " ".join(o.name for o in objects), "answer": answer}
+            if objective.about == "pair":
+                truth["names"] = [o.name for o in objects]
             if objective.about == "object":
                 truth["box_px"] = target.box_px
             if objective.judge is judge_rev:  # any category of the data may be named
@@ -337,35 +339,35 @@ def hal_metrics(items):
 
 def read_items(task, make, args, wording):
     """Read a task's questions about the annotated images of the command line; the file is read once for all tasks."""
-    if args.annotated is None:
+    if not args.annotated:
         args.annotated = read_file(args.coco, args.images)
     records, skipped = args.annotated
     return make(records[: args.limit], wording, random.Random(f"{args.seed} {task}")), skipped
 
 
-ITEMS = {o.task: partial(objective_items, o) for o in OBJECTIVES.values()} | {"spatial": spatial_items, "hal": hal_items}
-METRICS = {"locpred": locpred_metrics, "negpred": negpred_metrics, "revloc": revloc_metrics}  # others: accuracy
-TASKS = {
-    o.task: Task(partial(read_items, o.task, ITEMS[o.task]), o.judge, METRICS.get(o.task, accuracy), o.prompts)
-    for o in OBJECTIVES.values()
+METRICS = {"locpred": locpred_metrics, "negpred": negpred_metrics, "revloc": revloc_metrics}  # other objectives: accuracy
+MEASURES = {  # task: (its questions, judge, metrics, prompts)
+    **{o.task: (partial(objective_items, o), o.judge, METRICS.get(o.task, accuracy), o.prompts) for o in OBJECTIVES.values()},
+    "spatial": (spatial_items, judge_spatial, spatial_metrics, (*SIDE_PROMPTS.values(), ICL_PROMPT)),
+    "hal": (hal_items, judge_hal, hal_metrics, (HAL_PROMPT,)),
 }
-SIX = [f"{setting}{word}" for setting in SIDE_PROMPTS for word in ("", *(f", {w}" for w in setting.split("/")))]
-TASKS["spatial"] = Task(
-    partial(read_items, "spatial", spatial_items), judge_spatial, spatial_metrics, (*SIDE_PROMPTS.values(), ICL_PROMPT),
-    paper=paper_rows(  # Tab. 4: direct, in context
-        (*SIX, *(f"icl {name}" for name in SIX)),
+TAB_4 = [f"{setting}{word}" for setting in SIDE_PROMPTS for word in ("", *(f", {w}" for w in setting.split("/")))]
+PAPER = {
+    "spatial": paper_rows(
+        (*TAB_4, *(f"icl {name}" for name in TAB_4)),  # asked directly, and in context
         ("BLIP-2", 45.5, 86.1, 4.74, 49.2, 50.4, 48.6, 14.7, 17.8, 11.6, 15.8, 16.5, 15.2),
         ("LLaVA", 55.1, 84.5, 36.5, 58.9, 57.8, 59.3, 55.1, 84.7, 36.4, 58.2, 57.7, 58.5),
         ("LocVLM-B", 69.5, 79.7, 59.2, 65.4, 64.2, 65.9, 76.5, 90.4, 61.5, 74.1, 73.5, 74.4),
     ),
-)  # fmt: skip
-TASKS["hal"] = Task(
-    partial(read_items, "hal", hal_items), judge_hal, hal_metrics, (HAL_PROMPT,),
-    paper=paper_rows(  # Tab. 8
-        ("accuracy",), ("Shikra", 86.2), ("LLaVA", 61.9), ("LocVLM-B", 88.3),
+    "hal": paper_rows(
+        ("accuracy",), ("Shikra", 86.2), ("LLaVA", 61.9), ("LocVLM-B", 88.3),  # Tab. 8
         ("Video-ChatGPT, Hal-Act", 50.6), ("LocVLM-Vid-B, Hal-Act", 68.7), ("LocVLM-Vid-B+, Hal-Act", 72.4),
     ),
-)  # fmt: skip
+}  # fmt: skip
+ITEMS = {name: make for name, (make, *_) in MEASURES.items()}
+TASKS = {
+    name: Task(partial(read_items, name, make), *rest, paper=PAPER.get(name, ())) for name, (make, *rest) in MEASURES.items()
+}
 
 
 # ----- answering
@@ -528,8 +530,8 @@ def wording_of(args, config):
 
 def write_page(run):
     """Make the HTML page of a run's results: the same as `python -m tools.report RUN`."""
-    done = subprocess.run([sys.executable, "-m", "tools.report", Path(run).resolve()], cwd=Path(__file__).parent)
-    if done.returncode == 0:
+    command = [sys.executable, "-m", "tools.report", Path(run).resolve()]
+    if subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL).returncode == 0:
         print(f"written: {Path(run) / 'eval/report.html'}")
 
 

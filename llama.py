@@ -68,7 +68,7 @@ class LlamaConfig:
             "mlp_bias": config.get("mlp_bias", False),
             "rope_scaling": rope_type not in ("default", "linear", "llama3"),
             "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
-            "sliding_window": config.get("sliding_window"),
+            "sliding_window": config.get("use_sliding_window", True) and config.get("sliding_window"),
             "num_local_experts": config.get("num_local_experts", config.get("num_experts")),
             "quantization_config": config.get("quantization_config"),
         }
@@ -377,8 +377,8 @@ def chooser(prompts, temperature, seed):
 class Tokenizer:
     """LLaMA's sentencepiece tokenizer: text <-> ids. Special ids come from its file, because config.json files can be wrong.
 
-    Another tokenizer needs the same names (see TOKENIZERS): encode, decode, len(), bos_token_id (None: it has none),
-    eos_token_id and path. The methods below them serve the export to tokenizer.json.
+    Another tokenizer (see TOKENIZERS) needs encode, decode, len(), path, bos_token_id and eos_token_id (None: it has none).
+    piece, score and is_byte serve the export to tokenizer.json; without `piece`, the file at `path` is saved as it is.
     """
 
     def __init__(self, folder):

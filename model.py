@@ -35,9 +35,9 @@ class LinearAdapter(nn.Module):
         self.linear_1 = nn.Linear(vision_size, text_size)
 
     @staticmethod
-    def num_tokens(patches):
-        """Return how many visual tokens so many patches become."""
-        return patches
+    def num_tokens(patches, frames):
+        """Return how many visual tokens an image, or a clip with one token per frame before its patches, becomes."""
+        return frames + patches
 
     def forward(self, patches):
         return self.linear_1(patches)
@@ -76,12 +76,12 @@ class LocVLMConfig:
     def __post_init__(self):
         if self.adapter not in ADAPTERS:
             raise ValueError(f"unknown adapter {self.adapter!r}; choose one of {tuple(ADAPTERS)}")
-        self.coord_format()  # checks kind and geometry
+        _ = self.coord_format(), self.visual_tokens  # raise if kind, geometry, or what the adapter needs is invalid
 
     @property
     def visual_tokens(self):
         """How many placeholder ids an image or a clip takes. A clip is one token per frame, then one per patch (video.pool)."""
-        return ADAPTERS[self.adapter].num_tokens(self.frames + self.vision_config.num_patches)
+        return ADAPTERS[self.adapter].num_tokens(self.vision_config.num_patches, self.frames)
 
     def coord_format(self):
         return CoordFormat(self.kind, self.vision_config.image_size, self.geometry, self.vision_config.patch_size)

@@ -7,8 +7,8 @@
         --data instances_train2017.json,llava_instruct_80k.json --images train2017 --out runs/b2
     torchrun train.py --stages 4 --init-from runs/default --out runs/video    clips: the moving shapes
 
-A run is a folder: train.json (these options), log.jsonl (one object per step), state/ (checkpoints to --resume from, on any number
-of processes that divides the batch), and the model itself (`LocVLM.from_pretrained(run)`). What a step draws depends on the
+A run is a folder: train.json (these options), log.jsonl (one object per step), state/ (checkpoints to --resume from, on any
+number of processes that divides the batch), and the model itself (`LocVLM.from_pretrained(run)`). What a step draws depends on the
 seed and the step alone, so a resumed run equals an uninterrupted one, and N processes see the batches of one.
 
     B rows of a batch   T tokens of a row   A answer tokens of a batch
@@ -19,8 +19,6 @@ import dataclasses
 import math
 import os
 import typing
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,11 +32,11 @@ from coords import GEOMETRIES, KINDS
 from data import OBJECTIVES, Examples, Wording, marked
 from formats.annotations import image_ids_of, parse_sources, read_records, unreadable
 from formats.fast_cpu import keep_freed_memory
-from formats.features import Features, write_features
+from formats.features import open_features
 from formats.files import run_command
 from formats.images import blur_manifest
 from formats.meter import Meter
-from formats.processes import Processes, shard, whole_state_dict
+from formats.processes import Processes, prefetched, shard, whole_state_dict
 from formats.run_folder import RunFolder
 from model import ADAPTERS, LocVLM
 from tiny.moving import ensure_clips
@@ -102,7 +100,7 @@ class TrainConfig:
     out: str = opt("runs/default", "folder of the run")
     stages: typing.Literal["1", "2", "1,2", "3", "4"] = opt(
         "1,2",
-        "1: adapter, on captions; 2: adapter and LLaMA, on questions; 3 and 4 continue a stage-2 model on clips. 3: adapter, on "
+        "1: adapter, on captions; 2: adapter and LLaMA, on questions; 3, 4: continue a stage-2 model on clips, 3: adapter, on "
         "conversations (Vid-B); 4: adapter and LLaMA, on the objectives too (Vid-B+)",
     )
     resume: bool = opt(False, "continue the run from its last checkpoint")
@@ -215,26 +213,14 @@ def lr_at(step, steps, lr, warmup_ratio):
 
 def trainable(model, stage):
     """Freeze and unfreeze: the adapter always learns, LLaMA in stages 2 and 4, the tower never. Return {name: parameter}."""
-    model.vision_tower.requires_grad_(False)
-    model.adapter.requires_grad_(True)
-    model.language_model.requires_grad_(stage in (2, 4))
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("adapter.") or (name.startswith("language_model.") and stage in (2, 4)))
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def make_optimizer(parameters):
     """AdamW without weight decay, as LLaVA."""
     return torch.optim.AdamW(parameters.values(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-
-
-def prefetched(make, first, last, workers=2):
-    """Yield make(i) for first <= i < last; threads prepare the next ones meanwhile."""
-    with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
-        for i in range(first, last + workers):
-            if i < last:
-                pending.append(pool.submit(make, i))
-            if i >= first + workers:
-                yield pending.popleft().result()
 
 
 def micro_batches_of(step, examples, recipe, micro_batch, processes):
@@ -298,8 +284,8 @@ def stop_run(row, micro_batches, run, processes):
     ids = [i for _, ids in micro_batches for i in ids]
     raise FloatingPointError(
         f"loss {row['loss']}, gradient norm {row['grad_norm']} at stage {row['stage']}, step {row['step']}, lr {row['lr']:.3g}, "
-        f"process {processes.rank}, images {ids}; the last checkpoint in {run.folder} is good; lower --lr, or look at these images with "
-        "python -m tools.show"
+        f"process {processes.rank}, images {ids}; the last checkpoint in {run.folder} is good; lower --lr, or look at these "
+        "images with python -m tools.show"
     )
 
 
@@ -320,7 +306,7 @@ def build_records(config, processes):
     if (bad or wrong) and not config.skip_bad:
         examples = [*bad.values()][:3] + [f"{count} {reason}" for reason, count in wrong.items()]
         raise ValueError(
-            f"{len(bad)} images and {sum(wrong.values())} annotations cannot be used: {'; '.join(examples)}; see all of them with "
+            f"{len(bad)} images and {sum(wrong.values())} annotations cannot be used: {'; '.join(examples)}; list all with "
             "`python -m tools.check`, or skip them with --skip-bad"
         )
     skipped["images that cannot be read"] = len(bad)
@@ -347,15 +333,16 @@ def world_sources(config, processes):
 
 
 def build_model(config, device="cpu"):
-    """Load the model that a run starts from; on the meta device, its shapes alone."""
+    """Load the model that a run starts from; on the meta device, its shapes alone. Layers of your own are put in here."""
     torch.manual_seed(config.seed)
     if config.init_from:
         model = LocVLM.from_pretrained(config.init_from, config.vision or None, device=device)
         model.config = dataclasses.replace(model.config, **config.settings())
-        return model
-    tiny = Path(__file__).parent / "tiny"
-    parts = config.vision or tiny / "clip", config.llm or tiny / "llama"
-    return LocVLM.from_parts(*parts, config.adapter, device=device, **config.settings())
+    else:
+        tiny = Path(__file__).parent / "tiny"
+        parts = config.vision or tiny / "clip", config.llm or tiny / "llama"
+        model = LocVLM.from_parts(*parts, config.adapter, device=device, **config.settings())
+    return model
 
 
 def build_examples(config, stage, records, model, features=None):
@@ -372,27 +359,6 @@ def build_examples(config, stage, records, model, features=None):
         skip_bad=config.skip_bad,
         features=features,
     )  # fmt: skip
-
-
-def open_features(config, records, model, processes):
-    """Open the features of a run, written first for clips without --features: (the records that they hold, Features)."""
-    c, folder = model.config, config.features
-    tower = model.vision_tower if processes.rank == 0 else None
-    if not folder:  # clips are always read as features
-        folder = f"{config.out}-features"
-        if processes.world == 1:
-            write_features(records, folder, tower, c.geometry, frames=c.frames, skip_bad=config.skip_bad)
-        elif not Path(folder, "features.json").is_file():
-            raise ValueError("training on clips in several processes needs --features; make them with python -m tools.features")
-    features = Features(folder, c.vision_config.image_size, c.geometry, c.frames, tower)
-    kept = [record for record in records if features.holds(record.image)]  # raises for an image that it lacks
-    if lost := len(records) - len(kept):
-        message = f"{lost} images or clips could not be read when {folder} was made"
-        if not config.skip_bad:
-            raise ValueError(f"{message}; skip them with --skip-bad")
-        if processes.rank == 0:
-            print(f"skipped: {message}")
-    return kept, features
 
 
 def dry_run(config, processes):
@@ -473,7 +439,7 @@ def main(config):
             train_stage(config, stage, model, examples[stage], run, processes)
         finally:
             run.finish()
-        weights = whole_state_dict(model) if processes.is_fsdp else None
+        weights = whole_state_dict(model) if processes.is_fsdp else model.state_dict()
         if processes.rank == 0:
             model.save_pretrained(run.folder, weights, stage=stage, trained_with=dataclasses.asdict(config))
 

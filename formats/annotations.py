@@ -1,7 +1,6 @@
 """Annotation files beyond COCO instances and LLaVA rows: captions, clips, mixtures of files, and lists of COCO images.
 
-`read_records` reads a mixture and merges what its files say about the same image. The format of a file is detected from its
-content. Readers return a list of data.Record and a Counter {reason: rows skipped}.
+Readers return a list of data.Record and a Counter {reason: rows skipped}. A file's format is detected from its content.
 """
 
 import json
@@ -18,6 +17,7 @@ from formats.files import read_json, require_file, some
 from formats.images import image_size, is_clip
 
 CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".npy")
+CLIP_KINDS = f"a {' '.join(CLIP_SUFFIXES)} or a folder of frames"
 STATIC, STATIC_SIDE = 5, 224  # at most 5 px from the mean, in a square of 224 px (App. D does not say in which pixels)
 
 
@@ -54,16 +54,11 @@ def read_file(path, images):
     return read_coco(path, images, content)
 
 
-# ----- clips
-
-
 def static_objects(boxes_by_frame, size):
-    """Find the objects that stay in place: list of Objects in order of appearance, each box the mean over its frames.
+    """Find the objects that stay in place: Objects in order of appearance, each box the mean over its frames.
 
-    boxes_by_frame  (category, box_px) pairs for each annotated frame; box_px None for a crowd or an invalid box
-    size            (width, height) of the frames; distances are measured in a square of STATIC_SIDE px
-    An object is a category that no frame shows twice, whose centre stays within STATIC of its mean on both axes. An object in
-    a single frame counts: it is at its mean.
+    boxes_by_frame holds (category, box_px) pairs for each frame; box_px is None for a crowd or an invalid box. An object is a
+    category that no frame shows twice, with its centre within STATIC of its mean on both axes, in a square of STATIC_SIDE px.
 
     >>> objects = static_objects([[("cup", (0, 0, 4, 4))], [("cup", (2, 0, 6, 4)), ("dog", (8, 8, 9, 9))]], (224, 224))
     >>> [(o.name, o.box_px) for o in objects]
@@ -78,11 +73,9 @@ def static_objects(boxes_by_frame, size):
     objects = []
     for name in (name for name in boxes if name not in repeated):
         mean = tuple(sum(edge) / len(edge) for edge in zip(*boxes[name], strict=True))
-        distances = [
-            abs(box_px[axis] + box_px[axis + 2] - mean[axis] - mean[axis + 2]) / 2 * STATIC_SIDE / size[axis]
-            for box_px in boxes[name] for axis in (0, 1)
-        ]
-        if max(distances) <= STATIC + 1e-6:  # float noise must not decide
+        pairs = ((box_px, axis) for box_px in boxes[name] for axis in (0, 1))
+        moves = (abs(box_px[i] + box_px[i + 2] - mean[i] - mean[i + 2]) / 2 * STATIC_SIDE / size[i] for box_px, i in pairs)
+        if all(move <= STATIC + 1e-6 for move in moves):  # float noise must not decide
             objects.append(Object(name, mean))
     return objects
 
@@ -90,12 +83,11 @@ def static_objects(boxes_by_frame, size):
 def find_clips(folder):
     """Find the clips in a folder: {file name, with and without its suffix: path}. A folder of frames has priority."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"no folder {folder} of clips, each a {' '.join(CLIP_SUFFIXES)} or a folder of frames")
+        raise FileNotFoundError(f"no folder {folder} of clips, each {CLIP_KINDS}")
     paths = sorted(Path(folder).iterdir(), reverse=True)
-    folders = [path for path in paths if path.is_dir()]
     files = [path for path in paths if path.suffix.lower() in CLIP_SUFFIXES and not path.is_dir()]
     files.sort(key=lambda path: CLIP_SUFFIXES.index(path.suffix.lower()), reverse=True)  # the first suffix overwrites
-    return {path.stem: path for path in files} | {path.name: path for path in files + folders}
+    return {path.stem: path for path in files} | {path.name: path for path in [*files, *filter(Path.is_dir, paths)]}
 
 
 def read_clips(path, folder, content=None):
@@ -109,8 +101,7 @@ def read_clips(path, folder, content=None):
     clips, names = find_clips(folder), {record.image for record in records}
     missing = sorted(names - clips.keys())
     if missing and len(missing) == len(names):
-        kinds = f"as a {' '.join(CLIP_SUFFIXES)} or a folder of frames"
-        raise FileNotFoundError(f"none of the {len(missing)} clips of {path} is in {folder} ({some(missing)}), {kinds}")
+        raise FileNotFoundError(f"none of the {len(missing)} clips of {path} is in {folder} ({some(missing)}), as {CLIP_KINDS}")
     if missing:
         skipped[f"clips of {path} that are not in {folder} ({some(missing)})"] = len(missing)
     return [replace(record, image=clips[record.image]) for record in records if record.image in clips], skipped
@@ -132,13 +123,8 @@ def clip_records(content, path):
         elif not isinstance(a["frame"], int) or not 0 <= a["frame"] < len(frames[clip]):
             skipped["annotations of frames beyond their clip's last"] += 1
         else:
-            box_px = None
-            if problem := schema.box_problem(a.get("bbox"), sizes[clip]):
-                skipped[f"boxes where the box {problem.split(' of size')[0]}"] += 1
-            elif not a.get("iscrowd"):
-                x1, y1, x2, y2 = schema.box_from_xywh(a["bbox"])
-                box_px = x1, y1, min(x2, sizes[clip][0]), min(y2, sizes[clip][1])
-            frames[clip][a["frame"]].append((names[a["category_id"]], box_px))
+            box_px = schema.clip_box(a.get("bbox"), sizes[clip], skipped)
+            frames[clip][a["frame"]].append((names[a["category_id"]], None if a.get("iscrowd") else box_px))
     for v in content["videos"]:
         if schema.leaves_folder(v["file_name"]):
             skipped["clips whose path leaves their folder"] += 1
@@ -170,14 +156,8 @@ def clip_rows(rows, path):
     return records, skipped
 
 
-# ----- mixtures
-
-
 def merge(records):
-    """Join the Records about the same image file, so that all questions about it share its prefix.
-
-    Objects are merged by name: the description comes from whichever file has one. The largest weight counts.
-    """
+    """Join the Records about one image file, so that its questions share a prefix. The largest weight counts."""
     merged = {}
     for record in records:
         key = os.path.abspath(record.image) if record.image else len(merged)
@@ -185,7 +165,7 @@ def merge(records):
         if first is record:
             continue
         objects = {o.name: o for o in first.objects}
-        for o in record.objects:
+        for o in record.objects:  # the description comes from whichever file has one
             if objects.setdefault(o.name, o).description is None:
                 objects[o.name] = replace(objects[o.name], description=o.description)
         present = dict.fromkeys(first.present + record.present)
@@ -199,10 +179,9 @@ def merge(records):
 
 
 def read_records(sources, exclude=()):
-    """Read a mixture of annotation files: one Record per image.
+    """Read a mixture of annotation files, (file, images folder or zip, weight) each: one Record per image.
 
-    sources  (file, images folder or zip, weight) each; the weight says how often an epoch draws each image of the file
-    exclude  COCO image ids to skip, see `image_ids`
+    The weight says how often an epoch draws each image of the file. `exclude` holds COCO image ids to skip (`image_ids`).
     """
     records, skipped = [], Counter()
     for path, images, weight in sources:
@@ -234,7 +213,7 @@ def parse_sources(text, images=""):
 
 
 def unreadable(records):
-    """Look at every image file without decoding it: {record id: what is wrong with it}. Clips are not opened."""
+    """Look at every image file without decoding it: {record id: its problem}. Clips are not opened."""
 
     def look(record):
         if record.image and is_clip(record.image):
@@ -248,9 +227,6 @@ def unreadable(records):
 
     with ThreadPoolExecutor(8) as pool:
         return {record.id: problem for record, problem in zip(records, pool.map(look, records), strict=True) if problem}
-
-
-# ----- one image in many data sets
 
 
 def coco_id(image):

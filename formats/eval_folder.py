@@ -5,8 +5,7 @@ RUN/eval/NAME.jsonl   one row per question
 RUN/eval/NAME.png     boxes on pictures: truth green, prediction blue; successes above, failures below
 RUN/eval/NAME.parts   answers so far; a killed run continues from there, on any number of processes, to the same rows
 
-NAME is the task, followed by the file and split of its questions. RUN/eval_blind holds the same of blank images,
-RUN/eval_scored the judgement of answers made elsewhere.
+NAME: task, file, split. RUN/eval_blind holds results on blank images, RUN/eval_scored the judgement of answers made elsewhere.
 """
 
 import copy
@@ -62,24 +61,19 @@ def folders_of(run, into=None):
     return {"ours": into, **{title: into.with_name(f"{into.name}_{title}") for title in ("blind", "scored")}}
 
 
-# ----- questions
-
-
 def read_jobs(tasks, args, wording):
     """Read the questions of tasks {name: Task}, before any model is loaded: a list of Jobs. Missing files raise an error."""
     jobs = []
     for name, task in tasks.items():
         items, skipped = task.read(args, wording)
         files = [Path(path) for path in ((args.questions, args.answers) if task.files else (args.coco,)) if path]
-        # the held-out shapes need no file in the name of their results
-        file = files[0] if task.files or not args.is_default_data else None
+        file = files[0] if task.files or not args.is_default_data else None  # results on the held-out shapes name no file
         job = Job(name, name_of(name, file, args.split if task.files else None), task, items, dict(skipped), files)
         if doubled := [i for i, count in Counter(item.id for item in items).items() if count > 1]:
             raise ValueError(f"{files[0]}: {len(doubled)} ids of questions occur twice ({some(doubled)}); make them unique")
-        if items:
-            jobs.append(job)
-        else:
+        if not items:
             print(f"{job.name}: no image of {files[0]} has a question for it")
+        jobs += [job] if items else []
     if not jobs:
         hint = "is it the right file, or split?" if task.files else "it needs boxes and absent categories"
         raise ValueError(f"{files[0]} yields no question for {', '.join(tasks)}; {hint}")
@@ -95,9 +89,6 @@ def require_images(paths, source, images):
         raise FileNotFoundError(f"{len(missing)} of the {len(paths)} images of {source} are not in {images} ({some(missing)})")
 
 
-# ----- answering
-
-
 def by_picture(items):
     """Group items by the picture they are about: {(path, mirrored): items}."""
     pictures = {}
@@ -109,8 +100,7 @@ def by_picture(items):
 def batches(items, size):
     """Yield batches of up to `size` questions. Those about one picture stay together: its prefix is computed once.
 
-    A batch depends on the items and the size alone, not on their order or on who answers them: in bfloat16, the other
-    questions of a batch can change an answer.
+    Batches do not depend on the items' order or on who answers them: in bfloat16, the rest of a batch can change an answer.
     """
     batch, groups = [], by_picture(sorted(items, key=lambda item: item.id)).values()
     for piece in (group[i : i + size] for group in groups for i in range(0, len(group), size)):
@@ -123,13 +113,10 @@ def batches(items, size):
 
 
 def answer_all(items, size, make_answerer, parts, options, processes, fresh=False):
-    """Answer all items, this process every world-th batch. Return (how many were answered now, in how many seconds).
+    """Answer all items on rank 0, this process every world-th batch. Return (how many were answered now, in how many seconds).
 
-    make_answerer  returns the function batch -> {id: answer}; called only if something is left to answer
-    parts          folder of journals; those of a killed run are continued if its options were the same
-    options        all that answers depend on, as JSON; rank 0's count
-    processes      (rank, world, a function that waits for all)
-    On rank 0, each item gets its answer. The folder stays until the caller has written the answers elsewhere.
+    make_answerer() returns the function batch -> {id: answer}. The folder `parts` keeps journals, which a killed run continues
+    if its `options`, all that answers depend on, were the same (rank 0's count). processes: of journal.start_processes.
     """
     rank, world, wait = processes
     if rank == 0:
@@ -154,8 +141,7 @@ def answer_all(items, size, make_answerer, parts, options, processes, fresh=Fals
 
 def begin(parts, options, fresh):
     """Make the folder of journals; start over if it was begun with other options."""
-    path = parts / "options.json"
-    before = read_json(path) if path.is_file() else None
+    before = read_json(parts / "options.json") if (parts / "options.json").is_file() else None
     if before == options and not fresh:
         return
     for journal in parts.glob("part-*.jsonl"):
@@ -164,7 +150,7 @@ def begin(parts, options, fresh):
         changed = [key for key in options if before.get(key) != options[key]]
         print(f"{parts} was begun with other {', '.join(changed)}: starting over")
     shutil.rmtree(parts, ignore_errors=True)
-    write_json(path, options)
+    write_json(parts / "options.json", options)
 
 
 def join(items, pairs, source):
@@ -182,15 +168,11 @@ def join(items, pairs, source):
         item.answer = answers[item.id]
 
 
-# ----- provenance
-
-
 def git_commit():
     """Return the commit of this code, marked -dirty if files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    command, folder = ["git", "describe", "--always", "--dirty", "--exclude", "*"], Path(__file__).parent
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-        return done.stdout.strip() or None
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except OSError:
         return None
 
@@ -206,9 +188,9 @@ def answers_sha256(items):
 
 
 def trained_on(run, files=""):
-    """Return the COCO ids that a run was trained on: (annotation files, ids), or None if unknown.
+    """Return (annotation files, COCO ids) that a run was trained on, or None if unknown.
 
-    files  names them, separated by commas; else those that train.py noted in the run, and in the runs it started from
+    files  separated by commas; if empty, those that train.py noted in the run, and in the runs it started from
     """
     if files:
         return files.split(","), image_ids_of(files)
@@ -244,18 +226,14 @@ def ids_in(path):
 def contamination(items, seen):
     """Count the evaluated images that were trained on (at most: some may have been skipped), or return "unknown"."""
     ours = {coco_id(item.image) for item in items} - {None}
-    if seen is None or not ours:
-        return "unknown"
-    return {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]}
+    return {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]} if seen and ours else "unknown"
 
 
 def require_own(job, folder, data_sha256):
-    """Raise ValueError before results about other files of the same name are replaced, as refcoco's and refcoco+'s."""
+    """Raise ValueError before results about another file of questions with this name are replaced (refcoco's, refcoco+'s)."""
     path = folder / f"{job.name}.json"
-    before = read_json(path).get("data_sha256") if path.is_file() else None
-    if before:
-        file, content = next(iter(before.items()))  # the questions; answers may be one file for several
-        new_file, new_content = next(iter(data_sha256.items()))
+    if before := read_json(path).get("data_sha256") if path.is_file() else None:
+        (file, content), (new_file, new_content) = (next(iter(files.items())) for files in (before, data_sha256))
         if file != new_file and content != new_content:
             raise ValueError(f"{path} is about {file}, not {new_file}; keep both with --into FOLDER, or replace with --fresh")
 
@@ -271,19 +249,11 @@ def describe(args, config, wording, jobs):
     }
 
 
-# ----- a whole evaluation
-
-
 def run_jobs(args, jobs, wording, model, processes):
-    """Answer the questions of all jobs, judge the answers, write and print the results.
-
-    model      evaluate.Answerer
-    processes  (rank, world, a function that waits for all)
-    """
+    """Answer the questions of all jobs with an evaluate.Answerer, judge the answers, write and print the results."""
     rank, world, _ = processes
-    folders = folders_of(args.run, args.into)
+    folders, about, answering, seen = folders_of(args.run, args.into), {}, {}, None
     titles = ["blind", "ours"] if args.with_blind else ["blind" if args.blind else "ours"]
-    about, answering, seen = {}, {}, None
     if rank == 0:
         about = describe(args, model.config, wording, jobs)
         for job, title in ((job, title) for job in jobs for title in titles if not args.fresh):
@@ -300,9 +270,9 @@ def run_jobs(args, jobs, wording, model, processes):
             answerer = partial(model.answerer, title == "blind")
             count, seconds = answer_all(items, args.batch, answerer, parts, options, processes, args.fresh)
             if rank == 0:
-                trained, speed = contamination(items, seen), round(count / seconds, 2)
+                trained = contamination(items, seen)
                 ran = {"contamination": trained, "world_size": world, "asked": count}
-                ran |= {"seconds": round(seconds, 2), "questions_per_second": speed}
+                ran |= {"seconds": round(seconds, 2), "questions_per_second": round(count / seconds, 2)}
                 write_results(job, items, folder, wording, {**about, **how, **ran}, args)
                 shutil.rmtree(parts)
         if rank == 0:
@@ -324,16 +294,14 @@ def write_results(job, items, folder, wording, about, args):
     write_rows(folder / f"{job.name}.jsonl", rows)
     if job.rules.submission:
         write_json(folder / f"{job.name}.submission.json", job.rules.submission(items))
-    figures = {
-        "task": job.task,
-        # JSON has no NaN, which stands for: there was no such question
-        "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
+    figures = {  # JSON has no NaN, which stands for: there was no such question
+        "task": job.task, "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
         "questions": len(items), "images": len({item.image for item in items}), "skipped": job.skipped, "judge": judge,
         "paper": paper_of(job), "paper_rows": job.rules.paper, "prompts": list(job.rules.prompts),
         "questions_sha256": questions_sha256(items), "answers_sha256": answers_sha256(items),
     }
     overlay(items, folder / f"{job.name}.png")
-    # figures win over older ones in `about` (--score); this file is written last: it says that all is complete
+    # written last, as it says that all is complete; figures win over older ones in `about` (--score)
     write_json(folder / f"{job.name}.json", figures | about | figures)
     remove_temporary(folder.glob(f"{glob.escape(job.name)}.*"))
 
@@ -341,9 +309,6 @@ def write_results(job, items, folder, wording, about, args):
 def paper_of(job):
     """Return LocVLM-B's figures, in percent, or None: it reads no clips."""
     return None if job.rules.is_about_clips(job.items) else dict(job.rules.paper).get("LocVLM-B")
-
-
-# ----- reading results back
 
 
 def read_results(folder, order=()):
@@ -363,7 +328,7 @@ def differences(result, blind):
 
 def print_table(job, folders):
     """Print a task's figures: a column for each result about the same questions, and the paper's."""
-    pin, paper = questions_sha256(job.items), paper_of(job)
+    pin, paper, images = questions_sha256(job.items), paper_of(job), len({item.image for item in job.items})
     paths = {title: folder / f"{job.name}.json" for title, folder in folders.items()}
     results = {title: read_json(path) for title, path in paths.items() if path.is_file()}
     results = {title: result for title, result in results.items() if result.get("questions_sha256") == pin}
@@ -371,10 +336,8 @@ def print_table(job, folders):
     if paper:
         columns["paper"] = {name: value / 100 for name, value in paper.items()}
     note = f" (paper: LocVLM-B{'' if job.rules.files else ' on COCO'})" if paper else ""
-    images = len({item.image for item in job.items})
     print(f"\n{job.name}: {len(job.items)} questions about {images} images{note}")
-    for reason, count in job.skipped.items():
-        print(f"  skipped: {count} {reason}")
+    print("".join(f"  skipped: {count} {reason}\n" for reason, count in job.skipped.items()), end="")
     if changed := differences(results.get("ours", {}), results.get("blind", {})):
         print(f"  ours and blind are of two evaluations; they differ in {', '.join(changed)}")
     print(" " * 42 + "".join(f"{title:>10}" for title in columns))
@@ -388,7 +351,5 @@ def print_table(job, folders):
 
 
 def shown(value):
-    """Print a figure: a share in percent, a count as it is, - if there is none."""
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{100 * value:.1f} %"
+    """Write a figure: a share in percent, a count or - (for None) as it is."""
+    return f"{100 * value:.1f} %" if isinstance(value, float) else str("-" if value is None else value)

@@ -1,7 +1,4 @@
-"""Make this code fast on a CPU: a memory layout of linear layers, and a setting of the allocator.
-
-Nothing here changes a result beyond rounding, and nothing is needed to understand the model.
-"""
+"""Speed on a CPU: a layout of weights and a setting of the allocator. Neither changes a result beyond rounding."""
 
 import ctypes
 import sys
@@ -11,11 +8,9 @@ from torch import nn
 
 
 class InferenceLinear(nn.Module):
-    """A linear layer for CPU inference that runs at the speed of memory. It has no gradients.
+    """A linear layer for CPU inference, without gradients, at the speed of memory: oneDNN's product, weights in its layout.
 
-    PyTorch's matrix products of few rows leave most of the memory's bandwidth unused on a CPU. oneDNN's do not, given weights
-    in its own layout, and are no slower with many rows. For a single row, a compiled multiply-and-add streams as fast as a
-    sum (`compiled`: keeps the weights in both layouts, needs a layer without bias).
+    `compiled` computes a single row, without bias, as fast as a sum, and keeps the weights in both layouts.
     """
 
     def __init__(self, linear, compiled):
@@ -49,7 +44,6 @@ def pack_linears(model, compiled=False):
 def keep_freed_memory():
     """Tell glibc to keep freed memory: returning pages and faulting them in again takes most of a training step on a CPU."""
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
-        libc.mallopt(-2, 2**28)  # M_TOP_PAD: grow it in large steps
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings for large blocks
+        # M_TRIM_THRESHOLD: never shrink the heap; M_TOP_PAD: grow it in large steps; M_MMAP_MAX: no mappings for large blocks
+        for setting, value in ((-1, 2**31 - 1), (-2, 2**28), (-4, 0)):
+            ctypes.CDLL(None).mallopt(setting, value)

@@ -32,12 +32,10 @@ class Features:
 
     def __init__(self, folder, side, geometry, frames=0, tower=None):
         about = read_config(folder, "features.json")
-        expected = {"side": side, "geometry": geometry, "frames": frames}
-        expected |= {"tower": fingerprint(tower)} if tower else {}
-        for key, value in expected.items():
+        tower = {"tower": fingerprint(tower)} if tower else {}
+        for key, value in ({"side": side, "geometry": geometry, "frames": frames} | tower).items():
             if about[key] != value:
-                fix = "make it again: python -m tools.features"
-                raise ValueError(f"{folder} was made with {key} {about[key]}, this run has {value}; {fix}")
+                raise ValueError(f"{folder} was made with {key} {about[key]}, this run has {value}; repeat tools.features")
         self.folder, self.rows_of = folder, {name: row for row, name in enumerate(about["images"])}
         self.skipped = set(about.get("skipped", ()))
         self.rows = np.load(require_file(Path(folder) / "features.npy", "the features"), mmap_mode="r")
@@ -64,7 +62,7 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
     """Write the features of all records' images. A killed run continues where it stopped.
 
     skip_bad   an unreadable image or clip gets a row of zeros and is listed in features.json; else it ends the run
-    processes  (rank, world, a function that waits for all); this process writes every world-th image
+    processes  of journal.start_processes; this process writes every world-th image
     """
     rank, world, wait = processes
     out, device = Path(out), next(tower.parameters()).device
@@ -80,9 +78,8 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
         readable = [row for row, pixels in read.items() if pixels is not None]
         if readable and frames:
             rows[readable[0]] = encode(tower, read[readable[0]], geometry).half().cpu().numpy()
-        elif readable:
-            pixels = torch.stack([read[row] for row in readable]).to(device)  # (B, 3, S, S)
-            rows[readable] = tower(pixels).half().cpu().numpy()  # (B, P, Dv)
+        elif readable:  # (B, 3, S, S) -> (B, P, Dv)
+            rows[readable] = tower(torch.stack([read[row] for row in readable]).to(device)).half().cpu().numpy()
         rows.flush()  # before they count as done
         done[list(read)] = [1 if row in readable else 2 for row in read]
     wait()
@@ -119,3 +116,24 @@ def read_input(image, tower, geometry, frames, skip_bad):
         if not skip_bad:
             raise ValueError(f"{error}; --skip-bad skips what cannot be read") from None
         print(f"skipped: {error}")
+
+
+def open_features(config, records, model, processes):
+    """Open the features of a run, written first for clips without --features: (the records that they hold, Features)."""
+    c, folder = model.config, config.features
+    tower = model.vision_tower if processes.rank == 0 else None
+    if not folder:  # clips are always read as features
+        folder = f"{config.out}-features"
+        if processes.world == 1:
+            write_features(records, folder, tower, c.geometry, frames=c.frames, skip_bad=config.skip_bad)
+        elif not Path(folder, "features.json").is_file():
+            raise ValueError("training on clips in several processes needs --features; make them with python -m tools.features")
+    features = Features(folder, c.vision_config.image_size, c.geometry, c.frames, tower)
+    kept = [record for record in records if features.holds(record.image)]  # raises for an image that it lacks
+    if lost := len(records) - len(kept):
+        message = f"{lost} images or clips could not be read when {folder} was made"
+        if not config.skip_bad:
+            raise ValueError(f"{message}; skip them with --skip-bad")
+        if processes.rank == 0:
+            print(f"skipped: {message}")
+    return kept, features

@@ -25,8 +25,7 @@ def naming(path, *errors):
     try:
         yield
     except errors as error:
-        why = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} cannot be read ({why}); replace the file") from None
+        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); replace the file") from None
 
 
 def read_config(folder, name="config.json"):
@@ -54,9 +53,8 @@ def some(names):
 
 def write_whole(path, write):
     """Call write(temporary path), then rename: the file at `path` is either the old one or the complete new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
+    temporary = Path(f"{path}.tmp{os.getpid()}")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(temporary)
         umask = os.umask(0)
@@ -78,15 +76,13 @@ def write_json(path, value):
 
 
 def write_rows(path, rows):
-    """Write JSON lines."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def remove_temporary(paths):
     """Remove what a killed `write_whole` left behind."""
-    for path in paths:
-        if path.suffix.startswith(".tmp"):
-            path.unlink()
+    for path in [path for path in paths if path.suffix.startswith(".tmp")]:
+        path.unlink()
 
 
 def run_command(name, main):

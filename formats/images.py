@@ -27,8 +27,8 @@ def is_clip(path):
 def open_image(path):
     """Open an image file as RGB, in its stored orientation (COCO's boxes ignore the EXIF rotation, and so do we).
 
-    Greyscale, palette, CMYK and 16-bit greyscale become RGB; transparency is dropped, as CLIP's own reader does.
-    `path` may lead into a zip: images.zip/000000000.jpg. Raise FileNotFoundError, or ValueError if the file is damaged.
+    Transparency is dropped, as CLIP's own reader does. `path` may lead into a zip: images.zip/000000000.jpg.
+    Raise FileNotFoundError, or ValueError if the file is damaged.
     """
     if not has_image(path):
         raise FileNotFoundError(f"no image file {path}")
@@ -72,10 +72,7 @@ def open_zip(path):
 
 
 def image_size(path):
-    """Return (width, height) of an image file without decoding it. The whole file is read only if its end looks wrong.
-
-    Raise what open_image raises. Damage in the middle of the file goes unnoticed.
-    """
+    """Return (width, height) of an image file, which is decoded only if its end looks wrong; other damage goes unnoticed."""
     try:
         with image_file(path) as file, Image.open(file) as image:
             file.seek(-12, os.SEEK_END)

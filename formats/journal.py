@@ -1,9 +1,9 @@
 """Work that takes hours and may be killed at any moment: journals of JSON lines, options that must match, processes.
 
-A journal is appended to, one line per piece of work, each flushed to disk. After a kill, the same command reads the journal and
-continues; a half-written last line is dropped.
+A journal gets a line per piece of work, flushed to disk. After a kill, the same command reads the journal and continues.
 """
 
+import atexit
 import json
 import os
 import threading
@@ -23,7 +23,6 @@ def read_journal(path):
 def open_journal(path):
     """Open a journal to append to, for this process alone, without a half-written last line."""
     import fcntl  # not on Windows
-
     file = open(path, "ab")
     for _ in range(50):
         try:
@@ -73,4 +72,5 @@ def start_processes():
         return 0, 1, lambda: None
     end_with_parent()  # a torchrun that is killed leaves its processes running
     dist.init_process_group("gloo", timeout=timedelta(days=30))  # for barriers, which wait for the slowest process
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return dist.get_rank(), world, dist.barrier

@@ -1,12 +1,13 @@
 """Checkpoints of whole models: read a run of ours, llava-hf's or LLaVA's own; write llava-hf's.
 
 LLaVA-hf has a word for the image and an adapter of two layers. So a saved folder has added vocabulary rows for <image> (the
-mean of the others: never the most likely), and a linear adapter gets the identity as its second layer, without activation
-between them: the same function. `read_checkpoint` undoes both. Our settings are in config.json's "locvlm", which others ignore.
+mean of the others: never the most likely), and a linear adapter the identity as its second layer, without activation before it.
+`read_checkpoint` undoes both. Our settings are in config.json's "locvlm", which others ignore.
 """
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -17,10 +18,8 @@ from formats.weights import build, open_tensors, sort_tensors, write_tensors
 from llama import Llama, LlamaConfig, read_tokenizer
 
 PARTS = {  # our names -> llava-hf's; the first prefix that fits
-    "vision_tower.": "vision_tower.vision_model.",
-    "adapter.": "multi_modal_projector.",
-    "language_model.lm_head.": "language_model.lm_head.",
-    "language_model.": "language_model.model.",
+    "vision_tower.": "vision_tower.vision_model.", "adapter.": "multi_modal_projector.",
+    "language_model.lm_head.": "language_model.lm_head.", "language_model.": "language_model.model.",
 }
 SUPPORTED = {  # keys of a LLaVA's config, and the values that this model can read; the first is the default
     "mm_vision_select_layer": (-2,), "mm_vision_select_feature": ("patch",),
@@ -38,9 +37,6 @@ CHAT_TEMPLATE = (  # data.encode_prefix and data.encode_segment as transformers'
 )
 
 
-# ----- reading
-
-
 def read_checkpoint(folder, vision, adapters, dtype, device):
     """Read a whole model: (tower, adapter, LLaMA, tokenizer, settings of LocVLMConfig). See LocVLM.from_pretrained."""
     config, parts = read_config(folder), sort_tensors(open_tensors(folder), folder)
@@ -54,11 +50,8 @@ def read_checkpoint(folder, vision, adapters, dtype, device):
         for name in {"embed_tokens.weight", "lm_head.weight"} & language.keys():
             language[name] = language[name].rows(0, ours["vocab_size"])
     llama = Llama.from_stored(LlamaConfig.from_dict(config), language, f"{folder} (LLaMA)", dtype, device)
-    if ours.get("adapter") == "linear":  # drop the identity
-        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("linear_2.")}
-    kind = ours.get("adapter") or kind_of_adapter(stored)
     sizes = tower.config.hidden_size, llama.config.hidden_size
-    adapter = build(lambda: adapters[kind](*sizes), stored, f"{folder} (adapter)", dtype, device)
+    adapter = build_adapter(stored, ours, adapters, sizes, f"{folder} (adapter)", dtype, device)
     tokenizer = read_tokenizer(folder)
     if ours and sha256(tokenizer.path) != ours["tokenizer_sha256"]:
         hint = f"use the one whose sha256 begins {ours['tokenizer_sha256'][:12]}"
@@ -70,8 +63,7 @@ def read_checkpoint(folder, vision, adapters, dtype, device):
 def read_tower(folder, config, stored, vision, dtype, device):
     """Read the tower inside a checkpoint, or the one at `vision`."""
     if stored:
-        has_config = "vision_config" in config
-        shape = CLIPVisionConfig.from_dict(config) if has_config else CLIPVisionConfig.from_shapes(stored)
+        shape = CLIPVisionConfig.from_dict(config) if "vision_config" in config else CLIPVisionConfig.from_shapes(stored)
         return build(lambda: CLIPVisionTower(shape), stored, f"{folder} (vision tower)", dtype, device)
     if not vision:
         clip = config.get("mm_vision_tower", "its CLIP")
@@ -81,34 +73,31 @@ def read_tower(folder, config, stored, vision, dtype, device):
 
 def read_adapter(path, adapters, sizes, dtype=torch.float32, device="cpu"):
     """Read an adapter alone: LLaVA's mm_projector.bin, or the one inside a run. sizes: of CLIP and LLaMA."""
-    stored = sort_tensors(open_tensors(path), path)["adapter"]
-    made = adapters[kind_of_adapter(stored)]
-    return build(lambda: made(*sizes), stored, path, dtype, device)
+    ours = read_json(Path(path) / "config.json").get("locvlm", {}) if (Path(path) / "config.json").is_file() else {}
+    return build_adapter(sort_tensors(open_tensors(path), path)["adapter"], ours, adapters, sizes, path, dtype, device)
 
 
-def kind_of_adapter(stored):
-    """Return the kind of a LLaVA's adapter, by its tensors."""
-    return "mlp2x_gelu" if "linear_2.weight" in stored else "linear"
+def build_adapter(stored, ours, adapters, sizes, source, dtype, device):
+    """Make the adapter that a run of ours names under "locvlm", or that a LLaVA's tensors show."""
+    kind = ours.get("adapter") or ("mlp2x_gelu" if "linear_2.weight" in stored else "linear")
+    if kind == "linear":  # drop the identity
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("linear_2.")}
+    return build(lambda: adapters[kind](*sizes), stored, source, dtype, device)
 
 
 def geometry_of(folder, config):
     """Return how a LLaVA that is not ours makes its square: from its image processor, or its image_aspect_ratio."""
-    path = folder / "preprocessor_config.json"
+    path, ratios = folder / "preprocessor_config.json", {"square": "crop", "pad": "pad"}
     if "vision_config" in config and path.is_file():
         processor = read_json(path)
         if processor.get("do_pad"):
             return "pad"
-        size = processor.get("size")
-        is_whole = not processor.get("do_center_crop", True) and isinstance(size, dict) and "height" in size
-        return "squash" if is_whole else "crop"
-    ratio = config.get("image_aspect_ratio") or "square"
-    if ratio not in ("square", "pad"):
+        size, is_crop = processor.get("size"), processor.get("do_center_crop", True)
+        return "squash" if not is_crop and isinstance(size, dict) and "height" in size else "crop"
+    if (ratio := config.get("image_aspect_ratio") or "square") not in ratios:
         hint = "this model looks once at the whole image ('square' or 'pad')"
         raise ValueError(f"{folder}/config.json: unsupported image_aspect_ratio = {ratio!r}; {hint}")
-    return "pad" if ratio == "pad" else "crop"
-
-
-# ----- writing
+    return ratios[ratio]
 
 
 def write_checkpoint(model, folder, state_dict, notes):
@@ -123,15 +112,11 @@ def write_checkpoint(model, folder, state_dict, notes):
     write_whole(folder / tokenizer.path.name, lambda temporary: temporary.write_bytes(tokenizer_model))
     write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
     ours = {
-        "adapter": config.adapter, **{key: getattr(config, key) for key in SETTINGS},
-        "n_bins": config.coord_format().n_bins, "template": "v1",
-        "vocab_size": vocab_size, "tokenizer_sha256": sha256(tokenizer.path),
+        "adapter": config.adapter, **{key: getattr(config, key) for key in SETTINGS}, "n_bins": config.coord_format().n_bins,
+        "template": "v1", "vocab_size": vocab_size, "tokenizer_sha256": sha256(tokenizer.path),
     }
-    files = {
-        **processor_files(config),
-        **tokenizer_files(config, tokenizer, image_id),
-        "config.json": {**llava_config(config, tokenizer, image_id, rows), "locvlm": {**ours, **notes}},
-    }
+    files = processor_files(config) | tokenizer_files(config, tokenizer, image_id)
+    files["config.json"] = {**llava_config(config, tokenizer, image_id, rows), "locvlm": {**ours, **notes}}
     for name, content in files.items():
         write_json(folder / name, content)
 
@@ -162,31 +147,24 @@ def processor_files(config):
     is_pad, is_crop = config.geometry == "pad", config.geometry == "crop"
     whole = {"height": side, "width": side}
     processor = {
-        "image_processor_type": "LlavaImageProcessor" if is_pad else "CLIPImageProcessor",
-        "do_convert_rgb": True,
+        "image_processor_type": "LlavaImageProcessor" if is_pad else "CLIPImageProcessor", "do_convert_rgb": True,
         "do_resize": True, "size": {"shortest_edge": side} if is_crop else whole, "resample": 3,  # bicubic
-        "do_center_crop": is_crop, "crop_size": whole,
-        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_center_crop": is_crop, "crop_size": whole, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": vision.image_mean, "image_std": vision.image_std,
         "processor_class": "LlavaProcessor",
-    }
-    if is_pad:
-        processor |= {"do_pad": True, "background_color": list(mean_colour(vision))}
-    llava = {
+    } | ({"do_pad": True, "background_color": list(mean_colour(vision))} if is_pad else {})
+    llava = {  # the additional token is the class token, which "default" drops again
         "processor_class": "LlavaProcessor", "patch_size": vision.patch_size, "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,  # the class token, which "default" drops again
-        "image_token": "<image>",
+        "num_additional_image_tokens": 1, "image_token": "<image>",
     }
     return {"preprocessor_config.json": processor, "processor_config.json": llava}
 
 
 def llava_config(config, tokenizer, image_id, vocab_size):
     """Return the content of config.json, but for our own settings."""
-    vision, text = asdict(config.vision_config), asdict(config.text_config)
-    for name in ("image_mean", "image_std"):  # the image processor's, in llava-hf
-        del vision[name]
-    if not text["rope_scaling"]:
-        del text["rope_scaling"]
+    moved = ("image_mean", "image_std")  # to the image processor, in llava-hf
+    vision = {key: value for key, value in asdict(config.vision_config).items() if key not in moved}
+    text = {key: value for key, value in asdict(config.text_config).items() if value or key != "rope_scaling"}
     tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return {
         "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": image_id,
@@ -199,7 +177,9 @@ def llava_config(config, tokenizer, image_id, vocab_size):
 
 
 def tokenizer_files(config, tokenizer, image_id):
-    """Return the JSON files of the tokenizer: {file name: content}."""
+    """Return the JSON files of a sentencepiece tokenizer: {file name: content}. Another one's file is saved as it is."""
+    if not hasattr(tokenizer, "piece"):
+        return {}
     ids = {"unk": tokenizer.unk_token_id, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     unk, bos, eos = (tokenizer.piece(i) for i in ids.values())
     how = {"lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -222,16 +202,14 @@ def tokenizer_files(config, tokenizer, image_id):
 def tokenizer_json(tokenizer, special):
     """Return a sentencepiece model in the format of HF's tokenizers.
 
-    Sentencepiece files hold no merges: every pair of pieces that makes a piece is one, the better its score the earlier. The
-    text after a special token gets a leading space of its own, as if each chunk were tokenised alone.
+    Its merges: every pair of pieces that makes a piece, the best score first. The text after a special token gets a space.
     """
     vocab = {tokenizer.piece(i): i for i in range(len(tokenizer))}
     merges = sorted(
         (-tokenizer.score(i), vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
         for piece, i in vocab.items()
         if not (tokenizer.is_byte(i) or i in special)
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
+        for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab
     )
     bos = tokenizer.piece(tokenizer.bos_token_id)
     start = {"SpecialToken": {"id": bos, "type_id": 0}}

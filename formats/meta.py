@@ -2,8 +2,8 @@
 
 import torch
 
-from formats.files import read_config, require_file
-from formats.weights import Stored, TorchFile
+from formats.files import read_config
+from formats.weights import Stored, open_file
 
 RENAMED = {
     "tok_embeddings": "embed_tokens", "output": "lm_head",
@@ -26,15 +26,13 @@ def meta_tensors(folder):
             name = name.replace(theirs + ".", ours + ".")
         stored[name] = tensor
     norm_eps = params.get("norm_eps", 1e-6)
-    config = {
+    return {
         "hidden_size": params["dim"], "intermediate_size": stored["layers.0.mlp.gate_proj.weight"].shape[0],
         "num_hidden_layers": params["n_layers"], "num_attention_heads": params["n_heads"],
         "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
         "rms_norm_eps": norm_eps, "rope_theta": params.get("rope_theta", 10000.0),
-        # not in the file: LLaMA-1 (2048) has eps 1e-6, LLaMA-2 (4096) 1e-5
-        "max_position_embeddings": 2048 if norm_eps == 1e-6 else 4096,
-    }
-    return config, stored
+        "max_position_embeddings": 2048 if norm_eps == 1e-6 else 4096,  # not in the file: LLaMA-2's eps is 1e-5
+    }, stored
 
 
 def open_shards(folder, params):
@@ -42,7 +40,7 @@ def open_shards(folder, params):
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
         raise FileNotFoundError(f"no consolidated.*.pth in {folder}, beside its params.json")
-    shards = [TorchFile(require_file(path, "a shard")).stored() for path in files]
+    shards = [open_file(path) for path in files]
     count = params["dim"] // shards[0]["layers.0.attention.wo.weight"].shape[1]
     if count != len(files):
         names = f"consolidated.00.pth to .{count - 1:02d}.pth"
@@ -55,18 +53,15 @@ def join(name, parts, width):
     shape = list(parts[0].shape)
     if len(shape) == 1 or len(parts) == 1:
         return parts[0]
-    is_cut_embedding = name.startswith("tok_embeddings") and shape[1] < width
-    by_column = is_cut_embedding or name.endswith(("wo.weight", "w2.weight"))
+    by_column = name.endswith(("wo.weight", "w2.weight")) or name.startswith("tok_embeddings") and shape[1] < width
     shape[int(by_column)] *= len(parts)
 
     def read_rows(start, stop):
         if by_column:
             return torch.cat([part.read_rows(start, stop) for part in parts], dim=1)
-        rows = []
-        for number, part in enumerate(parts):
-            before = number * part.shape[0]
-            rows.append(part.read_rows(max(0, start - before), max(0, min(stop - before, part.shape[0]))))
-        return torch.cat(rows)
+        height = parts[0].shape[0]
+        cuts = [(max(0, start - before), max(0, min(stop - before, height))) for before in range(0, shape[0], height)]
+        return torch.cat([part.read_rows(*cut) for part, cut in zip(parts, cuts, strict=True)])
 
     return Stored(tuple(shape), read_rows, parts[0].path)
 

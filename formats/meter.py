@@ -4,20 +4,15 @@ import time
 
 import torch
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}  # bf16, dense, per second
-
-
-def peak_flops(device):
-    """Return the bf16 operations per second that a GPU is sold with, or None."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
-    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+# operations per second that a GPU is sold with, bf16, dense
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
 
 
 def step_flops(config, stage, rows, length, answers, runs_tower=True):
     """Count the operations of a forward and backward pass: rows of one image and `length` tokens, `answers` tokens in all.
 
-    Two per weight and token: once forward, once for the gradient that passes through, once for the weight's own gradient if it
-    learns. Attention counts as if nothing were masked. What recomputation repeats does not count.
+    Two per weight, token and pass: forward, the gradient that passes through, and the weight's own gradient if it learns.
+    Attention counts as if nothing were masked; recomputation does not count.
     """
     v, t = config.vision_config, config.text_config
     passes, patches = 3 if stage in (2, 4) else 2, v.num_patches + 1
@@ -37,7 +32,9 @@ class Meter:
 
     def __init__(self, config, stage, device, runs_tower):
         self.config, self.stage, self.runs_tower = config, stage, runs_tower
-        self.peak, self.flops, self.waited, self.began = peak_flops(device), 0, 0.0, time.time()
+        gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
+        self.peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+        self.flops, self.waited, self.began = 0, 0.0, time.time()
 
     def waiting(self, batches):
         """Pass batches on, and measure how long each made us wait."""
@@ -50,18 +47,16 @@ class Meter:
     def count(self, batch):
         """Add the operations of a micro-batch."""
         size = (*batch["input_ids"].shape, batch["answers"].shape[1])
-        self.flops += step_flops(self.config, self.stage, *size, runs_tower=self.runs_tower)
+        self.flops += step_flops(self.config, self.stage, *size, self.runs_tower)
 
     def row(self):
         """Return what the log keeps of a step: times since the stage began, and speed (mfu: share of the GPU's peak)."""
-        seconds = time.time() - self.began
-        speed = self.flops / seconds
+        speed = self.flops / (seconds := time.time() - self.began)
         row = {"seconds": round(seconds, 2), "waited": round(self.waited, 2), "tflops": round(speed / 1e12, 3)}
         return {**row, "mfu": self.peak and round(speed / self.peak, 4)}
 
     def summary(self, stage):
-        seconds = time.time() - self.began
-        speed = self.flops / seconds
+        speed = self.flops / (seconds := time.time() - self.began)
         share = f", {speed / self.peak:.1%} of the GPU's peak" if self.peak else ""
         waited = f"waited for data {self.waited / seconds:.1%} of the time"
         return f"stage {stage}: {speed / 1e12:.3f} TFLOP/s in each process{share}; {waited}"

@@ -1,6 +1,7 @@
 """Pictures to look at: an image with boxes and text (a card), and cards laid out in a PNG."""
 
 import textwrap
+from itertools import accumulate
 
 from PIL import Image, ImageDraw, ImageOps
 
@@ -29,20 +30,17 @@ def card(image, boxes, lines=(), width=280):
 def contact_sheet(cards, path, columns=4):
     """Lay out cards in rows and write one PNG."""
     rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
-    heights = [max(card.height for card in row) for row in rows]
-    sheet = Image.new("RGB", (columns * (cards[0].width + 8) + 8, sum(heights) + 8 * (len(rows) + 1)), "white")
-    y = 8
-    for row, height in zip(rows, heights, strict=True):
+    tops = list(accumulate((max(card.height for card in row) + 8 for row in rows), initial=8))
+    sheet = Image.new("RGB", (columns * (cards[0].width + 8) + 8, tops[-1]), "white")
+    for row, top in zip(rows, tops[:-1], strict=True):
         for i, card in enumerate(row):
-            sheet.paste(card, (8 + i * (card.width + 8), y))
-        y += height + 8
+            sheet.paste(card, (8 + i * (card.width + 8), top))
     write_whole(path, lambda temporary: sheet.save(temporary, "PNG"))
 
 
 def sheet(frames, path, boxes=(), lines=()):
     """Write frames side by side as a PNG, with the same boxes on each. boxes: (box_px, colour); lines: a text per frame."""
-    cards = [card(frame, boxes, lines[i : i + 1]) for i, frame in enumerate(frames)]
-    contact_sheet(cards, path, columns=min(4, len(cards)))
+    contact_sheet([card(frame, boxes, lines[i : i + 1]) for i, frame in enumerate(frames)], path, min(4, len(frames)))
 
 
 def still(path, mirrored=False):
@@ -53,8 +51,7 @@ def still(path, mirrored=False):
 
 def is_right(correct):
     """Return True or False for a judged answer (scores count as right from 0.5 on), None if nobody judged it."""
-    is_number = isinstance(correct, int | float) and abs(correct) < 1e300
-    return correct >= 0.5 if is_number else None
+    return correct >= 0.5 if isinstance(correct, int | float) and abs(correct) < 1e300 else None
 
 
 def overlay(items, path):
@@ -65,8 +62,7 @@ def overlay(items, path):
         truth = [item.truth["box_px"]] if "box_px" in item.truth else item.truth.get("boxes_px", [])
         boxes = [(box_px, "lime") for box_px in truth] + [(box_px, "blue") for box_px in item.boxes_px]
         mark = {True: "right: ", False: "wrong: ", None: ""}[is_right(item.correct)]
-        lines = [mark + item.question[:400], "-> " + item.answer[:160]]
-        cards.append(card(still(item.image, item.mirrored), boxes, lines))
+        cards.append(card(still(item.image, item.mirrored), boxes, [mark + item.question[:400], "-> " + item.answer[:160]]))
     if right and wrong:
         cards[len(right) : len(right)] = [Image.new("RGB", (280, 1), "white")] * (4 - len(right))
     contact_sheet(cards, path)

@@ -1,9 +1,8 @@
-"""Training in one or several processes: DDP (a whole model in each) or FSDP2 (weights and optimizer sharded), and precision.
-
-With one process and fp32, every method of `Processes` does nothing. Read train.train_stage first.
-"""
+"""Training in one or several processes (DDP, or sharded by FSDP2); precision; prefetching. Read train.train_stage first."""
 
 import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Processes:
-    """Where this process runs: its rank of `world`, its device, the dtype of the forward pass, ddp or fsdp."""
+    """Where this process runs, and the dtype of the forward pass. With one process and fp32, every method does nothing."""
 
     rank: int
-    world: int
+    world: int  # number of processes
     device: torch.device
     dtype: torch.dtype
     is_fsdp: bool
@@ -29,9 +28,9 @@ class Processes:
     @classmethod
     def start(cls, config):
         """Read torchrun's environment and join the other processes. Raise ValueError if they cannot share the batch evenly."""
-        world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        cuda, env = torch.cuda.is_available(), os.environ
+        world, rank, local = int(env.get("WORLD_SIZE", 1)), int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)  # before anything asks CUDA: fsdp gathers on the current device
         for batch in [config.recipe(stage).batch for stage in config.stage_list]:
@@ -70,10 +69,21 @@ class Processes:
         return nullcontext() if is_plain else torch.autocast(self.device.type, self.dtype)
 
 
-def shard(model, env):
-    """Split a model over all processes, one decoder or tower layer at a time (FSDP2), and copy rank 0's weights there.
+def prefetched(make, first, last, workers=2):
+    """Yield make(i) for first <= i < last; threads prepare the next ones meanwhile."""
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque()
+        for i in range(first, last + workers):
+            if i < last:
+                pending.append(pool.submit(make, i))
+            if i >= first + workers:
+                yield pending.popleft().result()
 
-    Weights, gradients and their sums stay float32; layers compute in env.dtype. Other ranks' models may be on the meta device.
+
+def shard(model, env):
+    """Split a model over all processes by layer (FSDP2), and copy rank 0's weights there; other ranks' may be on "meta".
+
+    Weights, gradients and their sums stay float32; layers compute in env.dtype.
     """
     if model.config.text_config.tie_word_embeddings:
         raise ValueError("fsdp cannot train a LLaMA whose head is its embedding; use --parallel ddp")
@@ -81,8 +91,8 @@ def shard(model, env):
     model.to("meta")
     mesh = init_device_mesh(env.device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(None if env.dtype == torch.float32 else env.dtype, torch.float32)
-    # the tower's last layer never runs
-    for part in [*model.vision_tower.encoder["layers"][:-1], *model.language_model.layers, model]:
+    tower = model.vision_tower.encoder["layers"][:-1]  # the last one never runs
+    for part in [*tower, *model.language_model.layers, model]:
         fully_shard(part, mesh=mesh, mp_policy=policy)
     model.to_empty(device=env.device)
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

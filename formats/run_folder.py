@@ -1,13 +1,12 @@
 """A training run on disk: its options (train.json), its log (log.jsonl), its checkpoints (state/STAGE-STEP).
 
-A checkpoint holds the weights that learn and the optimizer. All processes write it, each its own part, while training
-continues, and it is renamed when complete: a process or a disk that dies while writing leaves the one before. It can be read on
-any number of processes, under ddp or fsdp.
+A checkpoint holds the weights that learn and the optimizer. Each process writes its part while training continues; when
+complete, its folder is renamed: a kill or a full disk leaves the one before. Any number of processes can read it, ddp or fsdp.
 """
 
-import dataclasses
 import json
 import shutil
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,35 +22,36 @@ FREE = ("resume", "dry_run", "evaluate", "out", "parallel", "recompute", "save_e
 LEARNED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
+def state_of(model, optimizer):
+    return dict(zip(("weights", "optimizer"), get_state_dict(model, optimizer, options=LEARNED), strict=True))
+
+
 class RunFolder:
     """The folder of a run. Raise ValueError if it holds another run, or was started with other options than --resume has."""
 
     def __init__(self, config, rank, world):
         self.folder, self.rank, self.resumes = Path(config.out), rank, config.resume
         if rank == 0:
-            self.claim(config)
+            path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
+            if config.resume:
+                before = read_json(require_file(path, "the options of a run to resume"))
+                defaults = {f.name: f.default for f in fields(config)}  # the run may predate an option
+                require_same_options(defaults | before, options, self.folder)
+            elif path.exists():
+                raise ValueError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
+            else:
+                write_json(path, options)
             for unfinished in (self.folder / "state").glob("*.tmp"):
                 shutil.rmtree(unfinished)
         self.group = dist.new_group(backend="gloo") if world > 1 else None  # its own: it talks while training talks
         self.pending = self.log_file = self.bar = None
-
-    def claim(self, config):
-        path = self.folder / "train.json"
-        options = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-        if config.resume:
-            require_same_options(read_json(require_file(path, "the options of a run to resume")), options, self.folder)
-        elif path.exists():
-            raise ValueError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
-        else:
-            write_json(path, options)
 
     def begin_stage(self, stage, steps, model, optimizer):
         """Load the stage's newest checkpoint, if the run is resumed and has one, and open the log. Return the first step."""
         newest_stage, newest_step = self.newest()
         first_step = newest_step if newest_stage == stage else 0
         if first_step:
-            weights, moments = get_state_dict(model, optimizer, options=LEARNED)
-            state = {"weights": weights, "optimizer": moments}
+            state = state_of(model, optimizer)
             dcp.load(state, checkpoint_id=self.folder / f"state/{stage}-{first_step}", process_group=self.group)
             loaded = {"model_state_dict": state["weights"], "optim_state_dict": state["optimizer"]}
             set_state_dict(model, optimizer, **loaded, options=LEARNED)
@@ -77,8 +77,6 @@ class RunFolder:
         if self.group:
             dist.barrier()
 
-    # ----- checkpoints
-
     def complete(self):
         """List (stage, step) of the complete checkpoints, the newest last."""
         names = [path.name.split("-") for path in (self.folder / "state").glob("*-*") if path.suffix != ".tmp"]
@@ -91,15 +89,13 @@ class RunFolder:
     def save(self, stage, step, model, optimizer):
         """Start writing a checkpoint. The weights are copied before this returns."""
         self.finish()
-        weights, moments = get_state_dict(model, optimizer, options=LEARNED)
         path = self.folder / f"state/{stage}-{step}.tmp"
         path.parent.mkdir(parents=True, exist_ok=True)
-        state = {"weights": weights, "optimizer": moments}
-        self.pending = path, dcp.async_save(state, checkpoint_id=path, process_group=self.group)
+        self.pending = path, dcp.async_save(state_of(model, optimizer), checkpoint_id=path, process_group=self.group)
 
     def finish(self):
         """Wait for the checkpoint being written, rename it, and delete the oldest beyond KEEP."""
-        if self.pending is None:
+        if not self.pending:
             return
         (path, writing), self.pending = self.pending, None
         try:

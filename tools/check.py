@@ -4,9 +4,10 @@
     python -m tools.check --data chat.json@coco,captions.json@cc3m
 
 Opens every image, and one frame of every clip. Prints at most 1000 problems per file, and their number.
+
+data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,58 +16,59 @@ from formats.annotations import parse_sources, read_captions, read_clips
 from formats.files import read_json, require_file
 from formats.images import open_image
 from formats.schema import box_problem, is_about_clips, is_captions, leaves_folder, llava_problem
+from tools import command
 from video import read_frames
+
+
+def check_all(data, images=""):
+    total = 0
+    for path, folder, _ in parse_sources(data, images):
+        problems = check(path, folder)
+        print(*problems[:1000], f"{path}: {len(problems) or 'no'} problems", sep="\n")
+        total += len(problems)
+    sys.exit(1 if total else 0)
 
 
 def check(path, images):
     """List the problems of one annotation file, in any of the formats."""
-    content = read_json(require_file(path, "an annotation file"))
+    content, problems, opened = read_json(require_file(path, "an annotation file")), [], set()
     if is_about_clips(content):
-        return check_clips(path, images, content)
-    if isinstance(content, list):
-        return check_llava(content, images)
-    if is_captions(content):
+        records, skipped = read_clips(path, images, content=content)
+        problems += [f"{count} {reason}" for reason, count in skipped.items()]
+        for clip in {record.image for record in records}:
+            try:
+                read_frames(clip, 1)
+            except (FileNotFoundError, ValueError) as error:
+                problems.append(str(error))
+    elif isinstance(content, list):  # LLaVA's
+        for index, row in enumerate(content):
+            problem = llava_problem(row)
+            if not problem and row.get("image") and row["image"] not in opened:
+                opened.add(row["image"])
+                problem = image_problem(images, row["image"], tuple(row.get("size", ())))
+            problems += [f"row {index}: {problem}"] if problem else []
+    elif is_captions(content):
         skipped = read_captions(content, images, path)[1]  # refuses another schema
-        captions = [f"{count} {reason}" for reason, count in skipped.items() if reason.startswith("captions")]
-        return image_problems(content, images) + captions
-    return check_coco(read_instances(path, content), images)
+        problems += image_problems(content, images)
+        problems += [f"{count} {reason}" for reason, count in skipped.items() if reason.startswith("captions")]
+    else:  # COCO instances
+        coco = read_instances(path, content)
+        problems += [*image_problems(coco, images), *annotation_problems(coco)]
+    return problems
 
 
-def check_coco(coco, images):
-    names, problems = {category["id"] for category in coco["categories"]}, image_problems(coco, images)
+def annotation_problems(coco):
+    """Yield the problems of the annotations in COCO instances."""
+    names = {category["id"] for category in coco["categories"]}
     sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
     for index, a in enumerate(coco["annotations"]):
-        name = f"annotation {a.get('id', index)}"
-        if a["image_id"] not in sizes:
-            problems.append(f"{name}: no image {a['image_id']}")
-            continue
-        if a["category_id"] not in names:
-            problems.append(f"{name}: no category {a['category_id']}")
-        if problem := box_problem(a.get("bbox"), sizes[a["image_id"]]):
-            problems.append(f"{name}: bbox {a.get('bbox')} {problem}")
-    return problems
-
-
-def check_llava(rows, images):
-    problems, opened = [], set()
-    for index, row in enumerate(rows):
-        problem = llava_problem(row)
-        if not problem and row.get("image") and row["image"] not in opened:
-            opened.add(row["image"])
-            problem = image_problem(images, row["image"], tuple(row.get("size", ())))
-        problems += [f"row {index}: {problem}"] if problem else []
-    return problems
-
-
-def check_clips(path, folder, content):
-    records, skipped = read_clips(path, folder, content=content)
-    problems = [f"{count} {reason}" for reason, count in skipped.items()]
-    for clip in {record.image for record in records}:
-        try:
-            read_frames(clip, 1)
-        except (FileNotFoundError, ValueError) as error:
-            problems.append(str(error))
-    return problems
+        name, size = f"annotation {a.get('id', index)}", sizes.get(a["image_id"])
+        if not size:
+            yield f"{name}: no image {a['image_id']}"
+        if size and a["category_id"] not in names:
+            yield f"{name}: no category {a['category_id']}"
+        if size and (problem := box_problem(a.get("bbox"), size)):
+            yield f"{name}: bbox {a.get('bbox')} {problem}"
 
 
 def image_problems(coco, images):
@@ -76,10 +78,10 @@ def image_problems(coco, images):
 
 
 def image_problem(images, file_name, size=()):
-    """Return what is wrong with an image file, or None. size: what the annotations say, if they do"""
+    """Return the problem of an image file, or None. size: what the annotations say, if they do"""
+    path = Path(images) / file_name
     if leaves_folder(file_name):
         return f"{file_name} leaves the images folder"
-    path = Path(images) / file_name
     try:
         found = open_image(path).size
     except (FileNotFoundError, ValueError) as error:
@@ -87,22 +89,4 @@ def image_problem(images, file_name, size=()):
     return f"{path} is {found}, but the annotations say {size}" if any(size) and found != size else None
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", "--coco", required=True, help="annotation files, separated by commas: FILE, or FILE@IMAGES")
-    add("--images", default="", help="folder or zip of the images of every FILE without @IMAGES")
-    args = parser.parse_args(argv)
-    total = 0
-    for path, images, _ in parse_sources(args.data, args.images):
-        problems = check(path, images)
-        print("".join(f"{line}\n" for line in problems[:1000]) + f"{path}: {len(problems) or 'no'} problems")
-        total += len(problems)
-    sys.exit(1 if total else 0)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"tools.check: {error}")
+main = command(__name__, check_all)

@@ -3,13 +3,15 @@
     python -m tools.panoptic --json panoptic.json --masks PNG_FOLDER --out instances.json
     python -m tools.panoptic --json FOLDER --out clips.json
 
---json is a panoptic file of COCO's, or one of a single video (annotations [{file_name, segments_info}], categories, no images).
-A folder of such files, CLIP.json with its masks in CLIP/ beside it, makes a file of clips (the paper's Pseudo-ActNet).
-Boxes and sizes are those of the masks: a segmenter may have looked at smaller frames.
+--json is COCO's panoptic file, or that of one video (without images). A folder of such files, CLIP.json with its masks in CLIP/
+beside it, makes a file of clips (the paper's Pseudo-ActNet). Boxes and sizes are those of the masks.
+
+json   panoptic JSON, or a folder of one per clip
+masks  folder of its PNGs
+stuff  write boxes of stuff too, not only of things
+check  compare the boxes with those in the JSON, print the differences, and fail if there are any
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,34 +21,30 @@ from formats.files import read_json, require_file, some, write_json
 from formats.images import open_image
 from formats.journal import require_new
 from formats.schema import require_rows
+from tools import command
 
 PANOPTIC_KEYS = {"annotations": {"file_name", "segments_info"}, "categories": {"id", "name"}}
 
 
-def panoptic(segments, masks, out, stuff=False, check=False):
-    """Write COCO instances, or a clips_*.json if `segments` is a folder.
-
-    stuff  boxes of all categories, not only of things
-    check  compare the masks with each bbox in segments_info, print the differences, and raise ValueError if there are any
-    """
+def panoptic(json, out, masks=None, stuff=False, check=False):
+    """Write COCO instances, or a clips_*.json if `json` is a folder."""
     require_new(out)
-    if Path(segments).is_dir():
-        content = clips_from_panoptic(segments, stuff)
+    if Path(json).is_dir():
+        content = clips_from_panoptic(json, stuff)
         write_json(out, content)
         return print(f"{out}: {len(content['annotations'])} boxes in {len(content['videos'])} clips")
     if not masks:
-        raise ValueError(f"--json {segments} without --masks, the folder of its PNGs")
-    content, compared, differing = read_panoptic(segments), 0, []
+        raise ValueError(f"--json {json} without --masks, the folder of its PNGs")
+    content, categories = read_panoptic(json, stuff)
     frames, listed = content["annotations"], {image["id"]: image for image in content.get("images", ())}
-    categories = wanted_categories(content, stuff)
-    images, annotations = [], []
     paths = [Path(masks) / Path(frame["file_name"]).with_suffix(".png") for frame in frames]
+    images, annotations, compared, differing = [], [], 0, []
     for number, (frame, path, size, boxes) in enumerate(read_masks(frames, paths), start=1):
         image_id = frame.get("image_id", number)
         own = {"id": image_id, "file_name": frame["file_name"], "width": size[0], "height": size[1]}
         images.append(listed.get(image_id, own))
         if size != (images[-1]["width"], images[-1]["height"]):
-            raise ValueError(f"{path} is {size}, but {segments} lists {images[-1]}; are they of one version?")
+            raise ValueError(f"{path} is {size}, but {json} lists {images[-1]}; are they of one version?")
         for segment, box in zip(frame["segments_info"], boxes, strict=True):
             compared += "bbox" in segment
             if segment.get("bbox", box["bbox"]) != box["bbox"]:
@@ -56,9 +54,9 @@ def panoptic(segments, masks, out, stuff=False, check=False):
     write_json(out, {"images": images, "annotations": annotations, "categories": list(categories.values())})
     print(f"{out}: {len(annotations)} boxes of {len(categories)} categories in {len(images)} images")
     if check:
-        print(*differing, f"{compared - len(differing)} of {compared} boxes equal those in {segments}", sep="\n")
-        if differing:
-            raise ValueError(f"{len(differing)} boxes differ from their masks; are JSON and masks of one version?")
+        print(*differing, f"{compared - len(differing)} of {compared} boxes equal those in {json}", sep="\n")
+    if check and differing:
+        raise ValueError(f"{len(differing)} boxes differ from their masks; are JSON and masks of one version?")
 
 
 def clips_from_panoptic(folder, stuff=False):
@@ -68,11 +66,10 @@ def clips_from_panoptic(folder, stuff=False):
         raise FileNotFoundError(f"no panoptic JSON in {folder}; each clip needs one")
     categories, videos, annotations = {}, [], []
     for path in paths:
-        content, sizes, name = read_panoptic(path), set(), path.stem
-        wanted, frames = wanted_categories(content, stuff), content["annotations"]
+        content, wanted = read_panoptic(path, stuff)
+        frames, sizes, name = content["annotations"], set(), path.stem
         for key, category in wanted.items():
-            if categories.setdefault(key, category)["name"] != category["name"]:
-                before = categories[key]["name"]
+            if (before := categories.setdefault(key, category)["name"]) != category["name"]:
                 raise ValueError(f"{path}: category {key} is {category['name']}, but {before} in an earlier file")
         masks = [path.with_suffix("") / Path(frame["file_name"]).with_suffix(".png").name for frame in frames]
         for index, (_, _, size, boxes) in enumerate(read_masks(frames, masks)):
@@ -86,19 +83,15 @@ def clips_from_panoptic(folder, stuff=False):
     return {"videos": videos, "annotations": annotations, "categories": list(categories.values())}
 
 
-def read_panoptic(path):
-    """Read a panoptic JSON. Raise ValueError if it has another schema."""
+def read_panoptic(path, stuff):
+    """Read a panoptic JSON: (its content, {id: category} of the things, or of all categories)."""
     content = read_json(require_file(path, "a panoptic JSON"))
     require_rows(content, PANOPTIC_KEYS, path, "COCO's panoptic format")
+    categories = {category["id"]: category for category in content["categories"]}
     used = {segment["category_id"] for frame in content["annotations"] for segment in frame["segments_info"]}
-    if unlisted := used - {category["id"] for category in content["categories"]}:
+    if unlisted := used - categories.keys():
         raise ValueError(f"{path} has segments of categories {sorted(unlisted)}, which its categories lack")
-    return content
-
-
-def wanted_categories(content, stuff):
-    """Return {id: category} of the things, or of all categories."""
-    return {category["id"]: category for category in content["categories"] if stuff or category.get("isthing", 1)}
+    return content, {key: category for key, category in categories.items() if stuff or category.get("isthing", 1)}
 
 
 def read_masks(frames, paths):
@@ -115,43 +108,23 @@ def read_masks(frames, paths):
 
 
 def boxes_from_panoptic(segments_info, png):
-    """Find the box of every segment: list of {id, category_id, iscrowd, area, bbox}, in the order of segments_info.
+    """Find the box of every segment: list of {id, category_id, iscrowd, area, bbox} with COCO's [x, y, width, height].
 
     png    the mask, a PIL image whose pixels encode a segment's id as R + 256 G + 65536 B; 0 is no segment
-    bbox   COCO's [x, y, width, height], in whole pixels
-    Raise ValueError unless mask and list hold the same segments.
     """
     rgb = np.asarray(png.convert("RGB")).astype(np.int32)  # before the sum: bytes would overflow
     ids = rgb @ np.array([1, 256, 65536], np.int32)  # (H, W)
     listed, drawn = {segment["id"] for segment in segments_info}, set(np.unique(ids).tolist()) - {0}
     if listed != drawn:
-        raise ValueError(
-            f"segments {sorted(listed - drawn)} have no pixel, pixels {sorted(drawn - listed)} no segment; mask and JSON must "
-            "hold the same ids, R + 256 G + 65536 B"
-        )
+        lacking = f"segments {sorted(listed - drawn)} have no pixel, pixels {sorted(drawn - listed)} no segment"
+        raise ValueError(f"{lacking}; mask and JSON must hold the same ids, R + 256 G + 65536 B")
     boxes = []
     for segment in segments_info:
         pixels = ids == segment["id"]  # (H, W)
         x, y = np.flatnonzero(pixels.any(0)).tolist(), np.flatnonzero(pixels.any(1)).tolist()
         box = {"id": segment["id"], "category_id": segment["category_id"], "iscrowd": segment.get("iscrowd", 0)}
-        bbox = [x[0], y[0], x[-1] + 1 - x[0], y[-1] + 1 - y[0]]
-        boxes.append({**box, "area": int(pixels.sum()), "bbox": bbox})
+        boxes.append({**box, "area": int(pixels.sum()), "bbox": [x[0], y[0], x[-1] + 1 - x[0], y[-1] + 1 - y[0]]})
     return boxes
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--json", required=True, dest="segments", help="panoptic JSON, or a folder of one per clip")
-    add("--masks", help="folder of its PNGs")
-    add("--out", required=True, help="file to write")
-    add("--stuff", action="store_true", help="write boxes of stuff too, not only of things")
-    add("--check", action="store_true", help="compare the boxes with those in the JSON")
-    panoptic(**vars(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"tools.panoptic: {error}")
+main = command(__name__, panoptic)

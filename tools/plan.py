@@ -1,276 +1,243 @@
-"""What a training step will need, before it is run and without the weights: memory of each process, operations, hours.
+"""Plan a training step before it runs, without weights: memory of each process, operations, hours.
 
-    python plan.py                                                              LocVLM-B and -L on eight A100s
-    python train.py --variant b ... --dry-run --world-size 8 --device-memory 80     one run, and whether it fits
+    python -m tools.plan                                      LocVLM-B and -L on eight A100s, App. B's questions
+    python -m tools.plan --variant b --stages 2 --preset paper --world-size 8 --device-memory 80GB      one run: does it fit?
 
-A step is run on fake tensors (torch's FakeTensorMode: shapes and no contents) under a mode that counts the bytes alive, so
-activations, logits and what passes in the backward pass are those of the code as it is, and change with it. Weights,
-optimizer and what fsdp gathers are counted from the parameters.
+The other options are train.py's; the model has the shape of --variant, or of --vision, --llm or --init-from. A run is planned
+for the longest rows that can occur; in stage 1, for the longest of 64 rows of --data, or for captions as long as CC3M's. The
+model's own code runs on fake tensors (shapes without contents) while a mode counts the bytes alive.
 """
 
 import argparse
 import math
 import os
+import re
 import weakref
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data import IGNORE
-from model import VARIANTS, LocVLM
+from data import IGNORE, IMAGE_ID, collate, pack
+from formats.files import run_command
+from formats.meter import PEAK_FLOPS, step_flops
+from formats.processes import Processes
+from model import ADAPTERS, VARIANTS, LocVLM
+from train import PRESETS, TrainConfig, build_examples, build_model, build_records, parse_config, trainable
+
+RESERVE, SPARE = 1.5 * 2**30, 0.05  # of a GPU: bytes that CUDA and communication take, share that the allocator loses to gaps
+CAPTION, QUESTION, ANSWER = 24, 55, 20  # tokens: CC3M's captions; a question of App. B with its answer, and the answer
+SYSTEM_TOKENS, SHARE_OF_PEAK = 36, 0.4  # of A100s, that such training reaches
+IMAGES, QUESTIONS, EPOCHS = 95_899, 2 * 402_686, 10  # PRefCOCO, with LocPred and RevLoc of each object
 
 
-def print_plan(config, stage, model, examples):
-    """Print what each process will hold in a step of a stage; refuse what --device-memory cannot."""
-    recipe, world = config.recipe(stage), config.world_size or int(os.environ.get("WORLD_SIZE", 1))
-    micro = config.micro_batch or math.ceil(recipe.batch / world)
-    on_gpu = bool(config.device_memory) or torch.cuda.is_available()
-    patches, bf16 = (
-        model.config.visual_tokens,
-        config.precision == "bf16" or (config.precision == "auto" and on_gpu),
-    )
-    if examples:
-        rows = [examples.text_row(examples.records[index], epoch) for index, epoch in map(examples.order, range(64))]
-        length = max(len(row["input_ids"]) for row in rows)
-        answers = max(sum(label != IGNORE for label in row["labels"]) for row in rows)
-        basis = "the longest of 64 rows"
-    else:
-        asked = (CAPTION, CAPTION) if stage == 1 else (QUESTION, ANSWER)
-        longest = min(config.max_length, model.config.text_config.max_position_embeddings)
-        length = min(SYSTEM_TOKENS + patches + recipe.questions * asked[0], longest)
-        answers, basis = recipe.questions * asked[1], "no data given: questions as App. B has them"
-
-    def plan_of(micro, parallel, recompute):
-        how = (parallel, world, bf16, recompute)
-        return plan_step(model.config, stage, micro, length, micro * answers, *how)
-
-    planned = plan_of(micro, config.parallel, config.recompute)
-    print(f"  {micro} rows of {length} tokens ({basis}), {world} processes, {'bf16' if bf16 else 'fp32'}")
-    print(f"  each holds {planned}")
-    flops = step_flops(model.config, stage, micro, length, micro * answers)
-    print(f"  {flops / 1e12:.2f} TFLOP forward and backward")
-    if not config.device_memory:
-        return
-    room = float(config.device_memory.upper().rstrip("GIB")) * 2**30
-    if not planned.fits(room):
-        remedy = remedies(lambda *how: plan_of(*how).fits(room), micro, config.parallel, config.recompute, world)
-        raise ValueError(
-            f"stage {stage} needs {planned.total / 2**30:.0f} GiB a process; expected to fit into {config.device_memory}; "
-            + (f"add {remedy}" if remedy else "use more processes with --parallel fsdp, or larger GPUs")
-        )
-
-RESERVE = 1.5 * 2**30  # bytes of a GPU that its context, libraries and communication take
-SPARE = 0.05  # share that the allocator cannot use for the gaps it leaves
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}  # bf16, dense, a second
-
-
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Bytes that each process holds at the peak of a step."""
 
     weights: int
     optimizer: int
     gradients: int
-    activations: int  # kept by the forward pass, logits and all, and made in passing by the backward pass
-    gathered: int  # what fsdp has whole at a time
+    activations: int  # kept by the forward pass, logits included, and temporary ones of the backward pass
+    gathered: int  # what fsdp holds whole at a time
     logits: int  # of the activations
 
     @property
     def total(self):
-        return self.weights + self.optimizer + self.gradients + self.activations + self.gathered
+        return sum(self[:5])
 
     def fits(self, device_memory):
-        """Say whether it fits into a GPU of so many bytes."""
         return self.total * (1 + SPARE) + RESERVE <= device_memory
 
     def __str__(self):
-        names = ("weights", "optimizer", "gradients", "activations", "gathered")
-        parts = ", ".join(f"{getattr(self, name) / 2**30:.2f} {name}" for name in names)
+        parts = ", ".join(f"{size / 2**30:.2f} {name}" for name, size in zip(self._fields[:5], self[:5], strict=True))
         return f"{self.total / 2**30:.2f} GiB: {parts} (of the activations, {self.logits / 2**30:.2f} logits)"
 
 
 class BytesAlive(TorchDispatchMode):
-    """Counts the bytes of all tensors made under it that are alive, now and at the peak; those of parameters are not new."""
+    """Counts the bytes of all tensors made under it that are alive, now and at the peak. Views of parameters are not new."""
 
     def __init__(self, parameters):
         super().__init__()
-        self.parameters = list(parameters)
+        self.parameters = parameters
         self.now = self.peak = self.gradients_at_peak = 0
-        self.known = weakref.WeakKeyDictionary({p.untyped_storage(): 0 for p in self.parameters})
+        self.storages = weakref.WeakSet(p.untyped_storage() for p in parameters)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return False  # an `if` on contents, which fake tensors lack: the check of counts in model.place_image passes
         out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if torch.is_tensor(tensor) and tensor.untyped_storage() not in self.known:
-                self.begin(tensor.untyped_storage())
+        for storage in (tensor.untyped_storage() for tensor in tree_leaves(out) if torch.is_tensor(tensor)):
+            if storage not in self.storages:
+                self.storages.add(storage)
+                self.change(storage.nbytes())
+                weakref.finalize(storage, self.change, -storage.nbytes())
         return out
 
-    def begin(self, storage):
-        size = self.known[storage] = storage.nbytes()
+    def change(self, size):
         self.now += size
-        weakref.finalize(storage, self.end, size)
         if self.now > self.peak:
             self.peak = self.now
             self.gradients_at_peak = sum(p.grad.nbytes for p in self.parameters if p.grad is not None)
 
-    def end(self, size):
-        self.now -= size
 
+def plan_step(config, stage, batch, parallel="ddp", world=1, bf16=False, recompute=False):
+    """Plan a step of a LocVLMConfig in one of `world` processes, from the shapes of its batch (see data.collate).
 
-def fake_step(model, rows, length, answers, autocast):
-    """LocVLM.forward and the backward pass for rows of one image each, as far as shapes go: nothing depends on contents."""
-    side, patches = model.config.vision_config.image_size, model.config.vision_config.num_patches
-    llama = model.language_model
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        with torch.no_grad():
-            features = model.vision_tower(torch.zeros(rows, 3, side, side, dtype=llama.norm.weight.dtype))
-        visual = model.adapter(features)
-        x = llama.embed_tokens(torch.zeros(rows, length, dtype=torch.long))
-        x = torch.cat([visual.to(x.dtype), x[:, patches:]], dim=1)
-        mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
-        hidden = llama.hidden(x, None, mask).flatten(0, 1)[:answers]
-        loss = F.cross_entropy(llama.lm_head(hidden).float(), torch.zeros(answers, dtype=torch.long))
-    loss.backward()
-
-
-def plan_step(config, stage, rows, length, answers, parallel="ddp", world=1, bf16=False, recompute=False):
-    """Plan a step of a LocVLMConfig.
-
-    rows, length, answers  of a forward pass in one process: images, tokens of the longest row, supervised tokens in all
-    parallel, world        "ddp" or "fsdp", and over how many processes
-    bf16                   layers compute in bfloat16 (weights and optimizer are float32 always)
+    bf16: layers compute in bfloat16; weights and optimizer are always float32.
     """
-    fsdp = parallel == "fsdp" and world > 1
-    dtype = torch.bfloat16 if bf16 and fsdp else torch.float32  # ddp computes under autocast
+    is_fsdp = parallel == "fsdp" and world > 1
+    dtype = torch.bfloat16 if bf16 and is_fsdp else torch.float32  # ddp computes under autocast
+    dtypes = dict.fromkeys(("input_ids", "positions", "segments", "answers"), torch.long)
     with FakeTensorMode():
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            model = LocVLM(config)
-        finally:
-            torch.set_default_dtype(before)
-        model.language_model.requires_grad_(stage in (2, 4))
+        torch.set_default_dtype(dtype)  # a fake model cannot be converted
+        model = LocVLM(config)
+        torch.set_default_dtype(torch.float32)
+        everything, learned = list(model.parameters()), list(trainable(model, stage).values())
         for layer in model.language_model.layers:
             layer.recompute = recompute
-        learned = [p for p in model.parameters() if p.requires_grad]
-        for p in learned if fsdp else ():  # summed over processes and split as soon as it is there
+        for p in learned if is_fsdp else ():  # a gradient is summed over processes and sharded as soon as it exists
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        with BytesAlive(model.parameters()) as alive:
-            fake_step(model, rows, length, answers, bf16 and not fsdp)
-    everything, learning = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in learned)
-    logits = answers * config.text_config.vocab_size * 4
-    if not fsdp:  # gradients lie in ddp's buckets (gradient_as_bucket_view)
-        peak = alive.peak - alive.gradients_at_peak
-        return Plan(4 * everything, 8 * learning, alive.gradients_at_peak, peak, 0, logits)
+        with BytesAlive(everything) as alive:
+            fake = {name: torch.empty(t.shape, dtype=dtypes.get(name, dtype)) for name, t in batch.items() if t is not None}
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not is_fsdp):
+                loss = model(**fake)
+            loss.backward()
+    weights, learning = 4 * sum(p.numel() for p in everything), sum(p.numel() for p in learned)
+    logits = batch["answers"].shape[1] * config.text_config.vocab_size * 4
+    if not is_fsdp:  # gradients lie in ddp's buckets (gradient_as_bucket_view)
+        gradients = alive.gradients_at_peak
+        return Plan(weights, 8 * learning, gradients, alive.peak - gradients, 0, logits)
     layer = sum(p.nbytes for p in model.language_model.layers[0].parameters())
-    wrapped = [*model.vision_tower.encoder.layers[:-1], *model.language_model.layers]
-    root = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for part in wrapped for p in part.parameters())
+    wrapped = [*model.vision_tower.encoder["layers"][:-1], *model.language_model.layers]  # see formats.processes.shard
+    root = sum(p.nbytes for p in everything) - sum(p.nbytes for part in wrapped for p in part.parameters())
     # whole at a time: the root, a layer and the one fetched ahead; while summing, a layer's gradients, here and in float32
     sums = (root + layer + 4 * layer // dtype.itemsize) if stage in (2, 4) else 0
-    return Plan(
-        4 * everything // world,
-        8 * learning // world,
-        4 * learning // world,
-        alive.peak,
-        root + 2 * layer + sums,
-        logits,
-    )
+    shards = (weights // world, 8 * learning // world, 4 * learning // world)
+    return Plan(*shards, alive.peak, root + 2 * layer + sums, logits)
 
 
-def step_flops(config, stage, rows, length, answers, tower=True):
-    """Operations of a forward and backward pass: rows of one image and `length` tokens each, `answers` tokens in all.
+def made_row(config, stage, questions, length=None):
+    """Make a packed row of captions (stage 1) or of App. B's questions; or one of `length` tokens, which may all be answers."""
+    prefix = [1] * (1 if stage == 1 else SYSTEM_TOKENS) + [IMAGE_ID] * config.visual_tokens
+    size, answer = (CAPTION, CAPTION) if stage == 1 else (QUESTION, ANSWER)
+    segments = [([1] * size, [IGNORE] * (size - answer) + [1] * answer)] * questions
+    if length:
+        rest = [1] * max(1, length - len(prefix))
+        segments = [(rest[i::questions],) * 2 for i in range(min(questions, len(rest)))]
+    return pack(prefix, segments, length or config.text_config.max_position_embeddings)
 
-    tower  whether it is run, or its features read
 
-    Two for each weight and token, once forward, once for the gradient that passes through, once for the weight's own where it
-    learns; attention as if nothing were masked. What --recompute does twice is not counted.
-    """
-    v, t = config.vision_config, config.text_config
-    passes = 3 if stage in (2, 4) else 2
-    patches = v.num_patches + 1
-    block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
-    a_patch = (2 * block + 4 * patches * v.hidden_size) * (
-        v.num_hidden_layers - 1
-    ) + 6 * v.patch_size**2 * v.hidden_size
-    adapter = 2 * 2 * v.hidden_size * t.hidden_size + (config.adapter != "linear") * 3 * 2 * t.hidden_size**2
-    heads, kv_heads = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    layer = 2 * t.hidden_size * (heads + kv_heads) + 3 * t.hidden_size * t.intermediate_size
-    layers = (passes * 2 * layer + 3 * 4 * length * heads) * t.num_hidden_layers
-    head = passes * 2 * t.hidden_size * t.vocab_size * answers
-    seeing = tower * patches * a_patch + config.visual_tokens * adapter
-    return rows * (seeing + length * layers) + head
+def batch_of(config, row, count, features=False):
+    """Repeat a row: the batch of one process. Its images, or features, hold no numbers."""
+    vision = config.vision_config
+    shape = (config.frames + vision.num_patches, vision.hidden_size) if features else (3, *2 * [vision.image_size])
+    return collate([row] * count) | {"pixel_values": torch.empty(count, *shape, device="meta")}
 
 
 def remedies(fits, micro_batch, parallel, recompute, world):
-    """Flags under which a step would fit, the mildest first: fits(micro_batch, parallel, recompute) -> bool; or None."""
-    smaller = [micro_batch // 2**n for n in range(1, micro_batch.bit_length())]
-    tries = [(micro_batch, parallel, True)] * (not recompute) + [(m, parallel, recompute) for m in smaller]
-    tries += [(m, parallel, True) for m in smaller]
+    """Return options that make a step fit, the mildest first, or None. fits: (micro_batch, parallel, recompute) -> bool"""
+    sizes = [micro_batch >> n for n in range(micro_batch.bit_length())]  # halved, down to 1
+    tries = [(micro_batch, parallel, True), *((m, parallel, again) for again in (recompute, True) for m in sizes[1:])]
     if parallel == "ddp" and world > 1:
-        tries += [(micro_batch, "fsdp", recompute)]
-        tries += [(m, "fsdp", True) for m in (micro_batch, *smaller)]
+        tries += [(micro_batch, "fsdp", recompute), *((m, "fsdp", True) for m in sizes)]
     for m, engine, again in tries:
         if fits(m, engine, again):
             flags = [f"--micro-batch {m}"] * (m != micro_batch) + ["--parallel fsdp"] * (engine != parallel)
             return " ".join(flags + ["--recompute"] * (again != recompute))
-    return None
 
 
-def peak_flops(device):
-    """Operations a second that a GPU is sold with, in bf16; None if it is not known."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
-    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+def row_of(config, stage, records, model):
+    """Return the row to plan for, and what its length is. In stage 1, a full row would be far too much."""
+    recipe = config.recipe(stage)
+    if stage > 1:
+        length = min(recipe.max_length, model.config.text_config.max_position_embeddings)
+        return made_row(model.config, stage, recipe.questions, length), "full, every token behind the image an answer"
+    if records and model.tokenizer:
+        examples = build_examples(config, stage, records, model)
+        rows = [examples.text_row(examples.records[index], epoch) for index, epoch in map(examples.order, range(64))]
+        return max(rows, key=lambda row: len(row["input_ids"])), "the longest of 64 rows"
+    reason = "no tokenizer without --llm" if records else "no --data"
+    return made_row(model.config, stage, recipe.questions), f"{reason}: captions as long as CC3M's"
 
 
-# ----- LocVLM-B and -L on eight A100s
+def plan_stage(config, stage, model, records, world, room):
+    """Print a stage's parts and what each process holds in a step. Raise ValueError if that exceeds `room` bytes, if given."""
+    recipe, learned = config.recipe(stage), trainable(model, stage)
+    print(f"\nstage {stage}: {recipe}")
+    for name, part in model.named_children():
+        count, learns = sum(p.numel() for p in part.parameters()), any(n.startswith(name) for n in learned)
+        print(f"  {name:15} {count:>14,} parameters  {'trained' if learns else 'frozen'}")
+    row, basis = row_of(config, stage, records, model)
+    micro, features = config.micro_batch or math.ceil(recipe.batch / world), bool(config.features or model.config.frames)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and bool(room or torch.cuda.is_available()))
+
+    def plan_of(micro, parallel, recompute):
+        return plan_step(model.config, stage, batch_of(model.config, row, micro, features), parallel, world, bf16, recompute)
+
+    planned = plan_of(micro, config.parallel, config.recompute)
+    length, answers = len(row["input_ids"]), sum(label != IGNORE for label in row["labels"])
+    flops = step_flops(model.config, stage, micro, length, micro * answers, runs_tower=not features)
+    print(f"  {micro} rows of at most {length} tokens ({basis}), {world} processes, {'bf16' if bf16 else 'fp32'}")
+    print(f"  each process holds {planned}\n  {flops / 1e12:.2f} TFLOP forward and backward")
+    if room and not planned.fits(room):
+        remedy = remedies(lambda *how: plan_of(*how).fits(room), micro, config.parallel, config.recompute, world)
+        fix = f"add {remedy}" if remedy else "use more processes with --parallel fsdp, or larger GPUs"
+        need = f"{planned.total / 2**30:.0f} GiB per process, too much for {room / 2**30:g}GB"
+        raise ValueError(f"stage {stage} needs {need}; {fix}")
 
 
-CAPTION, QUESTION, ANSWER = 24, 55, 20  # tokens: CC3M's captions; a question of App. B with its answer, and the answer
-SYSTEM_TOKENS = 36
-QUESTIONS = 16  # behind an image, as train.py's preset of the paper has them
-SHARE_OF_PEAK = 0.4  # that such training reaches
-PAPER = {"captions": 595_375, "images": 95_899, "conversations": 191_798, "questions": 402_686, "epochs": 10}
+def bytes_of(text):
+    """Read the memory of a GPU: 80GB, 80g or 80."""
+    if not re.fullmatch(r"\d+(\.\d+)?(GI?B?)?", text.upper()):
+        raise ValueError(f"--device-memory {text} is not a number of gigabytes; write 80GB")
+    return float(text.upper().rstrip("GIB")) * 2**30
+
+
+def print_table(world):
+    """Print the memory of the paper's models, and hours of their stage 2."""
+    print("| | stage | run as | GiB a GPU | weights | optimizer | gradients | activations | gathered |\n" + "|---" * 9 + "|")
+    runs = [(1, 16, "ddp", False), (1, 16, "fsdp", True), (2, 8, "ddp", True), (2, 8, "fsdp", False), (2, 8, "fsdp", True)]
+    for name, (stage, micro, engine, recompute) in ((name, run) for name in "bl" for run in runs):
+        config = VARIANTS[name]
+        batch = batch_of(config, made_row(config, stage, PRESETS["paper"][stage].questions), micro)
+        plan = plan_step(config, stage, batch, engine, world, bf16=True, recompute=recompute)
+        how = f"`--parallel {engine}{' --recompute' * recompute} --micro-batch {micro}`"
+        sizes = " | ".join(f"{size / 2**30:.1f}" for size in (plan.total, *plan[:5]))
+        print(f"| {name.upper()} | {stage} | {how} | {sizes} |")
+    print()
+    ways = (("a row for each question", QUESTIONS, 1), ("a row for each image", IMAGES, QUESTIONS / IMAGES))
+    for name, (how, rows, questions) in ((name, way) for name in "bl" for way in ways):
+        length = SYSTEM_TOKENS + VARIANTS[name].visual_tokens + round(questions * QUESTION)
+        flops = step_flops(VARIANTS[name], 2, 1, length, round(questions * ANSWER))
+        hours = flops * rows * EPOCHS / (PEAK_FLOPS["A100"] * SHARE_OF_PEAK) / 3600
+        print(f"LocVLM-{name.upper()}, stage 2, {how}: {flops / 1e12:.1f} TFLOP a row, {hours:,.0f} A100-hours (estimate)")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--world-size", type=int, default=8, help="GPUs")
-    world = parser.parse_args(argv).world_size
-    print("| | stage | run as | GiB a GPU | weights | optimizer | gradients | activations | gathered |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    asked, answered = QUESTIONS * QUESTION, QUESTIONS * ANSWER
-    for variant in ("b", "l"):
-        config = VARIANTS[variant]
-        image = config.vision_config.num_patches
-        for stage, micro, tokens, answers, engines in (
-            (1, 16, image + CAPTION, CAPTION, (("ddp", False), ("fsdp", True))),
-            (2, 8, SYSTEM_TOKENS + image + asked, answered, (("ddp", True), ("fsdp", False), ("fsdp", True))),
-        ):
-            for engine, recompute in engines:
-                plan = plan_step(config, stage, micro, tokens, micro * answers, engine, world, True, recompute)
-                how = f"`--parallel {engine}{' --recompute' if recompute else ''} --micro-batch {micro}`"
-                parts = (plan.weights, plan.optimizer, plan.gradients, plan.activations, plan.gathered)
-                sizes = " | ".join(f"{part / 2**30:.1f}" for part in parts)
-                print(f"| {variant.upper()} | {stage} | {how} | {plan.total / 2**30:.1f} | {sizes} |")
-    print()
-    for variant in ("b", "l"):
-        image = VARIANTS[variant].vision_config.num_patches
-        asked = 2 * PAPER["questions"] / PAPER["images"]  # LocPred and RevLoc of each object
-        for how, rows, questions in (
-            ("a row for each question", PAPER["images"] * asked, 1),
-            ("a row for each image", PAPER["images"], asked),
-        ):
-            tokens = SYSTEM_TOKENS + image + round(questions * QUESTION)
-            flops = step_flops(VARIANTS[variant], 2, 1, tokens, round(questions * ANSWER))
-            hours = flops * rows * PAPER["epochs"] / (PEAK_FLOPS["A100"] * SHARE_OF_PEAK) / 3600
-            print(
-                f"LocVLM-{variant.upper()}, stage 2, {how}: {flops / 1e12:.1f} TFLOP a row, {hours:,.0f} A100-hours (estimate)"
-            )
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **how)
+    parser.add_argument("--variant", choices=VARIANTS, help="the model's shape (default: tiny, if any other option is given)")
+    parser.add_argument("--world-size", type=int, help="processes (default: 8 for the table, else as started)")
+    parser.add_argument("--device-memory", help="memory of a GPU, such as 80GB; a step that does not fit is refused")
+    args, of_train = parser.parse_known_args(argv)
+    if args.world_size is not None and args.world_size < 1:
+        raise ValueError(f"--world-size {args.world_size} must be at least 1")
+    if not (args.variant or args.device_memory or of_train):
+        return print_table(args.world_size or 8)
+    room, config = args.device_memory and bytes_of(args.device_memory), parse_config(TrainConfig, [*of_train, "--dry-run"])
+    if config.vision or config.llm or config.init_from or (args.variant or "tiny") == "tiny":
+        model = build_model(config, "meta")
+    else:  # a variant's shape, without a tokenizer
+        adapter = {"adapter": config.adapter} if config.adapter in ADAPTERS and config.adapter != "linear" else {}
+        with torch.device("meta"):
+            model = LocVLM(replace(VARIANTS[args.variant], **config.settings(), **adapter))
+    records = build_records(config, Processes.start(config))[0] if config.sources else None
+    for stage in config.stage_list:
+        plan_stage(config, stage, model, records, args.world_size or int(os.environ.get("WORLD_SIZE", 1)), room)
 
 
 if __name__ == "__main__":
-    main()
+    run_command("tools.plan", main)

@@ -4,24 +4,30 @@
         --coco instances_train2017.json --images train2017_blurred --out prefcoco.json
     python -m tools.prefcoco localize --prefcoco prefcoco.json --coco instances_train2017.json --out localize.json
 
-caption lets a visual LLM describe every object whose category occurs once in its image. localize turns the descriptions into
-conversations about locations, in LLaVA's format. A killed caption run resumes with the same command, on any number of
-processes, and ends in the same files.
+caption lets a visual LLM describe objects; localize turns the descriptions into conversations about locations. A killed caption
+run resumes with the same command, on any number of processes, and ends in the same files.
+
+model           run, llava-hf or LLaVA folder
+vision          CLIP, for an original LLaVA that does not hold its tower
+coco            instances_*.json, the same one for both
+images          folder of its images, faces blurred
+max_new_tokens  longest caption
+temperature     0 is greedy
+limit           use the first so many images only
+prefcoco        file that `caption` wrote
+neg_ratio       absent objects asked for, per described one
 """
 
-import argparse
-import inspect
 import os
 import random
 import re
 import shutil
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -33,26 +39,28 @@ from formats.images import open_image
 from formats.journal import open_journal, read_journal, require_new, require_same_options, start_processes, write_line
 from formats.weights import weights_sha256
 from model import LocVLM
+from tools import command, positive
 
-# ----- caption
-
-PROMPT = (  # App. C, to the letter
-    "Describe the {category} in this image using one short sentence, referring to its visual features and spatial "
-    "position relative to other objects in image."
-)
+PROMPT = ("Describe the {category} in this image using one short sentence, referring to its visual features and spatial "
+          "position relative to other objects in image.")  # App. C, to the letter  # fmt: skip
 
 
-def caption(model, coco, images, out, vision=None, batch=8, limit=None, exclude="", **decoding):
+def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_tokens: positive = 64, temperature=0.0, seed=0,
+            limit: positive = None, exclude=""):  # fmt: skip
     """Describe every object whose category occurs once in its image, with a visual LLM: PRefCOCO (Sec. 3.4, App. C).
 
-    Write the descriptions to OUT, and rejected captions to OUT's .rejected.json, with the reason. Unfinished work lies in
-    OUT.parts: a journal per process, a row per group of `batch` images. The groups do not depend on the processes.
+    Write rejected captions, with the reason, to OUT's .rejected.json. Unfinished work lies in OUT.parts: a journal per process,
+    a row per group of `batch` images. The groups do not depend on the processes.
     """
-    # 1 what to do, and what earlier runs have done
     out, (rank, world, wait) = Path(out), start_processes()
-    records, skipped = read_describable(coco, images, limit, exclude)
-    chunks = range(0, len(records), batch)  # each is named by its first record
     parts, rejects = out.with_name(out.name + ".parts"), out.with_name(out.stem + ".rejected.json")
+    decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    records, skipped = read_records([(coco, images, 1.0)], image_ids_of(exclude))
+    records = [record for record in records if record.objects][:limit]
+    if missing := [record.image.name for record in records if not record.image.is_file()]:
+        raise FileNotFoundError(f"{len(missing)} of {len(records)} images are not in {images} ({some(missing)})")
+    if not records:
+        raise ValueError(f"{coco} leaves no image with an object whose category occurs once; check --exclude")
     if rank == 0:
         for reason, count in skipped.items():
             print(f"skipped: {count} {reason}")
@@ -61,23 +69,26 @@ def caption(model, coco, images, out, vision=None, batch=8, limit=None, exclude=
         options = {
             "model": weights_sha256(model), "vision": weights_sha256(vision) if vision else None, "coco": sha256(coco),
             "images": str(images), "limit": limit, "exclude": [sha256(path) for path in exclude.split(",") if path],
-            "batch": batch, "decoding": decoding, "device": "cuda" if torch.cuda.is_available() else "cpu",
-        }  # fmt: skip
-        begin(out, rejects, parts, options)
+            "batch": batch, "decoding": decoding, "device": "cuda" if torch.cuda.is_available() else "cpu"}  # fmt: skip
+        if out.exists():
+            require_same_options(read_json(rejects)["made_with"] if rejects.is_file() else {}, options, out)
+            shutil.rmtree(parts, ignore_errors=True)
+        elif (parts / "options.json").is_file():
+            require_same_options(read_json(parts / "options.json"), options, parts)
+        else:
+            write_json(parts / "options.json", options)
     wait()
     if out.exists():  # it is written last
         return print(f"{out} is complete") if rank == 0 else None
-    done = read_parts(parts)
+    chunks, done = range(0, len(records), batch), read_parts(parts)  # a chunk is named by its first record
     wait()  # all processes have read what is done before any does more
-    # 2 do it
     mine = [chunk for chunk in chunks if chunk not in done][rank::world]
     with open_journal(parts / f"part-{rank}.jsonl") as journal:
         describe = captioner(model, vision, decoding) if mine else None
         for chunk in tqdm(mine, disable=None if rank == 0 else True):
             write_line(journal, {"chunk": chunk, "captions": describe(records[chunk : chunk + batch])})
     wait()
-    # 3 join
-    if rank == 0:
+    if rank == 0:  # join what all processes have done
         done = read_parts(parts)
         kept, rejected = prefcoco_rows(records, [captions for chunk in chunks for captions in done[chunk]], images)
         write_json(rejects, {"made_with": read_json(parts / "options.json"), "rejected": rejected})
@@ -87,35 +98,11 @@ def caption(model, coco, images, out, vision=None, batch=8, limit=None, exclude=
         print(f"{out}: {len(kept)} descriptions of objects in {len({row['image'] for row in kept})} images")
         for reason, count in Counter(row["reason"] for row in rejected).most_common():
             print(f"  rejected: {count} {reason}")
-    if world > 1:
-        dist.destroy_process_group()
-
-
-def begin(out, rejects, parts, options):
-    """Create the folder of parts, or check that it was begun, or OUT finished, with the same options."""
-    if out.exists():
-        require_same_options(read_json(rejects)["made_with"] if rejects.is_file() else {}, options, out)
-        shutil.rmtree(parts, ignore_errors=True)
-    elif (parts / "options.json").is_file():
-        require_same_options(read_json(parts / "options.json"), options, parts)
-    else:
-        write_json(parts / "options.json", options)
 
 
 def read_parts(parts):
     """Read what all processes have done: {chunk: captions}."""
     return {row["chunk"]: row["captions"] for path in parts.glob("*.jsonl") for row in read_journal(path)}
-
-
-def read_describable(coco, images, limit, exclude):
-    """Read the images that have unique objects and that `exclude` does not name: (records, Counter of skipped rows)."""
-    records, skipped = read_records([(coco, images, 1.0)], image_ids_of(exclude))
-    records = [record for record in records if record.objects][:limit]
-    if missing := [record.image.name for record in records if not record.image.is_file()]:
-        raise FileNotFoundError(f"{len(missing)} of {len(records)} images are not in {images} ({some(missing)})")
-    if not records:
-        raise ValueError(f"{coco} leaves no image with an object whose category occurs once; check --exclude")
-    return records, skipped
 
 
 def captioner(model, vision, decoding):
@@ -141,45 +128,28 @@ def captioner(model, vision, decoding):
 
 def prefcoco_rows(records, captions, images):
     """Join records and captions: (rows kept, rows rejected)."""
-    kept, rejected = [], []
+    rows = []
     for record, texts in zip(records, captions, strict=True):
         for o, text in zip(record.objects, texts, strict=True):
-            question = "<image>\n" + PROMPT.format(category=o.name)
-            row = {
-                "id": f"{record.id}-{o.name}", "image": record.image.relative_to(images).as_posix(), "size": list(record.size),
+            question, image = "<image>\n" + PROMPT.format(category=o.name), record.image.relative_to(images).as_posix()
+            row = {  # its box in COCO's own precision
+                "id": f"{record.id}-{o.name}", "image": image, "size": list(record.size),
                 "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": text}],
-                "objective": "caption", "name": o.name, "box_px": [round(v, 2) for v in o.box_px],  # COCO's own precision
-            }  # fmt: skip
+                "objective": "caption", "name": o.name, "box_px": [round(v, 2) for v in o.box_px]}  # fmt: skip
             description, reason = (None, "damaged image") if text is None else clean_caption(text, o.name)
-            if reason:
-                rejected.append({**row, "reason": reason})
-            else:
-                kept.append({**row, "description": description})
-    return kept, rejected
+            rows.append({**row, "reason": reason} if reason else {**row, "description": description})
+    return [row for row in rows if "reason" not in row], [row for row in rows if "reason" in row]
 
 
-# ----- a caption becomes a description
-
-LONGEST = 60  # words of a description
-PEOPLE = (
-    "|people|man|men|woman|women|boy|girl|child|kid|baby|lady|guy|player|rider|skier|surfer|skateboarder|snowboarder"
-)
+LONGEST = 60  # words of a description, into which a caption is turned
+PEOPLE = "|people|man|men|woman|women|boy|girl|child|kid|baby|lady|guy|player|rider|skier|surfer|skateboarder|snowboarder"
 SENTENCE_END = re.compile(r"(?<=[a-z0-9)\"'])(?<!\b(?:St|Mt|Mr|Dr))[.!?]\"? (?=[A-Z\"])")
 IN_IMAGE = r"in (?:the|this) (?:image|picture|photo|scene)"
-LEAD = re.compile(
-    rf"(?:{IN_IMAGE},? )?(?:there (?:is|are) |this is |(?:the|this) (?:image|picture|photo) (?:shows|features|depicts) )?"
-    "(?:an? |the |one )?",
-    re.IGNORECASE,
-)
-VERBS = (
-    "(?:is|are|was|were|has|have|had|can|may|appears?|seems?|looks?|sits?|stands?|lies|lie|rests?|hangs?|leans?|features?|"
-    r"wears?|contains?)\b"
-)
-REFUSAL = re.compile(
-    r"\b(sorry|cannot|can't|can not|unable|not (?:visible|present|shown|clear|possible)|there (?:is|are) no|there "
-    r"(?:is|are)n't|(?:does not|doesn't|do not|don't) (?:show|contain|include|feature|appear|see))\b",
-    re.IGNORECASE,
-)
+SHOWS = r"(?:the|this) (?:image|picture|photo) (?:shows|features|depicts)"
+LEAD = re.compile(rf"(?i)(?:{IN_IMAGE},? )?(?:there (?:is|are) |this is |{SHOWS} )?(?:an? |the |one )?")
+VERBS = r"(?:is|are|was|were|has|have|had|can|may|(?:appear|seem|look|sit|stand|lie|rest|hang|lean|feature|wear|contain)s?)\b"
+UNSEEN = r"not (?:visible|present|shown|clear|possible)|do(?:es)?(?: not|n't) (?:show|contain|include|feature|appear|see)"
+REFUSAL = re.compile(rf"(?i)\b(sorry|can(?:'t| ?not)|unable|there (?:is|are)(?: no|n't)|{UNSEEN})\b")
 
 
 def clean_caption(caption, category):
@@ -192,13 +162,12 @@ def clean_caption(caption, category):
     >>> clean_caption("Under a lamp, a dog sleeps.", "dog"), clean_caption("I am sorry, there is no dog.", "dog")
     (('under a lamp, a dog sleeps', None), (None, 'refusal'))
     """
-    text = " ".join(caption.split())
-    text = SENTENCE_END.split(text, maxsplit=1)[0].strip(" .!?\"'")
+    text = SENTENCE_END.split(" ".join(caption.split()), maxsplit=1)[0].strip(" .!?\"'")
     named = rf"\b(?:{re.escape(category)}(?:e?s)?{PEOPLE if category == 'person' else ''})\b"
     if reason := caption_fault(text, named):
         return None, reason
     lead = LEAD.match(text)[0]
-    text = text[len(lead) :]
+    text = text.removeprefix(lead)
     where = rf"(?: \(?(?:shown |seen )?{IN_IMAGE}\)?)?((?: (?!{VERBS}|that\b|which\b|who\b)[\w'-]+){{0,8}})"
     if match := re.match(rf"({named}){where},? (?:(?:that|which|who) )?({VERBS}.+)", text, re.IGNORECASE):
         return f"{match[1].lower()}{match[2]} that {match[3]}", None
@@ -211,32 +180,30 @@ def caption_fault(text, named):
     """Return why a sentence does not describe the object that the pattern `named` matches, or None."""
     words = text.lower().split()
     threes = Counter(zip(words, words[1:], words[2:], strict=False))
-    if not words:
-        return "empty"
-    if REFUSAL.search(text):
-        return "refusal"
-    if "using one short sentence" in text or ASSISTANT.rstrip(":") in text:
-        return "repeats the prompt"
-    if re.search(r"[()\[\]{}<>]|\d\s*,\s*\d|\d\.\d", re.sub(rf"\({IN_IMAGE}\)", "", text)):
-        return "brackets or coordinates"
-    if len(words) > LONGEST:
-        return "too long"
-    if max(threes.values(), default=0) > 2 or any(len(set(three)) == 1 for three in threes):
-        return "repeats itself"
-    return None if re.search(named, text, re.IGNORECASE) else "names another thing"
+    faults = {
+        "empty": not words,
+        "refusal": REFUSAL.search(text),
+        "repeats the prompt": "using one short sentence" in text or ASSISTANT.rstrip(":") in text,
+        "brackets or coordinates": re.search(r"[()\[\]{}<>]|\d\s*,\s*\d|\d\.\d", re.sub(rf"\({IN_IMAGE}\)", "", text)),
+        "too long": len(words) > LONGEST,
+        "repeats itself": max(threes.values(), default=0) > 2 or any(len(set(three)) == 1 for three in threes),
+        "names another thing": not re.search(named, text, re.IGNORECASE),
+    }
+    return next((fault for fault, is_found in faults.items() if is_found), None)
 
 
-# ----- localize
+def localize(prefcoco, coco, out, kind: Literal[KINDS] = "ivb", location: Literal[*REPR] = "box", neg_ratio=1.0, seed=0,
+             side=224, geometry: Literal[GEOMETRIES] = "squash"):  # fmt: skip
+    """Make Localize-Instruct-200K from PRefCOCO: one conversation of LLaVA's per image and objective (Sec. 3.4, App. B).
 
-
-def localize(prefcoco, coco, out, kind="ivb", location="box", neg_ratio=1.0, seed=0, side=224, geometry="squash"):
-    """Make Localize-Instruct-200K from PRefCOCO: one conversation per image and objective (Sec. 3.4, App. B).
-
-    The objectives of data.OBJECTIVES ask about all described objects of an image; NegPred asks about categories that are not
-    in it, half of them under a description from another image. Our reader uses the boxes and descriptions, others the text.
+    NegPred asks about categories that are not in the image, half of them under a description from another image.
     """
     require_new(out)
-    described, descriptions = read_prefcoco(prefcoco), {}
+    described, descriptions = {}, {}  # by image, by category
+    for row in read_json(require_file(prefcoco, "a file that `tools.prefcoco caption` wrote")):
+        if not isinstance(row, dict) or not {"image", "name", "description", "box_px"} <= row.keys():
+            raise ValueError(f"{prefcoco}: a row is {str(row)[:80]}, not one that `tools.prefcoco caption` wrote")
+        described.setdefault(row["image"], []).append(Object(row["name"], tuple(row["box_px"]), row["description"]))
     for o in (o for objects in described.values() for o in objects):
         descriptions.setdefault(o.name, []).append(o.description)
     wording = Wording(CoordFormat(kind, side, geometry), tuple(OBJECTIVES), location, "description", neg_ratio)
@@ -246,12 +213,10 @@ def localize(prefcoco, coco, out, kind="ivb", location="box", neg_ratio=1.0, see
     rows = []
     for image, objects in described.items():
         rng, record = random.Random(f"{seed} {image}"), replace(records[image], objects=tuple(objects))
-        if not targets_of(record, "object", wording, rng):
-            continue  # the model's square shows none of them
-        questions = draw_questions(record, wording, rng, descriptions)
-        for objective in OBJECTIVES:
-            if turns := [turn for name, *turn in questions if name == objective]:
-                rows.append(conversation(objective, record, turns))
+        if targets_of(record, "object", wording, rng):  # else the model's square shows none of them
+            questions = draw_questions(record, wording, rng, descriptions)
+            turns = {name: [turn for objective, *turn in questions if objective == name] for name in OBJECTIVES}
+            rows += [conversation(name, record, turns[name]) for name in OBJECTIVES if turns[name]]
     write_json(out, rows)
     print(f"{out}: {len(rows)} conversations about {len(described)} images (the paper: 200K, 95,899)")
     for objective in OBJECTIVES:
@@ -259,72 +224,16 @@ def localize(prefcoco, coco, out, kind="ivb", location="box", neg_ratio=1.0, see
         print(f"  {objective}: {len(counts)} conversations of {sum(counts)} questions")
 
 
-def read_prefcoco(path):
-    """Read what `caption` wrote: {image file name: its Objects}."""
-    described = {}
-    for row in read_json(require_file(path, "a file that `tools.prefcoco caption` wrote")):
-        if not isinstance(row, dict) or not {"image", "name", "description", "box_px"} <= row.keys():
-            raise ValueError(f"{path}: a row is {str(row)[:80]}, not one that `tools.prefcoco caption` wrote")
-        described.setdefault(row["image"], []).append(Object(row["name"], tuple(row["box_px"]), row["description"]))
-    return described
-
-
 def conversation(objective, record, turns):
     """Return (target, question, answer) turns as a row in LLaVA's format, with the fields that our own reader uses."""
     objects = [o for target, _, _ in turns for o in (target if isinstance(target, tuple) else [target])]  # a pair is two
-    values = []
-    for _, question, answer in turns:
-        values.append({"from": "human", "value": question if values else "<image>\n" + question})
-        values.append({"from": "gpt", "value": answer})
+    values = [{"from": who, "value": text} for _, *texts in turns for who, text in zip(("human", "gpt"), texts, strict=True)]
+    values[0]["value"] = "<image>\n" + values[0]["value"]
     boxes_px = None if OBJECTIVES[objective].about == "absent" else [list(o.box_px) for o in objects]
     return {
         "id": f"{record.id}-{objective}", "image": record.image.as_posix(), "size": list(record.size), "objective": objective,
         "names": [o.name for o in objects], "descriptions": [o.description for o in objects], "box_px": boxes_px,
-        "conversations": values,
-    }  # fmt: skip
+        "conversations": values}  # fmt: skip
 
 
-# ----- command line
-
-
-def main(argv=None):
-    how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__, **how)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    add = commands.add_parser("caption", help="describe objects", description=inspect.getdoc(caption), **how).add_argument
-    add("--model", required=True, help="run, llava-hf or LLaVA folder")
-    add("--vision", help="CLIP, for an original LLaVA that does not hold its tower")
-    add("--coco", required=True, help="instances_*.json")
-    add("--images", required=True, help="folder of its images, faces blurred")
-    add("--out", required=True, help="file to write")
-    add("--batch", type=int, default=8, help="images at a time (default: 8)")
-    add("--max-new-tokens", type=int, default=64, help="longest caption (default: 64)")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
-    add("--seed", type=int, default=0, help="of sampling (default: 0)")
-    add("--limit", type=int, help="use the first so many images only")
-    add("--exclude", default="", help="files that name COCO images to skip, separated by commas")
-
-    add = commands.add_parser("localize", help="write conversations", description=inspect.getdoc(localize), **how).add_argument
-    add("--prefcoco", required=True, help="file that `caption` wrote")
-    add("--coco", required=True, help="the instances_*.json it was made from")
-    add("--out", required=True, help="file to write")
-    add("--kind", choices=KINDS, default="ivb", help="how coordinates are written (default: ivb)")
-    add("--location", choices=REPR, default="box", help="what a location is (default: box)")
-    add("--side", type=int, default=224, help="side of the model's square image (default: 224)")
-    add("--geometry", choices=GEOMETRIES, default="squash", help="how an image becomes that square (default: squash)")
-    add("--neg-ratio", type=float, default=1.0, help="absent objects asked for, per described one (default: 1)")
-    add("--seed", type=int, default=0, help="of wording and order (default: 0)")
-
-    options = vars(parser.parse_args(argv))
-    for name in ("batch", "max_new_tokens", "limit"):
-        if options.get(name) is not None and options[name] < 1:
-            parser.error(f"--{name.replace('_', '-')} {options[name]} must be at least 1")
-    {"caption": caption, "localize": localize}[options.pop("command")](**options)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"tools.prefcoco: {error}")
+main = command(__name__, caption, localize)

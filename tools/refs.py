@@ -1,28 +1,20 @@
 """Write RefCOCO's pickle and its boxes as JSON, which `python -m tasks refcoco` then reads: the pickle is read once.
 
     python -m tools.refs "refcoco/refs(unc).p" refcoco.json
-"""
 
-import argparse
-import sys
+pickle     refs(unc).p, refs(umd).p
+instances  instances.json (default: beside the pickle)
+"""
 
 from formats.files import write_json
 from tasks.refcoco import read_pickle
+from tools import command
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pickle", help="refs(unc).p, refs(umd).p")
-    parser.add_argument("out", help="JSON to write")
-    parser.add_argument("--instances", help="instances.json (default: beside the pickle)")
-    args = parser.parse_args(argv)
-    refs = read_pickle(args.pickle, args.instances)
-    write_json(args.out, {"refs": refs})
-    print(f"{args.out}: {len(refs)} refs")
+def refs(pickle, out, /, instances=None):
+    rows = read_pickle(pickle, instances)
+    write_json(out, {"refs": rows})
+    print(f"{out}: {len(rows)} refs")
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"tools.refs: {error}")
+main = command(__name__, refs)

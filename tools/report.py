@@ -3,10 +3,9 @@
     python -m tools.report runs/default                        writes runs/default/eval/report.html
     python -m tools.report runs/default --out page.html
 
-Reads RUN/eval/NAME.json and NAME.jsonl as evaluate.py names them, the blind baseline in RUN/eval_blind, and RUN/log.jsonl;
-the page skips missing files, or reports them as missing. This file computes the data; report.html lays it out and escapes
-every text. The page needs no network and no script: pictures are inside it, boxes and curves are SVG, and its own policy
-forbids a browser to load or run anything, because a model's answers may contain anything. The same files make the same bytes.
+Reads the results, the blind baseline in RUN/eval_blind, and RUN/log.jsonl, as far as they exist. This file computes the data;
+report.html lays it out and escapes every text. The page is one file without scripts that may load or run nothing: a model's
+answers may contain anything. The same files make the same bytes.
 """
 
 import argparse
@@ -15,8 +14,7 @@ import io
 import json
 import math
 import re
-import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import jinja2
@@ -24,16 +22,17 @@ from PIL import ImageOps
 
 from evaluate import TASKS
 from formats.eval_folder import differences, read_results
-from formats.files import read_json, write_text
+from formats.files import read_json, run_command, write_text
 from formats.images import is_clip, open_image
 from formats.pictures import is_right
 from video import read_frames
 
 MAIN = {"spatial": ("left/right", "above/below", "icl left/right", "icl above/below")}  # the headline; else the first metric
-CARDS = 6  # at most, of successes and of failures each
-FRAMES = 4  # of a clip
+CARDS, FRAMES = 6, 4  # at most: of successes and of failures each; of a clip
 PICTURES_BYTES = 1_800_000  # of all pictures; base64 makes them a third larger
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # control characters, lone surrogates
+TOWER = "CLIP ViT, {num_hidden_layers} layers of {hidden_size}, {image_size} px in patches of {patch_size}"
+LANGUAGE = "LLaMA, {num_hidden_layers} layers of {hidden_size}"
 
 
 def read_lines(path):
@@ -96,33 +95,21 @@ def choose(rows, count=CARDS):
         kind = (question, re.sub("[0-9.]+", "", answer), str(part(row, "truth").get("label")))
         kinds.setdefault(kind, []).append(row)
     groups = list(kinds.values())[:count]
-    shares = [0] * len(groups)
-    while sum(shares) < min(count, sum(map(len, groups))):
-        poorest = min((i for i, group in enumerate(groups) if shares[i] < len(group)), key=shares.__getitem__)
-        shares[poorest] += 1
+    shares = Counter([k for turn in range(count) for k, group in enumerate(groups) if turn < len(group)][:count])
     # each group begins elsewhere, as several kinds of question often ask about one image
-    return [
-        group[int((i + (k + 1) / (len(groups) + 1)) * len(group) / share)]
-        for k, (group, share) in enumerate(zip(groups, shares, strict=True))
-        for i in range(share)
-    ]
+    starts = [(k + 1) / (len(groups) + 1) for k in range(len(groups))]
+    return [groups[k][int((i + starts[k]) * len(groups[k]) / shares[k])] for k in range(len(groups)) for i in range(shares[k])]
 
 
 def drawable(boxes):
     """Keep the boxes that can be drawn: four finite numbers, their corners put in order, near enough for a screen."""
-    kept = []
-    for box_px in boxes if isinstance(boxes, list) else ():
-        if isinstance(box_px, list) and len(box_px) == 4 and all(map(is_number, box_px)):
-            x1, y1, x2, y2 = (min(max(v, -99999), 99999) for v in box_px)
-            kept.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
-    return kept
+    boxes = [box for box in boxes if isinstance(box, list) and len(box) == 4] if isinstance(boxes, list) else []
+    near = [[min(max(v, -99999), 99999) for v in box] for box in boxes if all(map(is_number, box))]
+    return [(min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)) for x1, y1, x2, y2 in near]
 
 
 def data_uri(image, allowed):
-    """Scale a PIL image to a width of 320 or less, until it takes at most `allowed` bytes or is 96 pixels wide.
-
-    JPEG, or PNG where that is smaller, as it may be of drawings that need no scaling.
-    """
+    """Scale a PIL image to a width of 320 or less, until it takes at most `allowed` bytes: JPEG, or a drawing's smaller PNG."""
     for width in (320, 240, 160, 96):
         scaled, files = image.copy(), {}
         scaled.thumbnail((width, 2 * width))
@@ -139,10 +126,8 @@ def data_uri(image, allowed):
 def pictures_of(row, allowed):
     """Return a row's image, or frames of its clip: (frames, error). A frame: (width, height, data URI)."""
     path = row.get("image")
-    if not path:
-        return [], None
     try:
-        frames = read_frames(path, FRAMES) if is_clip(path) else [open_image(path)]
+        frames = (read_frames(path, FRAMES) if is_clip(path) else [open_image(path)]) if path else []
     except (OSError, ValueError, TypeError, ImportError) as error:
         return [], str(error)
     frames = [ImageOps.mirror(frame) if row.get("mirrored") else frame for frame in frames]
@@ -165,27 +150,16 @@ def card(task, row, allowed):
     """Return one question as the page shows it. Boxes are in the pixels that the model saw, mirrored ones too."""
     truth, boxes, score, mirrored = part(row, "truth"), row.get("boxes_px") or [], row.get("correct"), row.get("mirrored")
     truth_px = drawable([truth["box_px"]] if "box_px" in truth else truth.get("boxes_px"))
-    answer_px = drawable(boxes)
+    answer_px, (frames, error) = drawable(boxes), pictures_of(row, allowed)
     tags = [*kind_of(row), f"score {score:.2f}" if is_number(score) and 0 < score < 1 else "", "mirrored" if mirrored else ""]
     if not isinstance(boxes, list) or len(answer_px) < len(boxes):
         tags.append("a box is not four numbers")
-    frames, error = pictures_of(row, allowed)
-    alt = [Path(row["image"]).name + ", mirrored" * bool(mirrored)] if frames else []
-    for colour, boxes_px in (("green", truth_px), ("blue", answer_px)):
-        alt += [f"{colour} box {place(box_px)}" for box_px in boxes_px[:20]]
     return {
-        "frames": frames, "error": error, "alt": ", ".join(alt), "truth_px": truth_px[:20], "answer_px": answer_px[:20],
-        "tag": " · ".join(filter(None, tags)), "question": row.get("question", "–"), "answer": str(row.get("answer") or ""),
-        "answer_place": " and ".join(map(place, answer_px[:4])), "truth": truth_text(task, truth, truth_px),
+        "frames": frames, "error": error, "file": Path(row["image"]).name + ", mirrored" * bool(mirrored) if frames else "",
+        "truth_px": truth_px[:20], "answer_px": answer_px[:20], "tag": " · ".join(filter(None, tags)),
+        "question": row.get("question", "–"), "answer": str(row.get("answer") or ""),
+        "truth": truth_text(task, truth, truth_px),
     }  # fmt: skip
-
-
-def card_groups(task, rows, allowed):
-    """Yield the successes, the failures, and the rows that nobody judged: (is_right, count of rows, cards)."""
-    for verdict in (True, False, None):
-        group = [row for row in rows if is_right(row.get("correct")) is verdict]
-        if group or (rows and verdict is not None):
-            yield verdict, len(group), [card(task, row, allowed) for row in choose(group)]
 
 
 def ticks(low, high, most=5):
@@ -201,10 +175,9 @@ def ticks(low, high, most=5):
 
 def plot(points, x, top, height):
     """Return (step, value) as SVG points: a line through the means of at most 120 groups, and a band between their extremes."""
-    size = math.ceil(len(points) / 120)
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    high = max(value for _, value in points) * 1.05
+    size, high = math.ceil(len(points) / 120), max(value for _, value in points) * 1.05
     high = high if high > 0 else 1.0
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
 
     def y(value):
         return top + height * (1 - value / high)
@@ -218,10 +191,10 @@ def plot(points, x, top, height):
 
 def curves(log):
     """Yield loss and learning rate over the steps of each stage, as SVG coordinates."""
-    stages = {}
+    stages = defaultdict(list)
     for row in log:
         if is_number(row.get("step")):
-            stages.setdefault(str(row.get("stage", "–")), []).append(row)
+            stages[str(row.get("stage", "–"))].append(row)
     for stage, rows in stages.items():
         first, last = min(row["step"] for row in rows), max(row["step"] for row in rows) + 1
 
@@ -231,71 +204,61 @@ def curves(log):
         losses, rates = ([(row["step"], row[key]) for row in rows if is_number(row.get(key))] for key in ("loss", "lr"))
         ends = f", loss from {losses[0][1]:.3g} to {losses[-1][1]:.3g}" if losses else ""
         yield {
-            "caption": f"Stage {stage}: {len(rows):,} steps{ends}",
-            "loss": plot(losses, x, 24, 150) if losses else None,
-            "rate": plot(rates, x, 212, 70) if rates else None,
-            "ticks": [(x(step), step) for step in ticks(first, last)],
-        }
+            "caption": f"Stage {stage}: {len(rows):,} steps{ends}", "ticks": [(x(step), step) for step in ticks(first, last)],
+            "loss": losses and plot(losses, x, 24, 150), "rate": rates and plot(rates, x, 212, 70),
+        }  # fmt: skip
 
 
 def section(name, result, blind, answers, allowed):
-    """Return one result as the page shows it: its figures, notes, prompts and cards."""
-    (rows, bad), either = answers, result or blind
-    ours, of_blind, prompts = part(result, "metrics"), part(blind, "metrics"), result.get("prompts") or []
-    main = [metric for metric in MAIN.get(either["task"], ()) if metric in (ours or of_blind)] or list(ours or of_blind)[:1]
-    names = list({**ours, **of_blind, **part(result, "paper")})
-    height = math.ceil(len(names) / math.ceil(len(names) / 16)) if names else 1  # a long table becomes several
-    models = result.get("paper_rows") or []
+    """Return one result as the page shows it: its figures, notes, prompts, and cards (is_right, count of rows, cards)."""
+    (rows, bad), task, prompts = answers, (result or blind)["task"], result.get("prompts") or []
+    ours, of_blind, models = part(result, "metrics"), part(blind, "metrics"), result.get("paper_rows") or []
+    main = [metric for metric in MAIN.get(task, ()) if metric in (ours or of_blind)] or list(ours or of_blind)[:1]
+    groups = {verdict: [row for row in rows if is_right(row.get("correct")) is verdict] for verdict in (True, False, None)}
     return {
-        "name": name, "is_blind_only": not result, "differences": differences(result, blind),
+        "name": name, "is_blind_only": not result, "differences": differences(result, blind), "main": main,
         "ours": ours, "blind": of_blind, "paper": part(result, "paper") or part(blind, "paper"),
-        "main": main, "tables": [names[i : i + height] for i in range(0, len(names), height)],
+        "names": list({**ours, **of_blind, **part(result, "paper")}),
         "models": models, "columns": list(dict.fromkeys(column for _, of_model in models for column in of_model)),
         "prompts": prompts if isinstance(prompts, list) else [prompts],
         "counts": [(result[key], key) for key in ("questions", "images") if isinstance(result.get(key), int)],
         "answers": len(rows), "bad_lines": bad, "counted": result.get("questions", len(rows)),
-        "groups": list(card_groups(either["task"], rows, allowed)),
+        "groups": [
+            (verdict, len(group), [card(task, row, allowed) for row in choose(group)])
+            for verdict, group in groups.items() if group or (rows and verdict is not None)
+        ],
     }  # fmt: skip
 
 
 def description(run, result):
     """Return what was evaluated, as far as config.json and a result say: {term: text}."""
     config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
-    vision, text, own = part(config, "vision_config"), part(config, "text_config"), part(config, "locvlm")
-    terms = {}
-    if vision:
-        terms["tower"] = f"CLIP ViT, {vision.get('num_hidden_layers', '?')} layers of {vision.get('hidden_size', '?')}, "
-        terms["tower"] += f"{vision.get('image_size', '?')} px in patches of {vision.get('patch_size', '?')}"
-    if text:
-        terms["language"] = f"LLaMA, {text.get('num_hidden_layers', '?')} layers of {text.get('hidden_size', '?')}"
+    shapes = {"tower": (TOWER, part(config, "vision_config")), "language": (LANGUAGE, part(config, "text_config"))}
+    terms = {term: text.format_map(defaultdict(lambda: "?", shape)) for term, (text, shape) in shapes.items() if shape}
+    own, decoding = part(config, "locvlm"), part(result, "decoding")
     terms |= {key: own[key] for key in ("adapter", "n_bins", "frames", "stage") if own.get(key)}
     keys = ("kind", "geometry", "location", "template", "dtype", "images", "split", "seed", "git_commit")
     terms |= {key: result[key] for key in keys if result.get(key) is not None}
-    decoding = part(result, "decoding")
     return terms | ({"decoding": ", ".join(f"{key} {value}" for key, value in decoding.items())} if decoding else {})
 
 
 def page_data(run):
     """Return all that the page of a run folder shows: dicts, lists, numbers and texts."""
     ours, blind = (read_results(run / folder, list(TASKS)) for folder in ("eval", "eval_blind"))
-    results = {name: (ours.get(name, {}), blind.get(name, {})) for name in {**ours, **blind}}
-    if not results:
+    if not (ours or blind):
         raise FileNotFoundError(f"no results in {run / 'eval'}; run evaluate.py {run} first")
-    answers = {name: read_lines(run / "eval" / f"{name}.jsonl") for name in results}
+    answers = {name: read_lines(run / "eval" / f"{name}.jsonl") for name in {**ours, **blind}}
     verdicts = [Counter(is_right(row.get("correct")) for row in rows) for rows, _ in answers.values()]
     allowed = PICTURES_BYTES // max(1, sum(min(CARDS, count) for counts in verdicts for count in counts.values()))
-    log, bad = read_lines(run / "log.jsonl")
-    files = [(f"eval/{name}.json", result) for name, result in ours.items()]
-    files += [(f"eval_blind/{name}.json", result) for name, result in blind.items()]
+    (log, bad), folders = read_lines(run / "log.jsonl"), {"eval": ours, "eval_blind": blind}
+    files = {f"{folder}/{name}.json": result for folder, found in folders.items() for name, result in found.items()}
     return {
-        "name": run.resolve().name,
-        "terms": description(run, next(iter((ours or blind).values()))),
+        "name": run.resolve().name, "terms": description(run, next(iter((ours or blind).values()))),
         "has_mixed_weights": len({json.dumps(result.get("weights_sha256"), sort_keys=True) for result in ours.values()}) > 1,
-        "sections": [section(name, *results[name], answers[name], allowed) for name in results],
-        "curves": list(curves(log)),
-        "bad_log_lines": bad,
-        "files": [(name, json.dumps(result, indent=2, ensure_ascii=False)) for name, result in files],
-    }
+        "sections": [section(name, ours.get(name, {}), blind.get(name, {}), answers[name], allowed) for name in answers],
+        "curves": list(curves(log)), "bad_log_lines": bad,
+        "files": [(name, json.dumps(result, indent=2, ensure_ascii=False)) for name, result in files.items()],
+    }  # fmt: skip
 
 
 def write_report(run, out=None):
@@ -303,7 +266,7 @@ def write_report(run, out=None):
     run, loader = Path(run), jinja2.FileSystemLoader(Path(__file__).parent)
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     templates = jinja2.Environment(loader=loader, autoescape=True, **options)
-    templates.filters["figure"] = figure
+    templates.filters |= {"figure": figure, "place": place}
     page = templates.get_template("report.html").render(page_data(run)).strip() + "\n"
     out = Path(out or run / "eval" / "report.html")
     write_text(out, UNPRINTABLE.sub("\ufffd", page))
@@ -319,7 +282,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"report: {error}")
+    run_command("report", main)

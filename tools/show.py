@@ -2,10 +2,15 @@
 
     python -m tools.show --coco instances_train2017.json --images train2017
     python -m tools.show --data localize.json@train2017,chat.json@coco --words description --number 5
+
+data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES*WEIGHT
+tokenizer   folder with tokenizer.model
+template    v1: stage 2; plain: captions of stage 1
+words       what names an object
+number      how many images
 """
 
-import argparse
-import sys
+from typing import Literal
 
 from clip_vit import CLIPVisionConfig
 from coords import KINDS, CoordFormat
@@ -13,42 +18,23 @@ from data import REPR, Examples, Wording, marked
 from formats.annotations import parse_sources, read_records
 from llama import read_tokenizer
 from model import LocVLMConfig
+from tools import command
 
 
-def show(args):
-    """Print the first examples of an epoch, and how much of the data is skipped."""
-    records, skipped = read_records(parse_sources(args.data, args.images))
-    wording = Wording(CoordFormat(args.kind, args.side), location=args.location, words=args.words)
-    config, tokenizer = LocVLMConfig(CLIPVisionConfig(image_size=args.side)), read_tokenizer(args.tokenizer)
-    examples = Examples(records, tokenizer, config, wording, template=args.template, seed=args.seed)
-    for index in range(min(args.number, len(examples.records))):
+def show(data, images="", tokenizer="tiny/llama", template: Literal["v1", "plain"] = "v1", kind: Literal[KINDS] = "ivb",
+         location: Literal[*REPR] = "box", words: Literal["name", "description", "mixed"] = "name", side=224, number=3,
+         seed=0):  # fmt: skip
+    records, skipped = read_records(parse_sources(data, images))
+    wording, config = Wording(CoordFormat(kind, side), location=location, words=words), CLIPVisionConfig(image_size=side)
+    tokenizer = read_tokenizer(tokenizer)
+    examples = Examples(records, tokenizer, LocVLMConfig(config), wording, template=template, seed=seed)
+    for index in range(min(number, len(examples.records))):
         row, image, record = examples.row(*examples.order(index))
         size = f"{record.size[0]} x {record.size[1]} px" if any(record.size) else "size unknown"
         shape = f"{size} -> {tuple(image.shape)}" if record.image else "text only"
-        print(f"--- {record.id}  {record.image}  {shape}, {len(row['input_ids'])} tokens")
-        print(marked(tokenizer, row))
+        print(f"--- {record.id}  {record.image}  {shape}, {len(row['input_ids'])} tokens", marked(tokenizer, row), sep="\n")
     for reason, count in skipped.items():
         print(f"skipped: {count} {reason}")
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", "--coco", required=True, help="annotation files, separated by commas: FILE, or FILE@IMAGES*WEIGHT")
-    add("--images", default="", help="folder or zip of the images of every FILE without @IMAGES")
-    add("--tokenizer", default="tiny/llama", help="folder with tokenizer.model (default: tiny/llama)")
-    add("--template", choices=("v1", "plain"), default="v1", help="v1: stage 2; plain: captions of stage 1 (default: v1)")
-    add("--kind", choices=KINDS, default="ivb", help="how coordinates are written (default: ivb)")
-    add("--location", choices=REPR, default="box", help="what a location is (default: box)")
-    add("--words", choices=("name", "description", "mixed"), default="name", help="what names an object (default: name)")
-    add("--side", type=int, default=224, help="side of the model's square image (default: 224)")
-    add("--number", type=int, default=3, help="how many images (default: 3)")
-    add("--seed", type=int, default=0, help="of the draw (default: 0)")
-    show(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"tools.show: {error}")
+main = command(__name__, show)

@@ -259,6 +259,10 @@ def test_a_stage_1_projector_loads_alone(model, tokenizer, tmp_path, kind):
     again = LocVLM.from_parts(clip, llama, tmp_path / "mm_projector.bin")
     assert again.config.adapter == kind
     assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), again.adapter.parameters(), strict=True))
+    again.save_pretrained(tmp_path / "run")  # a run holds a linear adapter with an identity behind it
+    of_run = LocVLM.from_parts(clip, llama, tmp_path / "run")
+    assert of_run.config.adapter == kind
+    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), of_run.adapter.parameters(), strict=True))
 
 
 def test_shards_and_their_index_are_written_and_replaced(tmp_path):

@@ -10,7 +10,7 @@ from conftest import ROOT
 from clip_vit import open_image
 from formats.files import read_json
 from llama import Tokenizer
-from tiny.moving import draw_clip, paint_mask, quiz_clip, render_clip, write_clips
+from tiny.moving import draw_clip, write_clips
 from tiny.shapes import NAMES, are_apart
 from tools.panoptic import boxes_from_panoptic, panoptic
 
@@ -44,8 +44,8 @@ def test_boxes_of_clips_are_those_of_the_pixels(monkeypatch):
     """To the pixel: every mask fills its box, and outside of the masks there is background under grain, nothing else."""
     monkeypatch.setattr("tiny.moving.FLAKES", 0)
     for clip, rng in clips(12):
-        for index, image in enumerate(render_clip(clip, rng)):
-            mask = paint_mask(clip, index)
+        for index, image in enumerate(clip.render(rng)):
+            mask = clip.mask(index)
             ids = {int(i) for i in np.unique(np.asarray(mask).astype(np.int32) @ [1, 256, 65536])} - {0}
             found = boxes_from_panoptic([{"id": i, "category_id": 1} for i in sorted(ids)], mask)
             boxes = [[x1, y1, x2 - x1, y2 - y1] for _, _, (x1, y1, x2, y2) in clip.boxes(index)]
@@ -58,11 +58,11 @@ def test_boxes_of_clips_are_those_of_the_pixels(monkeypatch):
 def test_snow_falls_before_the_shapes_and_hides_another_part_in_each_frame(monkeypatch):
     for clip, rng in clips(3):
         state = rng.getstate()
-        snowed = np.array([np.asarray(image, float) for image in render_clip(clip, rng)])
+        snowed = np.array([np.asarray(image, float) for image in clip.render(rng)])
         rng.setstate(state)
         with monkeypatch.context() as patch:
             patch.setattr("tiny.moving.FLAKES", 0)
-            clear = np.array([np.asarray(image, float) for image in render_clip(clip, rng)])
+            clear = np.array([np.asarray(image, float) for image in clip.render(rng)])
         hidden = (abs(snowed - clear) > 30).any(-1)  # (frames, H, W); grain is less
         assert 0.01 < hidden.mean() < 0.2 and (snowed - clear > -20).all(), "snow is white"
         assert hidden.all(0).mean() < 0.3 * hidden.mean(), "hardly a pixel is under snow in every frame"
@@ -110,7 +110,7 @@ def test_panoptic_masks_of_clips_give_the_boxes_told(moving, tmp_path, capsys):
     files = sorted((moving / "panoptic_train").glob("*.json"))
     assert [path.stem for path in files] == ["000000000001", "000000000005", "000000000009"]
     for path in files:
-        panoptic(path, path.with_suffix(""), tmp_path / path.name, check=True)
+        panoptic(path, tmp_path / path.name, path.with_suffix(""), check=True)
         found = read_json(tmp_path / path.name)["annotations"]
         wanted = [a for a in content["annotations"] if a["video_id"] == path.stem]
         assert [(a["image_id"] - 1, a["category_id"], a["bbox"]) for a in found] == [
@@ -126,7 +126,7 @@ def test_questions_about_clips_are_true_and_in_the_tiny_llamas_words(moving):
     kinds = {"left": 0, "right": 0, "No object moves.": 0, "moves.": 0, "move.": 0, "Yes.": 0, "No.": 0}
     for clip, rng in clips(150):
         shapes = {f"the {s.colour} {s.name}": s for s in clip.scene.shapes}
-        pairs = {question: answer for question, answer, _ in quiz_clip(clip, rng)}
+        pairs = {question: answer for question, answer, _ in clip.quiz(rng)}
         assert not any(tokenizer.is_byte(i) for qa in pairs.items() for text in qa for i in tokenizer.encode(text))
         moved = pairs.pop("Which object moves?")
         for words, shape in shapes.items():

@@ -6,7 +6,7 @@ import random
 import numpy as np
 
 from formats.annotations import read_records
-from tiny.shapes import CATEGORY_IDS, NAMES, caption, converse, describe, draw_scene, phrase, render, write_world
+from tiny.shapes import CATEGORY_IDS, NAMES, draw_scene, write_world
 
 
 def scenes(count):
@@ -18,7 +18,7 @@ def scenes(count):
 def test_boxes_are_tight_around_what_is_painted():
     """All that differs from the background lies in a box, and touches the box's four sides, within two pixels."""
     for scene, rng in scenes(60):
-        pixels = np.asarray(render(scene, rng)).astype(int)
+        pixels = np.asarray(scene.render(rng)).astype(int)
         painted = abs(pixels - np.array(scene.background)).max(-1) > 40
         for shape in scene.shapes:
             x1, y1, x2, y2 = shape.box_px
@@ -37,10 +37,10 @@ def test_boxes_are_tight_around_what_is_painted():
 def test_captions_and_conversations_say_nothing_of_sides():
     """What a model knows of left and right must come from coordinates or descriptions."""
     for scene, rng in scenes(300):
-        text = caption(scene, rng) + " ".join(q + a for q, a in converse(scene, rng))
+        text = scene.caption(rng) + " ".join(q + a for q, a, _ in scene.quiz(rng))
         words = set(text.replace(".", " ").replace("?", " ").split())
         assert not {"left", "right", "above", "below", "top", "bottom", "side"} & words
-        phrases = [phrase(scene, shape) for shape in scene.shapes]
+        phrases = [scene.phrase(shape) for shape in scene.shapes]
         order = [text.index(words) for words in phrases]
         bigness = [scene.bigness(s) for s in scene.shapes]
         assert bigness == sorted(bigness, reverse=True) and len(order) == len(phrases)
@@ -49,7 +49,7 @@ def test_captions_and_conversations_say_nothing_of_sides():
 def test_descriptions_are_true_of_one_shape():
     for scene, rng in scenes(200):
         for shape in scene.shapes:
-            words = describe(scene, shape, rng)
+            words = scene.describe(shape, rng)
             assert words.startswith(f"{shape.name} that is ") and shape.colour in words
             if " left of the " in words:
                 other = next(s for s in scene.shapes if words.endswith(f"left of the {s.colour} {s.name}"))

@@ -5,18 +5,20 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import plan
 import pytest
 import torch
 from conftest import ROOT
-from plan import plan_step, remedies, step_flops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from clip_vit import CLIPVisionConfig
+from data import IGNORE, IMAGE_ID, collate, pack
+from formats.meter import step_flops
 from llama import LlamaConfig
 from model import VARIANTS, LocVLM, LocVLMConfig
+from tiny.shapes import write_world
+from tools import plan
+from tools.plan import plan_step, remedies
 
 SHAPES = {  # hidden_size, layers, vocabulary, adapter, stage, rows, questions, recompute
     "wide": (512, 3, 4000, "linear", 2, 2, 3, False),
@@ -27,29 +29,29 @@ SHAPES = {  # hidden_size, layers, vocabulary, adapter, stage, rows, questions, 
 
 STEP = """
 import sys
-sys.path[:0] = sys.argv[1:3]
+sys.path[:0] = sys.argv[1:4]
 import torch
 from test_plan import SHAPES, batch_of, config_of
-from bench import memory
+from tools.bench import memory
 from model import LocVLM
-from train import TrainConfig, make_optimizer, trainable
+from train import make_optimizer, trainable
 
 def steps(name, count):
     stage, recompute = SHAPES[name][4], SHAPES[name][7]
     model, batch = LocVLM(config_of(name)), batch_of(name)
     for layer in model.language_model.layers:
         layer.recompute = recompute
-    optimizer = make_optimizer(trainable(model, stage), TrainConfig())
+    optimizer = make_optimizer(trainable(model, stage))
     for _ in range(count):
         model(**batch).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 torch.set_num_threads(1)
-steps(sys.argv[3], 1)  # libraries, threads and their buffers
+steps(sys.argv[4], 1)  # libraries, threads and their buffers
 before = memory("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # begin the peak anew
-steps(sys.argv[3], 2)  # the moments are there from the second on
+steps(sys.argv[4], 2)  # the moments are there from the second on
 print((memory("VmHWM") - before) * 2**30)
 """
 
@@ -60,17 +62,16 @@ def config_of(name):
     return LocVLMConfig(CLIPVisionConfig(128, 512, 3, 2, image_size=224), text, adapter)
 
 
+def made_batch(rows, questions, length=30, answer=12, before=0):
+    """Rows of some tokens, an image of 256, and some questions of `length` tokens each, with `answer` of them to answer."""
+    segment = [5] * length, [IGNORE] * (length - answer) + [5] * answer
+    row = pack([5] * before + [IMAGE_ID] * 256, [segment] * questions, 1024)
+    return collate([row] * rows) | {"pixel_values": torch.randn(rows, 3, 224, 224)}
+
+
 def batch_of(name):
     """Rows of one image and some questions, each of 30 tokens with 12 to answer."""
-    rows, questions = SHAPES[name][5:7]
-    row = torch.tensor([-200] * 256 + [5] * 30 * questions)
-    labels = torch.tensor([-100] * 256 + ([-100] * 18 + [5] * 12) * questions)
-    segments = torch.tensor([0] * 256 + [s for s in range(1, questions + 1) for _ in range(30)])
-    positions = torch.tensor([*range(256)] + [*range(256, 286)] * questions)
-    batch = {"input_ids": row, "labels": labels, "segments": segments, "positions": positions}
-    return {key: value.repeat(rows, 1) for key, value in batch.items()} | {
-        "pixel_values": torch.randn(rows, 3, 224, 224)
-    }
+    return made_batch(*SHAPES[name][5:7])
 
 
 def size_of(name):
@@ -81,17 +82,14 @@ def size_of(name):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_plan_is_what_a_step_takes(name):
-    """Within 15 % of the peak of a process in which each tensor is a mapping of its own, so that what is free is given back."""
+    """Within 15 % of the peak of a process in which each tensor is a mapping of its own, so that freed memory is returned."""
     environment = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", STEP, str(ROOT), str(ROOT / "tests"), name]
+        **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-c", STEP, str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/tools"), name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     measured = float(done.stdout)
-    planned = plan_step(config_of(name), SHAPES[name][4], *size_of(name), recompute=SHAPES[name][7])
+    planned = plan_step(config_of(name), SHAPES[name][4], batch_of(name), recompute=SHAPES[name][7])
     assert planned.total == pytest.approx(measured, rel=0.15), f"{planned}; measured {measured / 2**30:.3f}"
 
 
@@ -99,23 +97,22 @@ def test_the_plan_is_what_a_step_takes(name):
 def test_operations_are_those_that_torch_counts(name):
     model, stage = LocVLM(config_of(name)), SHAPES[name][4]
     model.language_model.requires_grad_(stage == 2)
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):  # it does not know the CPU's fused one
+    # the counter does not know the CPU's fused attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**batch_of(name)).backward()
     assert step_flops(config_of(name), stage, *size_of(name)) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 def test_a_7b_model_needs_fsdp_on_80_gb():
     """Sixteen bytes a parameter do not fit into one GPU; split over eight they do, and recomputing takes less again."""
-    config, size = VARIANTS["b"], (8, 600, 8 * 120)
-    whole = plan_step(config, 2, *size, "ddp", 8, bf16=True, recompute=True)
-    split = plan_step(config, 2, *size, "fsdp", 8, bf16=True)
+    config, batch = VARIANTS["b"], made_batch(8, 4, length=77, answer=30, before=36)
+    assert batch["input_ids"].shape == (8, 600) and batch["answers"].shape == (3, 8 * 120)
+    whole = plan_step(config, 2, batch, "ddp", 8, bf16=True, recompute=True)
+    split = plan_step(config, 2, batch, "fsdp", 8, bf16=True)
     assert not whole.fits(80 * 2**30) and split.fits(80 * 2**30)
     assert whole.weights // 8 == split.weights and whole.optimizer > 50 * 2**30
     config = replace(config, text_config=replace(config.text_config, num_hidden_layers=8))
-    split, again = (plan_step(config, 2, *size, "fsdp", 8, True, recompute) for recompute in (False, True))
+    split, again = (plan_step(config, 2, batch, "fsdp", 8, True, recompute) for recompute in (False, True))
     assert again.activations < split.activations / 3
 
 
@@ -129,17 +126,67 @@ def test_the_mildest_remedy_is_named_first():
     assert remedies(lambda m, engine, again: False, 8, "ddp", False, 8) is None
 
 
-def test_a_dry_run_refuses_what_does_not_fit_and_names_the_flag(tmp_path, monkeypatch, capsys):
+def test_a_plan_refuses_what_does_not_fit_and_names_the_flag(tmp_path, monkeypatch, capsys):
     def planned(*how):
         recompute = how[-1]
         return plan.Plan(60 * 2**30, 0, 0, 4 * 2**30 if recompute else 40 * 2**30, 0, 0)
 
     monkeypatch.setattr(plan, "plan_step", planned)
-    how = {"variant": "b", "stages": "2", "preset": "paper", "dry_run": True, "world_size": 8, "device_memory": "80GB"}
-    with pytest.raises(ValueError, match="stage 2 needs 100 GiB a process.*80GB; add --recompute"):
-        train.main(train.TrainConfig(**how, out=str(tmp_path / "run")))
+    how = ["--variant", "b", "--stages", "2", "--preset", "paper", "--world-size", "8", "--device-memory", "80GB"]
+    with pytest.raises(ValueError, match="stage 2 needs 100 GiB per process.*80GB; add --recompute"):
+        plan.main([*how, "--out", str(tmp_path / "run")])
     assert "8 processes, bf16" in capsys.readouterr().out and not (tmp_path / "run").exists()
-    train.main(train.TrainConfig(**how, recompute=True, out=str(tmp_path / "run")))
+    plan.main([*how, "--recompute", "--out", str(tmp_path / "run")])
+
+
+def test_the_parts_of_a_variant_are_counted(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(plan, "plan_step", lambda *how: plan.Plan(0, 0, 0, 0, 0, 0))
+    plan.main(["--variant", "l", "--out", str(tmp_path / "run")])
+    assert "20,979,712" in capsys.readouterr().out, "the parameters of LocVLM-L's adapter"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_of_clips_reads_features_and_one_of_images_runs_the_tower(monkeypatch):
+    shapes = []
+
+    def planned(config, stage, batch, *how):
+        shapes.append((stage, *batch["pixel_values"].shape, batch["input_ids"].shape[1]))
+        return plan.Plan(0, 0, 0, 0, 0, 0)
+
+    monkeypatch.setattr(plan, "plan_step", planned)
+    plan.main(["--variant", "tiny", "--stages", "4", "--micro-batch", "2"])
+    plan.main(["--variant", "tiny", "--stages", "2", "--micro-batch", "2"])
+    length = VARIANTS["tiny"].text_config.max_position_embeddings  # less than the recipe's max_length
+    assert shapes == [(4, 2, 8 + 64, 128, length), (2, 2, 3, 112, 112, length)]
+
+
+def test_a_plan_with_data_takes_the_longest_of_its_rows(tmp_path, capsys):
+    write_world(tmp_path, {"train": 12})
+    data = ["--data", f"{tmp_path}/captions_train.json", "--images", f"{tmp_path}/images", "--stages", "1"]
+    plan.main([*data, "--micro-batch", "2", "--out", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert "(the longest of 64 rows), 1 processes, fp32" in out and not (tmp_path / "run").exists()
+    plan.main([*data, "--micro-batch", "2", "--variant", "b", "--preset", "paper", "--recompute"])
+    assert "no tokenizer without --llm" in capsys.readouterr().out
+
+
+def test_a_plan_of_stage_2_is_for_full_rows_of_answers(capsys):
+    """No batch of the run, however late, can need more: not even one of long conversations."""
+    plan.main(["--variant", "tiny", "--stages", "2", "--micro-batch", "2"])
+    assert "2 rows of at most 1024 tokens" in capsys.readouterr().out
+    row = plan.made_row(VARIANTS["tiny"], 2, questions=6, length=1024)
+    assert len(row["input_ids"]) == 1024 and max(row["segments"]) == 6
+    assert sum(label != IGNORE for label in row["labels"]) == 1024 - plan.SYSTEM_TOKENS - 64
+    with pytest.raises(ValueError, match="leaves no room for its answer: 80 tokens"):
+        plan.made_row(VARIANTS["tiny"], 2, questions=6, length=80)
+
+
+def test_options_that_cannot_be_meant_are_refused_first():
+    assert plan.bytes_of("80g") == 80 * 2**30
+    with pytest.raises(ValueError, match="--device-memory much"):
+        plan.main(["--device-memory", "much"])
+    with pytest.raises(ValueError, match="--world-size 0"):
+        plan.main(["--world-size", "0"])
 
 
 def test_the_table_of_the_readme_is_printed(monkeypatch, capsys):

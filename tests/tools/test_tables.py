@@ -3,12 +3,13 @@
 import json
 import math
 
-import benchmarks
 import pytest
-import tables
 
 import evaluate
+import tasks
 import train
+from formats.eval_folder import name_of
+from tools import tables
 
 
 @pytest.fixture
@@ -23,18 +24,27 @@ def fake(tmp_path, monkeypatch):
         (tmp_path / config.out).mkdir(parents=True, exist_ok=True)
         (tmp_path / config.out / "config.json").write_text("{}")
 
-    def evaluate_main(argv):
+    def ask(run, task, argv):
         asked.append(argv)
-        run, task, into = argv[0], argv[2], argv[argv.index("--into") + 1] + "_blind" * ("--blind" in argv)
-        seed = int(run[-1])
-        metrics = {metric: seed / 10 for other, metric, _ in tables.MEASURES.values() if other == task}
+        into = argv[argv.index("--into") + 1] + "_blind" * ("--blind" in argv)
+        questions = next(argv[argv.index(flag) + 1] for flag in ("--coco", "--questions") if flag in argv)
+        metrics = {metric: int(run[-1]) / 10 for other, metric, _ in tables.MEASURES.values() if other == task}
         (tmp_path / into).mkdir(exist_ok=True)
-        (tmp_path / into / f"{evaluate.name_of(task, argv[4])}.json").write_text(json.dumps({"metrics": metrics}))
+        (tmp_path / into / f"{name_of(task, questions)}.json").write_text(json.dumps({"metrics": metrics}))
+
+    def evaluate_main(argv):
+        assert argv[1] == "--task" and argv[2] in evaluate.TASKS
+        ask(argv[0], argv[2], argv)
+
+    def tasks_main(argv):
+        assert argv[0] in tasks.TASKS
+        ask(argv[1], argv[0], argv)
 
     monkeypatch.setattr(tables.train, "main", train_main)
     monkeypatch.setattr(tables.evaluate, "main", evaluate_main)
+    monkeypatch.setattr(tables.benchmarks, "main", tasks_main)
     monkeypatch.setattr(tables, "caption", lambda model, seed: None)
-    monkeypatch.setattr(tables.prepare, "features", lambda *args, **how: None)
+    monkeypatch.setattr(tables, "features", lambda *args, **how: None)
     return trained, asked
 
 
@@ -48,8 +58,11 @@ def test_every_setting_is_one_that_train_takes():
 
 def test_every_measure_is_one_that_evaluate_takes():
     for task, _, flags in tables.MEASURES.values():
-        assert task in benchmarks.TASKS or task in benchmarks.BENCHMARKS
-        assert evaluate.parse(["run", "--task", task, *flags.split()]).task == task
+        assert task in evaluate.TASKS or task in tasks.TASKS
+        if task in evaluate.TASKS:
+            assert evaluate.parse(["run", "--task", task, *flags.split()]).task == task
+        else:
+            assert tables.benchmarks.parse([task, "run", *flags.split()]).task == task
 
 
 def test_every_row_and_column_of_the_tables_exists():
@@ -74,7 +87,7 @@ def test_a_table_is_mean_and_spread_and_is_trained_once(fake, capsys):
     assert (len(trained), len(asked)) == count, "asked again, it is only read"
 
 
-def test_a_run_that_was_killed_goes_on(fake):
+def test_a_killed_run_resumes(fake):
     trained, _ = fake
     (tables.OUT / "stage-1-0").mkdir(parents=True)
     (tables.OUT / "stage-1-0/train.json").write_text("{}")
@@ -83,9 +96,19 @@ def test_a_run_that_was_killed_goes_on(fake):
 
 
 def test_points_are_asked_for_points(fake):
-    _, asked = fake
+    """Evaluation takes the location from the run's config."""
+    trained, asked = fake
     tables.figure("boxes", "point", 0)
-    assert asked[-1][-4:-2] == ["--location", "point"]
+    assert trained[-1].location == "point" and trained[-1].settings()["location"] == "point"
+    assert "--location" not in asked[-1]
+
+
+def test_objects_are_asked_for_by_name_whatever_the_model_was_trained_with(fake):
+    trained, asked = fake
+    for heading in ("boxes", "QA"):
+        tables.figure(heading, "captions", 0)
+        assert asked[-1][asked[-1].index("--words") + 1] == "name"
+    assert trained[-1].words == "description"
 
 
 def test_cells():
@@ -98,17 +121,18 @@ def test_what_meteor_needs_is_asked_for_before_anything_is_trained(fake, monkeyp
         raise ValueError("no java")
 
     trained, _ = fake
-    monkeypatch.setattr(tables.scores, "require_meteor", lacking)
+    monkeypatch.setattr(tables, "require_meteor", lacking)
     for number in ("10", "all"):
         with pytest.raises(ValueError, match="no java"):
             tables.main([number, "--seeds", "0"])
+    assert not trained
     tables.main(["8", "--seeds", "0"])
     assert {config.out for config in trained} == {
         f"{tables.OUT}/{name}-0" for name in ("stage-1", "seen-none", "seen-all", "silent-none", "silent-all")
     }
 
 
-def test_seeds_that_are_none_are_refused(capsys):
+def test_invalid_seeds_are_refused(capsys):
     with pytest.raises(SystemExit):
         tables.main(["8", "--seeds", "a"])
-    assert "expected whole numbers" in capsys.readouterr().err
+    assert "write whole numbers" in capsys.readouterr().err
