@@ -1,7 +1,4 @@
-"""Public benchmarks, one file each: what its files are, how its questions read, its official score, a worked example.
-
-A file of this folder that defines TASKS = {name: evaluate.Task} is a benchmark: `python -m tasks NAME RUN` finds it.
-"""
+"""Public benchmarks, a file each: one that defines TASKS = {name: evaluate.Task}. `python -m tasks NAME RUN` finds it."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -2,7 +2,6 @@
 
     python -m tasks pope runs/b2 --questions coco_pope_adversarial.json --images val2014 --with-blind
     torchrun --nproc-per-node 8 -m tasks gqa runs/l2 --questions testdev_balanced_questions.json --images gqa/images --short
-    python -m tasks gqa runs/l2 --questions testdev_balanced_questions.json --images gqa/images --score answers.jsonl
     python -m tasks spatial runs/b2 --coco instances_val2017.json --images val2017 --score answers.jsonl
 
 NAME is a benchmark, explained in its file in tasks/, or a task of evaluate.py. formats/eval_folder.py lists the results.
@@ -66,14 +65,12 @@ def score(args, job, wording, about):
     """Judge answers in a file. A run's own rows stay its results; answers made elsewhere go to a folder beside them."""
     path, folders = Path(args.score), eval_folder.folders_of(args.run, args.into)
     eval_folder.join(job.items, [(row["id"], row["answer"]) for row in read_lines(path, ("id", "answer"))], path)
-    folder = folders["scored"]
-    about |= {"scored": {"file": str(path), "sha256": sha256(path)}}
+    folder, about = folders["scored"], about | {"scored": {"file": str(path), "sha256": sha256(path)}}
     own = [f for f in folders.values() if (f / f"{job.name}.jsonl").resolve() == path.resolve()]
-    if own and path.with_suffix(".json").is_file():
-        before = read_json(path.with_suffix(".json"))
-        questions, answers = eval_folder.questions_sha256(job.items), eval_folder.answers_sha256(job.items)
-        if (before.get("questions_sha256"), before.get("answers_sha256")) == (questions, answers):
-            folder, about = own[0], before | {key: about[key] for key in ("git_commit", "torch")}
+    before = read_json(path.with_suffix(".json")) if own and path.with_suffix(".json").is_file() else {}
+    hashes = eval_folder.questions_sha256(job.items), eval_folder.answers_sha256(job.items)
+    if hashes == (before.get("questions_sha256"), before.get("answers_sha256")):
+        folder, about = own[0], before | {key: about[key] for key in ("git_commit", "torch")}
     if not args.fresh:
         eval_folder.require_own(job, folder, about["data_sha256"])
     eval_folder.write_results(job, job.items, folder, wording, about, args)

@@ -47,8 +47,7 @@ def read_coco_spatial(args, wording):
                 skipped["pairs that are not left and right of each other"] += 1
             else:
                 truth = {"word": "right", "boxes_px": [box_from_xywh(bbox_1), box_from_xywh(bbox_2)]}
-                question = PROMPT.format(obj_1=name_1, obj_2=name_2)
-                items.append(Item(f"{image_id}:{left}-{right}", path, size, question, truth))
+                items.append(Item(f"{image_id}:{left}-{right}", path, size, PROMPT.format(obj_1=name_1, obj_2=name_2), truth))
                 items.append(mirror(items[-1]))
     return items, skipped
 
@@ -58,9 +57,8 @@ def coco_spatial_metrics(items):
     for name, word in (("right (the image)", "right"), ("left (its mirror image)", "left")):
         metrics[name] = mean(item.correct for item in items if item.truth["word"] == word)
     metrics |= {"flip consistency": flip_consistency(items), "strict": mean(item.truth["strict"] for item in items)}
-    neither = mean(not item.correct and not item.truth["opposite"] for item in items)
-    return metrics | {"neither word": neither, "questions": len(items)}
+    metrics["neither word"] = mean(not item.correct and not item.truth["opposite"] for item in items)
+    return metrics | {"questions": len(items)}
 
 
-FILES = f"questions: {FILE}"
-TASKS = {"coco-spatial": Task(read_coco_spatial, judge_spatial, coco_spatial_metrics, (PROMPT,), FILES)}
+TASKS = {"coco-spatial": Task(read_coco_spatial, judge_spatial, coco_spatial_metrics, (PROMPT,), f"questions: {FILE}")}

@@ -49,7 +49,6 @@ def read_lines(path, keys, problem=None):
 @dataclass(frozen=True)
 class Rows:
     """A kind of file with rows, and what is required of them."""
-
     file: str  # its description, for error messages
     needs: dict  # {key of a row: type of its value}; the first key has the row's id, unless the kind is a dictionary {id: row}
     under: str | None = None  # key of the rows, if they are a part of the file
@@ -85,9 +84,8 @@ def match_answers(questions, answers, args, left_over="answers to questions that
 
 
 def find_image(images, name, folder=".", *others):
-    """Return an image's path in a folder or zip: under its name, inside `folder`, under COCO's number alone (as in 2017), or
-    under one of `others`. If all are missing, return the first."""
-    number = re.search(r"\d{12}\.jpg$", name)
+    """Return an image's path in a folder or zip, by the first of its possible names that exists, else by its own."""
+    number = re.search(r"\d{12}\.jpg$", name)  # COCO's files of 2017 have no other name
     names = (name, f"{folder}/{name}", number[0] if number else name, *others)
     if any(map(leaves_folder, names)):
         raise ValueError(f"the image name {name} leads out of {images}; correct the file of questions")

@@ -43,17 +43,6 @@ def read_names(path):
     return names
 
 
-def read_mask(path, names):
-    """Read the object numbers in a mask."""
-    with naming(path, OSError, SyntaxError), Image.open(path) as image:
-        pixels = np.asarray(image)
-    numbers = set(np.unique(pixels).tolist()) - {0}
-    if pixels.ndim != 2 or numbers - names.keys():
-        found = f"shape {pixels.shape} and values {some(sorted(map(str, numbers)))}"
-        raise ValueError(f"{path} has {found}, not one number of objectInfo150 per pixel; is it the full ADE20K's?")
-    return numbers
-
-
 def read_hal_ade(args, wording):
     names, folder = read_names(args.questions), Path(args.questions).parent / "annotations/validation"
     masks, skipped, items = sorted(folder.glob("*.png")), Counter(), []
@@ -61,7 +50,12 @@ def read_hal_ade(args, wording):
         raise FileNotFoundError(f"no masks ADE_val_*.png in {folder}; unpack the whole archive")
     ours = {number for number in names if not any({name, name.split()[-1]} & TAKEN for name in names[number])}
     for mask in masks:
-        numbers = read_mask(mask, names)
+        with naming(mask, OSError, SyntaxError), Image.open(mask) as image:
+            pixels = np.asarray(image)
+        numbers = set(np.unique(pixels).tolist()) - {0}
+        if pixels.ndim != 2 or numbers - names.keys():
+            found = f"shape {pixels.shape} and values {some(sorted(map(str, numbers)))}"
+            raise ValueError(f"{mask} has {found}, not one number of objectInfo150 per pixel; is it the full ADE20K's?")
         present, taken = sorted(numbers & ours), {name for number in numbers for name in names[number]}
         absent = sorted(number for number in ours - numbers if not taken & set(names[number]))
         count, rng = min(2, len(present), len(absent)), random.Random(f"{args.seed} {mask.stem}")

@@ -68,7 +68,6 @@ def reply_of(row):
 
 def parse_judgement(reply):
     """Read {'pred': 'yes', 'score': 4} in a reply, whatever is around it: (is right, score 0..5), or None. 4.8 counts as 4.
-
     >>> [parse_judgement(reply) for reply in ("{'pred': 'yes', 'score': 4.8}", "Yes, 5", "{'pred': 'no', 'score': 9}")]
     [(True, 4), None, None]
     """
@@ -83,16 +82,12 @@ def parse_judgement(reply):
 
 
 def read_judgements(rows, items):
-    """Join a judge's replies, rows of OpenAI's batch output, to items by id. Return {name: share or count}.
-
-    Accuracy and score are over valid replies, which also go to item.truth["judged"]; invalid and missing ones are counted.
-    """
+    """Join a judge's replies, rows of OpenAI's batch output, to items by id: {name: share of the valid replies, or count}."""
     by_id, replies = {item.id: item for item in items}, {}
     for index, row in enumerate(rows):
         name, reply = row.get("custom_id") if isinstance(row, dict) else None, reply_of(row)
         if name not in by_id:
-            problem = f"custom_id {str(name)[:80]!r}, which no question has"
-            raise ValueError(f"judgement {index} has {problem}; was it made for another run?")
+            raise ValueError(f"judgement {index} has custom_id {str(name)[:80]!r}, which no question has; is it another run's?")
         if reply is not None and name in replies:
             raise ValueError(f"custom_id {name} comes twice among the judgements; remove one of them")
         if reply is not None:  # else the request failed; another row may hold its reply
@@ -114,8 +109,7 @@ class NoRedirect(HTTPRedirectHandler):
 
 
 def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, timeout=60):
-    """Ask an endpoint (https://host/v1) to judge answered items, except those that rows of `done` reply to. Yield rows as they
-    arrive. key: a bearer token, or None for a server that needs none"""
+    """Ask an OpenAI-compatible endpoint to judge the items that no row of `done` replies to. Yield rows as they arrive."""
     if key and not re.fullmatch(r"[!-~]+", key):
         raise ValueError("OPENAI_API_KEY holds blanks, line ends or other characters outside ASCII; set it to the key alone")
     if not re.match(r"https?://", url):
@@ -136,15 +130,12 @@ def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, t
 
 
 def send_request(row, url, headers, failures, retries, wait, timeout):
-    """Return a row of OpenAI's batch output once the request is answered. Wait longer after each try, up to a minute.
-
-    After the last try, or an error that no repetition improves (a wrong key), add an error to `failures`: nothing is sent then.
-    """
+    """Return a row of OpenAI's batch output, or add an error to `failures`. Once there is one, send nothing."""
     if failures:
         return None
     request = Request(url, json.dumps(row["body"]).encode(), headers)
     for attempt in range(retries):
-        time.sleep(min(60, wait * 2 ** (attempt - 1)) if attempt else 0)
+        time.sleep(min(60, wait * 2 ** (attempt - 1)) if attempt else 0)  # longer after each try
         try:
             with build_opener(NoRedirect).open(request, timeout=timeout) as response:
                 reply = {"custom_id": row["custom_id"], "response": {"status_code": 200, "body": json.load(response)}}
@@ -154,7 +145,7 @@ def send_request(row, url, headers, failures, retries, wait, timeout):
         except HTTPError as error:
             problem = f"{error.code} {error.reason}: {error.read(200).decode(errors='replace')}"
             if error.code not in (408, 409, 429) and error.code < 500:
-                break
+                break  # no repetition improves a wrong key or an unknown model
         except (OSError, ValueError, HTTPException) as error:  # no connection, timeout, half a reply, no JSON
             problem = repr(error)
     problem = f"no judgement of {row['custom_id']} in {attempt + 1} tries ({problem})"

@@ -57,8 +57,7 @@ def read_video_qa(args, wording, types, prefix):
     lines = [line.split() for line in mapping.read_text("utf-8").splitlines()] if mapping.is_file() else []
     other = {line[1]: line[0] for line in lines if len(line) == 2}
     for name, row in rows.items():
-        clip = row.get("video_name", row.get("gif_name"))
-        clip = row.get("video") or f"{prefix}{row['video_id']}" if clip is None else clip
+        clip = row.get("video_name") or row.get("gif_name") or row.get("video") or f"{prefix}{row.get('video_id')}"
         path = next((clips[key] for key in (clip, f"v_{clip}", other.get(clip)) if key in clips), None)
         if path is None:
             missing[clip] += 1
@@ -73,11 +72,6 @@ def read_video_qa(args, wording, types, prefix):
     return items, skipped + Counter({f"questions about {len(missing)} clips that are not {where}": missing.total()})
 
 
-def video_task(name, files, types, prefix):
-    read, figures = partial(read_video_qa, types=types, prefix=prefix), paper(name)
-    return Task(read, judge_exact, exact_metrics, PROMPTS, files, ("short",), figures, after=judge_answers)
-
-
 QA_FILES = "questions: val_qa.json, [{id, video_id, question, answer}]; or Video-LLaVA's test_q.json, and answers: test_a.json"
 ACTIVITYNET = "motion, spatial relationship, temporal relationship, yes/no, color, object, location, number, other".split(", ")
 TGIF = ("object", "number", "color", "location")
@@ -87,4 +81,7 @@ SETS = {  # name: (files, names of the question types that the files number, tex
     "msvd-qa": (QA_FILES, (), "vid"),  # vid1451.avi
     "tgif-qa": ("questions: Test_frameqa_question.csv; or test_q.json, and answers: test_a.json", TGIF, ""),
 }
-TASKS = {name: video_task(name, *rules) for name, rules in SETS.items()}
+TASKS = {}
+for name, (files, types, prefix) in SETS.items():
+    read = partial(read_video_qa, types=types, prefix=prefix)
+    TASKS[name] = Task(read, judge_exact, exact_metrics, PROMPTS, files, ("short",), paper(name), after=judge_answers)

@@ -18,8 +18,8 @@ from tasks.files import Rows, find_image, match_answers, paper, read_rows
 from tasks.words import PROMPTS, add_short, vqa_normal, vqa_scores
 
 QUESTIONS = Rows("v2_OpenEnded_mscoco_*_questions.json", {"question_id": int, "image_id": int, "question": str}, "questions")
-ANSWER_KEYS = {"question_id": int, "answers": list, "answer_type": str, "question_type": str}
-ANNOTATIONS = Rows("v2_mscoco_*_annotations.json", ANSWER_KEYS, "annotations")
+NEEDS = {"question_id": int, "answers": list, "answer_type": str, "question_type": str}
+ANNOTATIONS = Rows("v2_mscoco_*_annotations.json", NEEDS, "annotations")
 
 
 def read_vqa(args, wording):
@@ -27,8 +27,8 @@ def read_vqa(args, wording):
     rows = QUESTIONS.by_id(content, args.questions)
     split = str(content.get("data_subtype", "val2014")).replace("-dev", "")  # test-dev2015 asks about test2015's images
     if args.answers:
-        left_over = "annotations of questions that are not asked"
-        truth, skipped = match_answers(rows, ANNOTATIONS.read(args.answers), args, left_over)
+        annotations, left_over = ANNOTATIONS.read(args.answers), "annotations of questions that are not asked"
+        truth, skipped = match_answers(rows, annotations, args, left_over)
     for name, row in rows.items():
         facts = {"question_id": row["question_id"]}
         if truth:

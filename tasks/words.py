@@ -32,7 +32,6 @@ def same_words(answer, truth):
 
 def contains(answer, truth):
     """Return True if the truth's words are in an answer, whole and next to each other. "Yes and no" contains both.
-
     >>> contains("The man is left-handed.", "left"), contains("leftover", "left"), contains("a", "?")
     (True, False, False)
     """
@@ -57,7 +56,6 @@ def exact_metrics(items):
 
 def vqa_normal(text):
     """Normalise an answer as the official VQA evaluation does, mistakes included.
-
     >>> vqa_normal("The Two-way street."), vqa_normal("1,000 dont"), vqa_normal("3.5")
     ('2 way street', "1000 don't", '3.5')
     """
@@ -71,7 +69,6 @@ def vqa_normal(text):
 
 def vqa_scores(answer, answers):
     """Score an answer by the annotators', 0..1: (official score, the same score if containing counts as a match).
-
     >>> vqa_scores("cat", ["cat"] * 3 + ["dog"] * 7)  # three annotators have two others who agree, seven have three
     (0.9, 0.9)
     """
@@ -96,10 +93,8 @@ def require_meteor():
 
 
 def meteor(answers, sentences):
-    """Compute METEOR 1.5, 0..1, as RefCOCO's own evaluation does: PTB tokens, lower case, `-norm`; of all matches together.
-
-    Return a score for each {id: answer} in the list `answers`. sentences: {id: references}
-    """
+    """Compute METEOR 1.5, 0..1, of all matches together, as RefCOCO's own evaluation does: PTB tokens, lower case, `-norm`.
+    Return a score for each {id: answer} in the list `answers`. sentences: {id: references}"""
     require_meteor()
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer

@@ -7,7 +7,7 @@ instances  instances.json (default: beside the pickle)
 """
 
 from formats.files import write_json
-from tasks.refs import read_pickle
+from tasks.refcoco import read_pickle
 from tools import command
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -254,7 +255,10 @@ def test_two_processes_answer_as_one_from_the_command_line(fake, tmp_path):
     write_rows(tmp_path / "q.json", rows)
     words = ["pope", fake[1], "--questions", str(tmp_path / "q.json"), *fake[4:], "--max-new-tokens", "4", "--batch", "2"]
     main([*words, "--into", str(tmp_path / "one")])
-    two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29573"}  # as torchrun sets them
+    with socket.socket() as free:  # a port of another test would make both fail
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # as torchrun sets them
     command = [sys.executable, "-m", "tasks", *words, "--into", str(tmp_path / "two")]
     processes = [
         subprocess.Popen(command, cwd=ROOT, env={**environment, **two, "RANK": str(rank)}, stdout=subprocess.PIPE)

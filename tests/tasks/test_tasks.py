@@ -19,8 +19,9 @@ import tasks
 from coords import CoordFormat
 from data import Object, Record, Wording
 from evaluate import Item, flip_consistency, hal_items, judge_spatial, spatial_items, spatial_metrics, spatial_triplets
-from tasks import TASKS, pope
-from tasks.words import SHORT
+from tasks import TASKS, hal_ade, pope
+from tasks.files import find_image
+from tasks.words import SHORT, spaced
 
 
 def test_the_examples_in_docstrings_hold():
@@ -278,7 +279,23 @@ def test_hal_act_says_video_of_clips_to_a_model_of_video():
             assert item.question == f"Is there a {item.truth['name']} in the {medium}?"
 
 
-# ----- words
+# ----- words and images
+
+
+def test_words_are_compared_whole():
+    assert spaced("It's a Dog.") == " it s a dog " and spaced("...") == " "
+
+
+def test_a_coco_image_has_three_names(tmp_path):
+    name = "COCO_val2014_000000000042.jpg"
+    assert find_image(tmp_path, name, "val2014") == tmp_path / name, "the first if all are missing"
+    for other in ("000000000042.jpg", f"val2014/{name}", name):
+        assert find_image(touch(tmp_path, other), name, "val2014") == tmp_path / other
+
+
+def test_hal_ade_skips_objects_with_a_coco_name_or_last_word():
+    for names, taken in ((("sofa", "couch"), True), (("coffee table",), True), (("sky",), False)):
+        assert any({name, name.split()[-1]} & hal_ade.TAKEN for name in names) == taken
 
 
 @pytest.mark.parametrize(
