@@ -408,7 +408,7 @@ def test_features_on_disk_stand_in_for_images(parts, tmp_path):
         train.main(TrainConfig(**parts, geometry="pad", features=str(tmp_path / "features"), out=str(tmp_path / "x")))
     about = read_json(tmp_path / "features/features.json")
     write_json(tmp_path / "features/features.json", {**about, "tower": "0"})
-    with pytest.raises(ValueError, match="made with tower 0"):
+    with pytest.raises(ValueError, match="has tower 0"):
         train.main(TrainConfig(**parts, features=str(tmp_path / "features"), out=str(tmp_path / "x")))
     write_json(tmp_path / "features/features.json", {**about, "images": about["images"][:-1]})
     with pytest.raises(ValueError, match="lacks .*tools.features"):
