@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ TEXT = LlamaConfig(
     vocab_size=400, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=512,
 )  # fmt: skip
+
+
+def free_port():
+    """Return a port that nobody listens on, for processes of a test to meet."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
 
 
 @pytest.fixture

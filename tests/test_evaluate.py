@@ -5,7 +5,6 @@ import math
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, free_port
 from PIL import Image
 
 import data
@@ -312,12 +311,6 @@ def start(words, **environment):
     """Start evaluate.py in a process of its own, whose sums are made in the same order as here."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
     return subprocess.Popen([sys.executable, ROOT / "evaluate.py", *words], env=environment, stdout=subprocess.PIPE)
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 def rows_of(words, task="locpred-instances_val", folder="eval"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, free_port
 from PIL import Image
 
 import data
@@ -163,7 +163,7 @@ def test_killed_and_resumed_on_two_processes_equals_one(run, coco, tmp_path):
     assert 1 <= part.read_bytes().count(b"\n") < 5 and not out.exists()
     with open(part, "ab") as file:
         file.write(b'{"chunk": 8, "cap')
-    two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29547"}  # what torchrun tells its processes
+    two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # what torchrun tells its processes
     processes = [start(command, **two, RANK=str(rank)) for rank in (0, 1)]
     printed, _ = processes[0].communicate(timeout=240)
     assert processes[0].returncode == processes[1].wait(timeout=240) == 0
