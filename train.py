@@ -34,7 +34,7 @@ from formats.annotations import image_ids_of, parse_sources, read_records, unrea
 from formats.fast_cpu import keep_freed_memory
 from formats.features import open_features
 from formats.files import run_command
-from formats.images import blur_manifest
+from formats.images import are_faces_blurred
 from formats.meter import Meter
 from formats.processes import Processes, prefetched, shard, whole_state_dict
 from formats.run_folder import RunFolder
@@ -242,6 +242,7 @@ def train_stage(config, stage, model, examples, run, processes):
         layer.recompute = config.recompute
     parallel = processes.wrap(model)
     meter = Meter(model.config, stage, processes.device, runs_tower=not examples.features)
+    faces_blurred = are_faces_blurred(config.sources)
     draw = partial(micro_batches_of, examples=examples, recipe=recipe, micro_batch=config.micro_batch, processes=processes)
 
     # 2 the loop
@@ -272,7 +273,8 @@ def train_stage(config, stage, model, examples, run, processes):
         optimizer.zero_grad(set_to_none=True)
 
         # 3 what to keep
-        row |= {"answer_tokens": int(answers), **meter.row(), "unreadable": len(examples.unreadable)}
+        row |= {"answer_tokens": int(answers), **meter.row()}
+        row |= {"faces_blurred": faces_blurred, "unreadable": len(examples.unreadable)}
         run.log(row)  # rank 0 writes it
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             run.save(stage, step + 1, model, optimizer)
@@ -311,7 +313,7 @@ def build_records(config, processes):
         )
     skipped["images that cannot be read"] = len(bad)
     if processes.rank == 0:
-        if config.sources and not all(blur_manifest(images) for _, images, _ in config.sources):
+        if are_faces_blurred(config.sources) is False:
             print("faces are not blurred in all of these images; the paper blurs them first (App. C): python -m tools.blur")
         print(
             f"{len(records)} images, {sum(len(r.objects) for r in records)} unique objects"

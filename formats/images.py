@@ -89,3 +89,8 @@ def blur_manifest(images):
     """Return what tools.blur noted in a folder, {source, faces, images: {relative name: faces}}, or None."""
     path = Path(images) / BLUR_MANIFEST
     return read_json(path) if path.is_file() else None
+
+
+def are_faces_blurred(sources):
+    """Return True if tools.blur made every images folder of (file, images, weight) sources; None without sources."""
+    return all(blur_manifest(images) is not None for _, images, _ in sources) if sources else None

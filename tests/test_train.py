@@ -394,7 +394,7 @@ def test_damage_that_shows_only_when_decoded_is_told_or_stepped_over(parts, tmp_
         train.main(TrainConfig(**{**own, "data": one_image(parts, damaged, tmp_path)}, skip_bad=True, out=str(tmp_path / "one")))
     train.main(TrainConfig(**own, skip_bad=True, out=str(tmp_path / "over")))
     rows = [json.loads(line) for line in (tmp_path / "over/log.jsonl").read_text().splitlines()]
-    assert rows[-1]["unreadable"] == 1 and len(rows) == 14
+    assert rows[-1]["unreadable"] == 1 and rows[-1]["faces_blurred"] is False and len(rows) == 14
 
 
 def test_features_on_disk_stand_in_for_images(parts, tmp_path):
