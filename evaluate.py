@@ -31,7 +31,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
 
 from clip_vit import mean_colour
@@ -558,8 +557,6 @@ def main(argv=None):
     run_jobs(args, jobs, wording, model, processes)
     if rank == 0 and not args.into:
         write_page(args.run)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -93,4 +93,4 @@ def blur_manifest(images):
 
 def are_faces_blurred(sources):
     """Return True if tools.blur made every images folder of (file, images, weight) sources; None without sources."""
-    return all(blur_manifest(images) is not None for _, images, _ in sources) if sources else None
+    return all((Path(images) / BLUR_MANIFEST).is_file() for _, images, _ in sources) if sources else None

@@ -11,8 +11,6 @@ import argparse
 import os
 from pathlib import Path
 
-import torch.distributed as dist
-
 import evaluate
 from formats import eval_folder
 from formats.files import read_json, require_file, run_command, sha256
@@ -108,8 +106,6 @@ def main(argv=None):
     eval_folder.run_jobs(args, [job], wording, model, processes)
     if rank == 0 and not args.into:
         evaluate.write_page(args.run)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
