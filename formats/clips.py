@@ -35,7 +35,7 @@ def open_folder(folder):
     names = [p.name for p in folder.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
     names.sort(key=lambda name: (re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name), name))
     if not names:
-        raise ValueError(f"{folder} holds no image file ({', '.join(IMAGES)})")
+        raise ValueError(f"{folder} holds no image file; its frames must be {', '.join(IMAGES)}")
     return "folder", len(names), lambda places: {place: open_image(folder / names[place]) for place in places}
 
 
@@ -44,7 +44,7 @@ def open_array(path):
     with naming(path, *PIL_ERRORS):
         frames = np.load(path, mmap_mode="r", allow_pickle=False)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-        raise ValueError(f"{path} holds {frames.dtype} {frames.shape}, not uint8 (T, H, W, 3)")
+        raise ValueError(f"{path} holds {frames.dtype} {frames.shape}, not uint8 (T, H, W, 3); save the frames so")
     return "array", len(frames), lambda places: {place: Image.fromarray(np.array(frames[place])) for place in places}
 
 
