@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import NEG_ANSWER
 from formats.annotations import coco_id, image_ids, image_ids_of, parse_sources
 from formats.files import read_json, remove_temporary, sha256, some, write_json, write_rows
-from formats.images import has_image, is_clip
+from formats.images import has_image, image_problem
 from formats.journal import open_journal, read_journal, write_line
 from formats.pictures import overlay
 
@@ -77,16 +77,19 @@ def read_jobs(tasks, args, wording):
     if not jobs:
         hint = "is it the right file, or split?" if task.files else "it needs boxes and absent categories"
         raise ValueError(f"{files[0]} yields no question for {', '.join(tasks)}; {hint}")
-    require_images([item.image for job in jobs for item in job.items], files[0], args.images)
+    require_images([item for job in jobs for item in job.items], files[0], args.images)
     return jobs
 
 
-def require_images(paths, source, images):
-    """Raise FileNotFoundError if an image or clip that the file `source` asks about is not in the folder or zip `images`."""
-    paths = dict.fromkeys(path for path in paths if path)
-    missing = [path.name for path in paths if not (path.exists() if is_clip(path) else has_image(path))]
+def require_images(items, source, images):
+    """Raise an error if an image or clip that the file `source` asks about is missing, or has another size than it states."""
+    looked = {item.image: item for item in items if item.image}
+    missing = [path.name for path in looked if not (path.exists() or has_image(path))]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of the {len(paths)} images of {source} are not in {images} ({some(missing)})")
+        raise FileNotFoundError(f"{len(missing)} of the {len(looked)} images of {source} are not in {images} ({some(missing)})")
+    sized = [item for item in looked.values() if item.size and any(item.size) and not item.is_clip]
+    if problems := [problem for item in sized if (problem := image_problem(item.image, item.size))]:
+        raise ValueError(f"{len(problems)} of the {len(looked)} images of {source} cannot be used: {'; '.join(problems[:3])}")
 
 
 def by_picture(items):
