@@ -30,6 +30,7 @@ import data
 from clip_vit import CLIPVisionConfig
 from formats.fast_cpu import keep_freed_memory
 from formats.files import read_json, write_json
+from formats.llava_hf import llava_config
 from formats.weights import sort_tensors, write_tensors
 from llama import Llama, LlamaConfig
 from model import LocVLM, LocVLMConfig
@@ -76,12 +77,8 @@ def their_llava(config):
         from transformers import LlavaConfig, LlavaForConditionalGeneration
     except ImportError as error:
         raise ImportError(f"cannot import transformers ({error}), the other side; pip install transformers") from None
-    return LlavaForConditionalGeneration(LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **vars(config.vision_config)},
-        text_config={"model_type": "llama", **vars(config.text_config)},
-        image_token_index=config.text_config.vocab_size - 1, projector_hidden_act="gelu",
-        vision_feature_layer=-2, vision_feature_select_strategy="default",
-    ))  # fmt: skip
+    words = config.text_config.vocab_size
+    return LlavaForConditionalGeneration(LlavaConfig(**llava_config(config, StandInTokenizer(), words - 1, words)))
 
 
 def draw_weights(named):
@@ -91,10 +88,6 @@ def draw_weights(named):
         noise = torch.randn(p.shape, generator=generator)
         is_scale = p.ndim == 1 and "norm" in name and name.endswith("weight")
         p.data.copy_(noise * p[0].numel() ** -0.5 if p.ndim > 1 else 0.1 * noise + is_scale)
-
-
-def draw_pixels(config, images):
-    return torch.randn(images, 3, *2 * [config.vision_config.image_size], generator=torch.Generator().manual_seed(1))
 
 
 def padded(rows, fill, side="right"):
@@ -148,7 +141,8 @@ def make_rows(images, questions, is_packed):
         return data.encode_segment(tokenizer, "v1", [(data.loc_question(rng.choice(NAMES), wording, rng), answer)])
 
     prefix = data.encode_prefix(tokenizer, "v1", SMALL.visual_tokens)
-    segments, pixels = [[segment() for _ in range(questions)] for _ in range(images)], draw_pixels(SMALL, images)
+    segments = [[segment() for _ in range(questions)] for _ in range(images)]
+    pixels = torch.randn(images, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     if not is_packed:
         segments, pixels = [[one] for row in segments for one in row], pixels.repeat_interleave(questions, dim=0)
     return [data.pack(prefix, row, SMALL.text_config.max_position_embeddings) for row in segments], pixels
@@ -181,15 +175,14 @@ def measure_training(side, is_tuned, images, questions, steps, threads):
 
     seconds, (first, *_, last) = clock(step, steps)
     peak, shape = memory("VmHWM"), "{} x {}".format(*inputs["input_ids"].shape)
-    found = {"seconds": seconds, "peak": peak, "growth": peak - before, "first": first, "last": last, "shape": shape}
-    return found | {"size": sum(p.numel() for p in named.values()) / 1e6}
+    return {"seconds": seconds, "peak": peak, "growth": peak - before, "first": first, "last": last, "shape": shape}
 
 
 def train(images: positive = 4, questions: positive = 6, steps: positive = 5, threads: positive = 2):
     """Compare steps (forward, backward, AdamW; the tower frozen), glibc set to keep freed memory (formats.fast_cpu) or not."""
     print(f"{questions} questions about each of {images} images, fp32, {threads} threads; median of {steps} steps")
-    print("allocator  side    parameters  rows x tokens  s / step  peak GiB  over start GiB  loss at first, last step")
-    line = "  {side:6}  {size:8.1f} M  {shape:>13}  {seconds:8.2f}  {peak:8.2f}  {growth:14.2f}  {first:.4f}, {last:.4f}"
+    print("allocator  side    rows x tokens  s / step  peak GiB  over start GiB  loss at first, last step")
+    line = "  {side:6}  {shape:>13}  {seconds:8.2f}  {peak:8.2f}  {growth:14.2f}  {first:.4f}, {last:.4f}"
     sides, how = ("theirs", "ours"), (images, questions, steps, threads)
     for is_tuned, name in ((True, "tuned"), (False, "default")):
         theirs, ours = measured(sides, f"{name:9}" + line, measure_training, is_tuned, *how).values()
@@ -272,7 +265,8 @@ def measure_evaluation(side, images, questions, tokens, threads):
     torch.set_num_threads(threads)
     model, _ = random_model(side, LARGE)
     tokenizer, draw, wording = StandInTokenizer(), random.Random(0), data.Wording(LARGE.coord_format())
-    prefix, pixels = data.encode_prefix(tokenizer, "v1", LARGE.visual_tokens), draw_pixels(LARGE, images)
+    prefix = data.encode_prefix(tokenizer, "v1", LARGE.visual_tokens)
+    pixels = torch.randn(images, 3, 336, 336, generator=torch.Generator().manual_seed(1))
     asked = [[data.loc_question(draw.choice(NAMES), wording, draw) for _ in range(questions)] for _ in pixels]
     tokenizer.eos_token_id = None  # so no answer ends
     if side == "ours":
