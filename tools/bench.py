@@ -38,9 +38,8 @@ from tools import command, positive
 
 SMOLLM2 = read_json(Path(__file__).with_name("smollm2.json"))  # config.json of SmolLM2-135M
 ADAPTER = "mlp2x_gelu"  # `transformers` has no other
-SMALL = LocVLMConfig(  # 256 patches, as ViT-L/14 at 224 px
-    CLIPVisionConfig(256, 1024, 6, 4, image_size=224), LlamaConfig(32000, 512, 1376, 8, 8), ADAPTER
-)
+VISION = CLIPVisionConfig(256, 1024, 6, 4, image_size=224)  # 256 patches, as ViT-L/14 at 224 px
+SMALL = LocVLMConfig(VISION, LlamaConfig(32000, 512, 1376, 8, 8), ADAPTER)
 LARGE = LocVLMConfig(CLIPVisionConfig(image_size=336), LlamaConfig.from_dict(SMOLLM2), ADAPTER)
 NAMES = ("dog", "cup", "traffic light", "orange", "dining table", "person", "bicycle", "laptop")
 
@@ -54,9 +53,6 @@ class StandInTokenizer:
         pieces = re.findall(r"[A-Za-z]+| (?=\d)|\S|\n", text)  # a piece for each digit, and for the space before it
         return [self.ids.setdefault(piece, 3 + len(self.ids)) for piece in pieces]
 
-    def decode(self, ids):
-        return " ".join(map(str, ids))  # answers are compared token by token
-
 
 def random_model(side, config):
     """Make our model of a LocVLMConfig, or theirs, with the same random weights. Return it and {our name: parameter}."""
@@ -64,21 +60,16 @@ def random_model(side, config):
         model = LocVLM(config)
         named = dict(model.named_parameters())
     else:
-        model = their_llava(config)
+        try:
+            from transformers import LlavaConfig, LlavaForConditionalGeneration
+        except ImportError as error:
+            raise ImportError(f"cannot import transformers ({error}), the other side; pip install transformers") from None
+        words = config.text_config.vocab_size  # the image placeholder must be one of them: the last
+        model = LlavaForConditionalGeneration(LlavaConfig(**llava_config(config, StandInTokenizer(), words - 1, words)))
         parts = sort_tensors(dict(model.named_parameters()), "transformers' Llava")
         named = {f"{part}.{name}": p for part, of_part in parts.items() for name, p in of_part.items()}
     draw_weights(named)
     return model, named
-
-
-def their_llava(config):
-    """Make `transformers`' Llava of our config. Its image placeholder must be in the vocabulary: the last word."""
-    try:
-        from transformers import LlavaConfig, LlavaForConditionalGeneration
-    except ImportError as error:
-        raise ImportError(f"cannot import transformers ({error}), the other side; pip install transformers") from None
-    words = config.text_config.vocab_size
-    return LlavaForConditionalGeneration(LlavaConfig(**llava_config(config, StandInTokenizer(), words - 1, words)))
 
 
 def draw_weights(named):
@@ -268,7 +259,7 @@ def measure_evaluation(side, images, questions, tokens, threads):
     prefix = data.encode_prefix(tokenizer, "v1", LARGE.visual_tokens)
     pixels = torch.randn(images, 3, 336, 336, generator=torch.Generator().manual_seed(1))
     asked = [[data.loc_question(draw.choice(NAMES), wording, draw) for _ in range(questions)] for _ in pixels]
-    tokenizer.eos_token_id = None  # so no answer ends
+    tokenizer.eos_token_id, tokenizer.decode = None, str  # no answer ends; they are compared token by token
     if side == "ours":
         model.tokenizer = tokenizer
         model.for_inference()
@@ -285,7 +276,7 @@ def measure_evaluation(side, images, questions, tokens, threads):
             image_of, ids = zip(*rows[start : start + size], strict=True)
             inputs = their_inputs(model, [prefix + row for row in ids], pixels[list(image_of)], side="left")
             answered = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-            answers += map(tokenizer.decode, answered[:, inputs["input_ids"].shape[1] :].tolist())
+            answers += map(str, answered[:, inputs["input_ids"].shape[1] :].tolist())
         return answers
 
     answer([asked[0][:1]])  # not timed

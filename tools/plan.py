@@ -184,8 +184,8 @@ def plan_stage(config, stage, model, records, world, room):
     if room and not planned.fits(room):
         remedy = remedies(lambda *how: plan_of(*how).fits(room), micro, config.parallel, config.recompute, world)
         fix = f"add {remedy}" if remedy else "use more processes with --parallel fsdp, or larger GPUs"
-        need, has = f"{planned.total / 2**30:.0f} GiB per process", f"{room / 2**30:g}GB"
-        raise ValueError(f"stage {stage} needs {need}, too much for {has}; {fix}")
+        need = f"{planned.total / 2**30:.0f} GiB per process, too much for {room / 2**30:g}GB"
+        raise ValueError(f"stage {stage} needs {need}; {fix}")
 
 
 def bytes_of(text):

@@ -164,8 +164,7 @@ def ticks(low, high, most=5):
 
 def plot(points, x, top, height):
     """Return (step, value) as SVG points: a line through the means of at most 120 groups, and a band between their extremes."""
-    size, high = math.ceil(len(points) / 120), max(value for _, value in points) * 1.05
-    high = high if high > 0 else 1.0
+    size, high = math.ceil(len(points) / 120), max(value for _, value in points) * 1.05 or 1.0
     groups = [points[i : i + size] for i in range(0, len(points), size)]
 
     def y(value):
