@@ -205,7 +205,6 @@ def section(name, result, blind, answers, allowed):
     return {
         "name": name, "task": task, "result": result, "differences": differences(result, blind), "bad_lines": bad,
         "names": [*ours | of_blind | paper], "ours": ours, "blind": of_blind, "paper": paper or part(blind, "paper"),
-        "answers": len(rows),
         "groups": [
             (verdict, len(group), [card(task, row, allowed) for row in choose(group)])
             for verdict, group in groups.items() if group or (rows and verdict is not None)

@@ -37,7 +37,7 @@ def read_tables(path):
     """Read tables.json: words, settings, measures and tables.
 
     words     what {WORDS} stand for in all of its texts; {SEED} is filled in by each run
-    settings  name: (setting whose run of the same seed it starts from, options of train.py; small steps learn most in little time)
+    settings  name: (setting whose run it starts from, options of train.py; small steps learn most in little time)
     measures  heading: (task, its metric, options of its evaluation; the second is the file of its questions)
     tables    measures are columns, rows are (label, setting, figures of the paper's columns); ", blind" is with blank images
     """
