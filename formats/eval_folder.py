@@ -15,20 +15,18 @@ import json
 import math
 import shutil
 import subprocess
-import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data import NEG_ANSWER
 from formats.annotations import coco_id, image_ids, image_ids_of, parse_sources
 from formats.files import read_json, remove_temporary, sha256, some, write_json, write_rows
 from formats.images import has_image, is_clip
-from formats.journal import open_journal, read_journal, write_line
+from formats.journal import work_in_parts
 from formats.pictures import overlay
 
 COMPARED = ("questions", "images", "weights_sha256", "data_sha256", "seed", "split", "decoding", "location", "template")
@@ -113,44 +111,15 @@ def batches(items, size):
 
 
 def answer_all(items, size, make_answerer, parts, options, processes, fresh=False):
-    """Answer all items on rank 0, this process every world-th batch. Return (how many were answered now, in how many seconds).
+    """Answer all items on rank 0 (see journal.work_in_parts). Return (how many were answered now, in how many seconds).
 
-    make_answerer() returns the function batch -> {id: answer}. The folder `parts` keeps journals, which a killed run continues
-    if its `options`, all that answers depend on, were the same (rank 0's count). processes: of journal.start_processes.
+    make_answerer() returns the function batch -> {id: answer}.
     """
-    rank, world, wait = processes
-    if rank == 0:
-        begin(parts, options, fresh)
-    wait()
-    done = {i for path in parts.glob("part-*.jsonl") for row in read_journal(path) for i in row["answers"]}
-    wait()  # all have read what is done before any adds to it
-    pending = [batch for batch in batches(items, size) if batch[0].id not in done]
-    if rank == 0 and done:
-        print(f"{len(done)} of {len(items)} questions are already answered in {parts}; resuming")
-    mine = pending[rank::world]
-    with open_journal(parts / f"part-{rank}.jsonl") as journal:
-        answer, began = make_answerer() if mine else None, time.perf_counter()
-        for batch in tqdm(mine, desc=parts.stem, disable=None if rank == 0 else True):
-            write_line(journal, {"answers": answer(batch)})
-    wait()
-    if rank == 0:
-        rows = [row["answers"] for path in parts.glob("part-*.jsonl") for row in read_journal(path)]
-        join(items, [pair for row in rows for pair in row.items()], parts)
-    return sum(map(len, pending)), time.perf_counter() - began
-
-
-def begin(parts, options, fresh):
-    """Make the folder of journals; start over if it was begun with other options."""
-    before = read_json(parts / "options.json") if (parts / "options.json").is_file() else None
-    if before == options and not fresh:
-        return
-    for journal in parts.glob("part-*.jsonl"):
-        open_journal(journal).close()  # raises if another run is writing it
-    if before and not fresh:
-        changed = [key for key in options if before.get(key) != options[key]]
-        print(f"{parts} was begun with other {', '.join(changed)}: starting over")
-    shutil.rmtree(parts, ignore_errors=True)
-    write_json(parts / "options.json", options)
+    pieces = {batch[0].id: batch for batch in batches(items, size)}
+    rows, now, seconds = work_in_parts(pieces, make_answerer, parts, options, processes, restarts=True, fresh=fresh)
+    if processes[0] == 0:
+        join(items, [pair for _, answers in rows for pair in answers.items()], parts)
+    return sum(len(pieces[key]) for key in now), seconds
 
 
 def join(items, pairs, source):
