@@ -124,15 +124,14 @@ def answer_all(items, size, make_answerer, parts, options, processes, fresh=Fals
 
 def join(items, pairs, source):
     """Give each item its answer, by id. Raise ValueError for missing, unknown or repeated ids. pairs: (id, answer)"""
-    count, wanted, answers = Counter(i for i, _ in pairs), {item.id for item in items}, dict(pairs)
-    fix = "pass the file that these answers were made for, or answer again with --fresh"
-    doubled, unknown = [i for i in count if count[i] > 1], [i for i in count if i not in wanted]
-    missing = [item.id for item in items if item.id not in count]
+    count, asked = Counter(i for i, _ in pairs), {item.id: item for item in items}
+    doubled, unknown = [i for i in count if count[i] > 1], [i for i in count if i not in asked]
+    missing, fix = [i for i in asked if i not in count], "pass the file that was answered, or answer again with --fresh"
     for what, ids in {"occur twice": doubled, "belong to no question": unknown, "are missing": missing}.items():
         if ids:
             raise ValueError(f"{source}: {len(ids)} ids {what} ({some(ids)}), of {len(items)} questions; {fix}")
-    for item in items:
-        item.answer = answers[item.id]
+    for i, answer in pairs:
+        asked[i].answer = answer
 
 
 def git_commit():
@@ -168,11 +167,9 @@ def trained_on(run, files=""):
         notes = read_json(path).get("locvlm", {}).get("trained_with") if path.is_file() else None
         if not notes:
             break
-        if notes["data"]:
-            own = [path for path, _, _ in parse_sources(notes["data"], notes["images"])]
-        else:
-            world = "data/moving" if notes["stages"] in ("3", "4") else "data/shapes"
-            own = sorted(map(str, Path(world).glob("*_train.json")))
+        world = Path("data/moving" if notes["stages"] in ("3", "4") else "data/shapes")  # the default data
+        own = [path for path, _, _ in parse_sources(notes["data"], notes["images"])]
+        own = own or sorted(map(str, world.glob("*_train.json")))
         needed = own + [path for path in notes["exclude"].split(",") if path]
         if not own or not all(Path(path).is_file() for path in needed):
             return None
@@ -294,8 +291,7 @@ def differences(result, blind):
 def print_table(job, folders):
     """Print a task's figures: a column for each result about the same questions, and the paper's."""
     pin, paper, images = questions_sha256(job.items), paper_of(job), len({item.image for item in job.items})
-    paths = {title: folder / f"{job.name}.json" for title, folder in folders.items()}
-    results = {title: read_json(path) for title, path in paths.items() if path.is_file()}
+    results = {title: read_results(folder).get(job.name, {}) for title, folder in folders.items()}
     results = {title: result for title, result in results.items() if result.get("questions_sha256") == pin}
     columns = {title: result["metrics"] for title, result in results.items()}
     if paper:

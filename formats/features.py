@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from clip_vit import preprocess
-from formats.files import read_config, require_file, write_json
+from formats.files import read_config, require_file, some, write_json
 from formats.images import open_image
 from formats.journal import require_new, work_in_parts
 from video import encode, read_frames
@@ -36,25 +36,12 @@ class Features:
         for key, value in ({"side": side, "geometry": geometry, "frames": frames} | tower).items():
             if about[key] != value:
                 raise ValueError(f"{folder} has {key} {about[key]}, this run has {value}; remake it: python -m tools.features")
-        self.folder, self.rows_of = folder, {name: row for row, name in enumerate(about["images"])}
-        self.skipped = set(about.get("skipped", ()))
+        self.rows_of, self.skipped = {image: row for row, image in enumerate(about["images"])}, set(about.get("skipped", ()))
         self.rows = np.load(require_file(Path(folder) / "features.npy", "the features"), mmap_mode="r")
-
-    def row_of(self, image):
-        """Return the row index of an image file, or None without an image."""
-        row = image and self.rows_of.get(os.path.abspath(image))
-        if image and row is None:
-            raise ValueError(f"{self.folder} lacks {image}; add it: python -m tools.features")
-        return row
-
-    def holds(self, image):
-        """Return False if an image could not be read when the features were made. Text-only records pass."""
-        self.row_of(image)
-        return not image or os.path.abspath(image) not in self.skipped
 
     def read(self, image):
         """Return the features (P, Dv) of an image file, float32."""
-        return torch.from_numpy(self.rows[self.row_of(image)].astype(np.float32))
+        return torch.from_numpy(self.rows[self.rows_of[os.path.abspath(image)]].astype(np.float32))
 
 
 @torch.inference_mode()
@@ -116,7 +103,10 @@ def open_features(config, records, model, processes):
             raise ValueError("training on clips in several processes needs --features; make them with python -m tools.features")
         write_features(records, folder, tower, c.geometry, frames=c.frames, skip_bad=config.skip_bad)
     features = Features(folder, c.vision_config.image_size, c.geometry, c.frames, tower if processes.rank == 0 else None)
-    kept = [record for record in records if features.holds(record.image)]  # raises for an image that it lacks
+    paths = [record.image and os.path.abspath(record.image) for record in records]
+    if lacking := [path for path in paths if path and path not in features.rows_of]:
+        raise ValueError(f"{folder} lacks {some(lacking)}; make them all: python -m tools.features")
+    kept = [record for record, path in zip(records, paths, strict=True) if path not in features.skipped]
     if lost := len(records) - len(kept):
         message = f"{lost} images or clips could not be read when {folder} was made"
         if not config.skip_bad:

@@ -91,14 +91,13 @@ def read_parts(parts):
 
 def begin(parts, options, restarts, fresh):
     """Make the folder of journals, or keep the one of an earlier run."""
-    before = read_json(parts / "options.json") if (parts / "options.json").is_file() else None
+    before = read_json(parts / "options.json") if (parts / "options.json").is_file() else {}
     if before and not (restarts or fresh):
         require_same_options(before, options, parts)
     elif before != options or fresh:
         for journal in parts.glob("part-*.jsonl"):
             open_journal(journal).close()  # raises if another run is writing it
-        if before and not fresh:
-            changed = [key for key in options if before.get(key) != options[key]]
+        if changed := [key for key in options if before and not fresh and before.get(key) != options[key]]:
             print(f"{parts} was begun with other {', '.join(changed)}: starting over")
         shutil.rmtree(parts, ignore_errors=True)
         write_json(parts / "options.json", options)
