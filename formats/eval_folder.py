@@ -187,12 +187,6 @@ def ids_in(path):
         return set()
 
 
-def contamination(items, seen):
-    """Count the evaluated images that were trained on (at most: some may have been skipped), or return "unknown"."""
-    ours = {coco_id(item.image) for item in items} - {None}
-    return {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]} if seen and ours else "unknown"
-
-
 def require_own(job, folder, data_sha256):
     """Raise ValueError before results about another file of questions with this name are replaced (refcoco's, refcoco+'s)."""
     path = folder / f"{job.name}.json"
@@ -234,7 +228,9 @@ def run_jobs(args, jobs, wording, model, processes):
             answerer = partial(model.answerer, title == "blind")
             count, seconds = answer_all(items, args.batch, answerer, parts, options, processes, args.fresh)
             if rank == 0:
-                trained = contamination(items, seen)
+                ours, trained = {coco_id(item.image) for item in items} - {None}, "unknown"
+                if seen and ours:  # at most so many: some may have been skipped in training
+                    trained = {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]}
                 ran = {"contamination": trained, "world_size": world, "asked": count}
                 ran |= {"seconds": round(seconds, 2), "questions_per_second": round(count / seconds, 2)}
                 write_results(job, items, folder, wording, {**about, **how, **ran}, args)
@@ -294,8 +290,7 @@ def print_table(job, folders):
     results = {title: read_results(folder).get(job.name, {}) for title, folder in folders.items()}
     results = {title: result for title, result in results.items() if result.get("questions_sha256") == pin}
     columns = {title: result["metrics"] for title, result in results.items()}
-    if paper:
-        columns["paper"] = {name: value / 100 for name, value in paper.items()}
+    columns |= {"paper": {name: value / 100 for name, value in paper.items()}} if paper else {}
     note = f" (paper: LocVLM-B{'' if job.rules.files else ' on COCO'})" if paper else ""
     print(f"\n{job.name}: {len(job.items)} questions about {images} images{note}")
     print("".join(f"  skipped: {count} {reason}\n" for reason, count in job.skipped.items()), end="")

@@ -51,7 +51,7 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
     skip_bad   an unreadable image or clip gets a row of zeros and is listed in features.json; else it ends the run
     processes  of journal.start_processes
     """
-    config, out, batch = tower.config, Path(out), 1 if frames else batch
+    config, device, out, batch = tower.config, next(tower.parameters()).device, Path(out), 1 if frames else batch
     parts, file = out / "features.parts", out / "features.npy"
     images = sorted({os.path.abspath(record.image) for record in records if record.image})
     about = {"tower": fingerprint(tower), "side": config.image_size, "geometry": geometry, "frames": frames, "images": images}
@@ -61,25 +61,23 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
         shape = (len(images), frames + config.num_patches, config.hidden_size)
         np.lib.format.open_memmap(file, "w+", np.float16, shape).flush()
 
-    def make_writer():
-        rows, device = np.load(file, mmap_mode="r+"), next(tower.parameters()).device
+    def write(chosen):
+        """Write the chosen rows. Return the images that cannot be read."""
+        rows, read = np.load(file, mmap_mode="r+"), {}
+        for row in chosen:
+            if (pixels := read_input(images[row], tower, geometry, frames, skip_bad)) is not None:
+                read[row] = pixels
+        if read and frames:  # one clip
+            rows[chosen[0]] = encode(tower, read[chosen[0]], geometry).half().cpu().numpy()
+        elif read:  # (B, 3, S, S) -> (B, P, Dv)
+            rows[list(read)] = tower(torch.stack([*read.values()]).to(device)).half().cpu().numpy()
+        rows.flush()  # before they count as done
+        return [images[row] for row in chosen if row not in read]
 
-        def write(chosen):
-            """Write the chosen rows. Return the images that cannot be read."""
-            read = {row: read_input(images[row], tower, geometry, frames, skip_bad) for row in chosen}
-            readable = [row for row, pixels in read.items() if pixels is not None]
-            if readable and frames:
-                rows[readable[0]] = encode(tower, read[readable[0]], geometry).half().cpu().numpy()
-            elif readable:  # (B, 3, S, S) -> (B, P, Dv)
-                rows[readable] = tower(torch.stack([read[row] for row in readable]).to(device)).half().cpu().numpy()
-            rows.flush()  # before they count as done
-            return [images[row] for row in chosen if row not in readable]
-        return write
-
-    pieces = {first: range(first, min(first + batch, len(images))) for first in range(0, len(images), batch)}
-    done, *_ = work_in_parts(pieces, make_writer, parts, about | {"batch": batch}, processes)
+    pieces = {first: range(len(images))[first : first + batch] for first in range(0, len(images), batch)}
+    done, *_ = work_in_parts(pieces, lambda: write, parts, about | {"batch": batch}, processes)
     if processes[0] == 0:
-        skipped = sorted(image for _, images_of_piece in done for image in images_of_piece)
+        skipped = sorted(image for _, unreadable in done for image in unreadable)
         write_json(out / "features.json", about | {"skipped": skipped})
         shutil.rmtree(parts)
         print(f"{out}: {len(images)} images or clips, {len(skipped)} of them skipped, {file.stat().st_size / 2**30:.2f} GiB")
