@@ -208,6 +208,7 @@ def test_what_is_left_of_a_killed_run_is_gone_on_with(coco, tmp_path, monkeypatc
         caption(**common, out=tmp_path / "c" / "pref.json")
     monkeypatch.undo()
     monkeypatch.setattr(tool, "weights_sha256", lambda path: "x")
+    refused("parts was made with other options: batch was 4, is 3", caption, **{**common, "batch": 3}, out=tmp_path / "c/pref.json")
     caption(**common, out=tmp_path / "c" / "pref.json")
     assert files(tmp_path / "c") == files(tmp_path / "a")
 
