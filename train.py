@@ -279,7 +279,7 @@ def train_stage(config, stage, model, examples, run, processes):
         run.log(row)  # rank 0 writes it
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             run.save(stage, step + 1, model, optimizer)
-    run.end_stage(meter.summary(stage))
+    run.end_stage(meter.summary())
 
 
 def stop_run(row, micro_batches, run, processes):

@@ -1,7 +1,7 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: describe a box (refcoco, Tab. 10), and find what is described (rec).
 
-Files      refs(unc).p or refs(umd).p beside its instances.json, from github.com/lichengunc/refer; what `python -m tools.refs`
-           makes of them; Shikra's or MDETR's form. COCO's train2014. --split: in the paper, testB, and RefCOCOg's val and test
+Files      refs(unc).p or refs(umd).p beside its instances.json, from github.com/lichengunc/refer; refs_val.json of the shapes
+           world; Shikra's or MDETR's form. COCO's train2014. --split: in the paper, testB, and RefCOCOg's val and test
 Questions  refcoco: "What is at location (4, 52, 13, 63) in image?"; rec: "Where is ...?" with each sentence of each ref. The
            prompt, RevLoc's or LocPred's, depends on the seed and the ref alone
 Score      refcoco: METEOR 1.5 of all answers together (pip install pycocoevalcap, and Java); rec: IoU >= 0.5, original pixels
@@ -27,7 +27,7 @@ from formats.schema import box_from_xywh, box_problem
 from tasks.files import Rows, find_image, paper, read_rows
 from tasks.words import meteor, require_meteor
 
-FILE = "refs(unc).p with instances.json, the JSON of `python -m tools.refs`, Shikra's JSON lines, or MDETR's finetune_*.json"
+FILE = "refs(unc).p with instances.json, refs_*.json of the shapes, Shikra's JSON lines, or MDETR's finetune_*.json"
 REFS = Rows(FILE, {"ref_id": str, "file_name": str, "bbox": list, "sentences": list, "split": str | None}, "refs")
 PICKLE = Rows("RefCOCO's refs(unc).p", {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sentences": list})
 
