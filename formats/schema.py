@@ -62,10 +62,10 @@ def box_problem(bbox, size):
     return fault((x1, y1, max(x1, x2 - 0.02), max(y1, y2 - 0.02)), size) and f"is outside its image of size {size}"
 
 
-def clip_box(bbox, size, skipped):
-    """Return a COCO bbox as (x1, y1, x2, y2), clipped to its image. An invalid one counts as skipped: None."""
+def clip_box(bbox, size, skipped, rows="boxes"):
+    """Return a COCO bbox as (x1, y1, x2, y2), clipped to its image. An invalid one counts as skipped, among `rows`: None."""
     if problem := box_problem(bbox, size):
-        skipped[f"boxes where the box {problem.split(' of size')[0]}"] += 1
+        skipped[f"{rows} where the box {problem.split(' of size')[0]}"] += 1
         return None
     x1, y1, x2, y2 = box_from_xywh(bbox)
     return x1, y1, min(x2, size[0]), min(y2, size[1])

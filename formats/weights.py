@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
-from formats.files import read_json, require_file, sha256, some, write_json, write_whole
+from formats.files import naming, read_json, require_file, sha256, some, write_json, write_whole
 
 PIECE_BYTES = 2**24  # read at once, in float32
 SHARD_BYTES = 5 * 10**9  # larger checkpoints are written in shards, as the hub's are
@@ -72,9 +72,8 @@ def find_weights(path):
 
 def weights_sha256(path):
     """Hash what identifies a model: {file name: sha256} of its config and weights. A path may be a single file."""
-    expected = "a model: config.json beside its weights"
-    configs = [] if Path(path).is_file() else [require_file(Path(path) / "config.json", expected)]
-    return {file.name: sha256(require_file(file, expected)) for file in configs + find_weights(path)[0]}
+    files = ([] if Path(path).is_file() else [Path(path) / "config.json"]) + find_weights(path)[0]
+    return {file.name: sha256(require_file(file, "a model: config.json beside its weights")) for file in files}
 
 
 def open_file(path):
@@ -83,11 +82,8 @@ def open_file(path):
     if path.suffix != ".safetensors":
         file = TorchFile(path)
         return {name: Stored(tuple(tensor.shape), partial(file.read_rows, name), path) for name, tensor in file.tensors.items()}
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or copy it again") from None
+    with naming(path, SafetensorError), safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def read_rows(name, start, stop):
         with safe_open(path, "pt") as file:  # opened again each time: pages of an open file count as our memory
@@ -104,9 +100,8 @@ class TorchFile:
         self.tensors = self.load()
 
     def load(self):
-        is_zip = zipfile.is_zipfile(self.path)  # files from before torch 1.6 are no zips, and cannot be mapped
-        try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=is_zip)
+        try:  # files from before torch 1.6 are no zips, and cannot be mapped
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
         except pickle.UnpicklingError as error:
             wants = (re.findall(r"GLOBAL ([\w.]+)", str(error)) or ["more than tensors"])[0]
             raise ValueError(f"{self.path} is a pickle that wants {wants}, which could run any code; get safetensors") from None
@@ -129,26 +124,22 @@ class TorchFile:
 
 
 # Tensor names of a LLaVA, or of its CLIP or LLaMA alone, in every naming: HF's, LLaVA's own (model.mm_projector.0), llava-hf's
-# (language_model.model.), transformers 4.52's (model.language_model.) and 5's (no vision_model). Their group is our name.
-NAMES = {
-    "vision_tower": r"(?:model\.)?(?:vision_tower\.)*(?:vision_model\.)?"
-    r"((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)",
-    "adapter": r"(?:model\.)?(?:mm_projector|multi_modal_projector)\.(.+)",
-    "language_model": r"(?:model\.)?(?:language_model\.)?(?:model\.)?((?:layers|embed_tokens|norm|lm_head)\..+)",
-}
+# (language_model.model.), transformers 4.52's (model.language_model.) and 5's (no vision_model). The group of a part: our name.
+NAMES = re.compile(r"""(?:model\.)?(?:
+    (?:vision_tower\.)*(?:vision_model\.)?(?P<vision_tower>(?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)
+    |(?:mm_projector|multi_modal_projector)\.(?P<adapter>.+)
+    |(?:language_model\.)?(?:model\.)?(?P<language_model>(?:layers|embed_tokens|norm|lm_head)\..+))""", re.VERBOSE)
 IGNORED = r"(.+\.)?(position_ids|rotary_emb\.inv_freq)|(text_model|visual_projection)\..+|text_projection(\..+)?|logit_scale"
 ADAPTER = {"0": "linear_1", "2": "linear_2", "weight": "linear_1.weight", "bias": "linear_1.bias"}  # LLaVA's -> ours
 
 
 def sort_tensors(stored, source):
     """Sort {name: Stored} into the three parts, under our names: {"vision_tower": {name: Stored}, ...}."""
-    parts, foreign = {part: {} for part in NAMES}, []
+    parts, foreign = {part: {} for part in NAMES.groupindex}, []
     for name in [name for name in stored if not re.fullmatch(IGNORED, name)]:
-        for part, pattern in NAMES.items():
-            if found := re.fullmatch(pattern, name):
-                first, dot, rest = found[1].partition(".")
-                parts[part][(ADAPTER.get(first, first) if part == "adapter" else first) + dot + rest] = stored[name]
-                break
+        if found := NAMES.fullmatch(name):
+            part, (first, dot, rest) = found.lastgroup, found[found.lastgroup].partition(".")
+            parts[part][(ADAPTER.get(first, first) if part == "adapter" else first) + dot + rest] = stored[name]
         else:
             foreign.append(name)
     if foreign:

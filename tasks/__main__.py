@@ -38,15 +38,11 @@ def parse(argv):
     either("--judge-url", help="ask it: https://host/v1, with the key in OPENAI_API_KEY")
     add("--judge-model", default="gpt-3.5-turbo", help="its name (default: gpt-3.5-turbo, the paper's)")
     args = parser.parse_args(argv)
-    return evaluate.check_options(parser, args, refused_options(args))
 
-
-def refused_options(args):
-    """List (is wrong, message) of options that do not go together."""
     name, task = args.task, TASKS.get(args.task)
     files, options = (task.files, task.options) if task else ("", ())
     options += ("answers",) if "answers:" in files else ()
-    return [
+    return evaluate.check_options(parser, args, [
         (args.score and int(os.environ.get("WORLD_SIZE", 1)) > 1, "--score runs in one process only"),
         (args.score and (args.blind or args.with_blind), "--score asks no model; leave out --blind and --with-blind"),
         (args.judgements and args.with_blind, "--judgements are about one run; leave out --with-blind"),
@@ -56,7 +52,7 @@ def refused_options(args):
         (not task and args.questions, f"{name} takes --coco, not --questions, which are for {', '.join(TASKS)}"),
         (not task and args.images and not args.coco, "--images without --coco, the annotations"),
         *((getattr(args, o) and o not in options, f"{name} has no --{o}") for o in ("answers", "split", "short")),
-    ]
+    ])
 
 
 def score(args, job, wording, about):

@@ -19,7 +19,7 @@ from tasks.files import Rows, find_image, read_rows
 PROMPT = "Which side of the {obj_1} is the {obj_2}?"  # of the released code; App. E words it otherwise
 FILE = "the authors' coco_spatial.json"
 CATEGORIES = Rows(FILE, {"id": int, "name": str}, "categories")
-IMAGES = Rows(FILE, {"file_name": str}, "data", "dictionary")
+IMAGES = Rows(FILE, {"file_name": str}, "data")
 
 
 def read_coco_spatial(args, wording):

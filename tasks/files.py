@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluate import paper_rows
-from formats.files import require_file, some
+from formats.files import naming, require_file, some
 from formats.images import has_image
 from formats.schema import leaves_folder
 
@@ -22,9 +22,8 @@ def paper(task):
 def read_rows(path, expected):
     """Read JSON or JSON lines, whatever the file's name ends in, as `expected` describes it. One row is a list of one."""
     try:
-        content = json.loads(require_file(path, expected).read_text("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text ({error}); it should be {expected}") from None
+        with naming(require_file(path, expected), UnicodeDecodeError):
+            content = json.loads(Path(path).read_text("utf-8"))
     except json.JSONDecodeError:
         problem = "so the file is neither JSON nor JSON lines; was its download cut short?"
         return read_lines(path, (), f"{problem} It should be {expected}")
@@ -38,21 +37,18 @@ def read_lines(path, keys, problem=None):
     for number, line in enumerate(require_file(path, "JSON lines").read_text("utf-8").split("\n"), 1):
         try:  # not splitlines: JSON text may hold U+2028
             rows += [json.loads(line)] if line.strip() else []
-            is_valid = not line.strip() or all(isinstance(rows[-1][key], str) for key in keys)
+            "".join(rows[-1][key] for key in keys if line.strip())  # raises TypeError if one is not a string
         except (json.JSONDecodeError, TypeError, KeyError):
-            is_valid = False
-        if not is_valid:
-            raise ValueError(f"{path}: line {number} is {line[:80]}, {problem}")
+            raise ValueError(f"{path}: line {number} is {line[:80]}, {problem}") from None
     return rows
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A kind of file with rows, and what is required of them."""
+    """A kind of file with rows, a list or a dictionary {id: row}, and what is required of them."""
     file: str  # its description, for error messages
-    needs: dict  # {key of a row: type of its value}; the first key has the row's id, unless the kind is a dictionary {id: row}
+    needs: dict  # {key of a row: type of its value}; in a list, the first key has the row's id
     under: str | None = None  # key of the rows, if they are a part of the file
-    kind: str = "list"  # or "dictionary"
 
     def read(self, path):
         return self.by_id(read_rows(path, self.file), path)
@@ -61,14 +57,14 @@ class Rows:
         """Return {id as text: row} of a file's content. Raise ValueError for rows of another schema or a repeated id."""
         if self.under:
             rows = rows.get(self.under) if isinstance(rows, dict) else None
-        if not rows or not isinstance(rows, list if self.kind == "list" else dict):
-            kind = f"{self.kind} {self.under!r}" if self.under else f"{self.kind} of rows"
-            raise ValueError(f"{path} has no {kind}, or it holds nothing; is this another file? It should be {self.file}")
+        if not rows or not isinstance(rows, list | dict):
+            where = f" under {self.under!r}" if self.under else ""
+            raise ValueError(f"{path} has no rows{where}; is this another file? It should be {self.file}")
         found, key, wanted = {}, next(iter(self.needs)), f"{self.file}: rows with {', '.join(self.needs)}"
-        for place, row in enumerate(rows) if self.kind == "list" else rows.items():
+        for place, row in enumerate(rows) if isinstance(rows, list) else rows.items():
             if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in self.needs.items()):
                 raise ValueError(f"{path}: row {place} is {str(row)[:120]}; is this another file? It should be {wanted}")
-            name = str(row[key] if self.kind == "list" else place)
+            name = str(row[key] if isinstance(rows, list) else place)
             if name in found:
                 raise ValueError(f"{path} has {key} {name} twice; are two files in one?")
             found[name] = row
@@ -85,8 +81,7 @@ def match_answers(questions, answers, args, left_over="answers to questions that
 
 def find_image(images, name, folder=".", *others):
     """Return an image's path in a folder or zip, by the first of its possible names that exists, else by its own."""
-    number = re.search(r"\d{12}\.jpg$", name)  # COCO's files of 2017 have no other name
-    names = (name, f"{folder}/{name}", number[0] if number else name, *others)
+    names = (name, f"{folder}/{name}", re.sub(r".*(?=\d{12}\.jpg$)", "", name), *others)  # COCO's files of 2017 are numbers
     if any(map(leaves_folder, names)):
         raise ValueError(f"the image name {name} leads out of {images}; correct the file of questions")
     paths = [Path(images) / name for name in names]

@@ -17,7 +17,7 @@ from evaluate import Item, Task
 from tasks.files import Rows, find_image, match_answers, paper, read_rows
 from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
 
-OFFICIAL = Rows("GQA's *_balanced_questions.json", {"question": str, "answer": str, "imageId": str}, kind="dictionary")
+OFFICIAL = Rows("GQA's *_balanced_questions.json", {"question": str, "answer": str, "imageId": str})
 LLAVA = Rows("LLaVA's llava_gqa_testdev_balanced.jsonl", {"question_id": str | int, "image": str, "text": str})
 
 

@@ -23,7 +23,7 @@ from evaluate import Item, Task, locpred_metrics
 from formats.eval_folder import require_images
 from formats.files import naming, require_file
 from formats.images import image_size
-from formats.schema import box_from_xywh, box_problem
+from formats.schema import clip_box
 from tasks.files import Rows, find_image, paper, read_rows
 from tasks.words import meteor, require_meteor
 
@@ -47,9 +47,8 @@ def make_ref(ref_id, file_name, size, split, bbox, sentences):
 
 def read_refs(path, instances=None):
     """Read refs from any of the four forms, or from MAttNet's sample of detections. instances: see `read_pickle`"""
-    if Path(path).suffix in (".p", ".pkl", ".pickle"):
-        return read_pickle(path, instances)
-    content, refs = read_rows(path, FILE), {}
+    is_pickle, refs = Path(path).suffix in (".p", ".pkl", ".pickle"), {}
+    content = read_pickle(path, instances) if is_pickle else read_rows(path, FILE)
     keys = content if isinstance(content, dict) else ()
     if "predictions" in keys:
         raise ValueError(f"{path} holds a model's descriptions, not questions; pass {FILE}")
@@ -83,24 +82,22 @@ def read_sentences(content):
 
 
 def read_pickle(path, instances=None):
-    """Read RefCOCO's own pickle, and the boxes in COCO's instances.json (default: beside the pickle)."""
+    """Read RefCOCO's own pickle, and the boxes in COCO's instances.json (default: beside the pickle), as {"refs": rows}."""
     with naming(require_file(path, PICKLE.file), Exception), open(path, "rb") as file:
         content = PlainPickle(file, encoding="latin1").load()  # Python 2 wrote it
     rows, instances = PICKLE.by_id(content, path), Path(instances or Path(path).with_name("instances.json"))
     coco, refs = read_instances(instances), []
-    images = {i["id"]: (i["file_name"], (i["width"], i["height"])) for i in coco["images"]}
+    images = {i["id"]: {"file_name": i["file_name"], "size": (i["width"], i["height"])} for i in coco["images"]}
     bboxes = {a["id"]: a.get("bbox") for a in coco["annotations"]}
     for name, row in rows.items():
         if row["image_id"] not in images or row["ann_id"] not in bboxes:
             problem = f"lacks image {row['image_id']} or annotation {row['ann_id']} of ref {name} in {path}"
             raise ValueError(f"{instances} {problem}; are they of one release?")
-        try:
+        with naming(path, KeyError, TypeError):
             sentences = [(str(s["sent_id"]), s["sent"]) for s in row["sentences"]]
-        except (KeyError, TypeError):
-            found = str(row["sentences"])[:120]
-            raise ValueError(f"{path}: ref {name} has sentences {found}, without sent_id and sent") from None
-        refs.append(make_ref(name, *images[row["image_id"]], row["split"], bboxes[row["ann_id"]], sentences))
-    return refs
+        about = {"split": row["split"], "bbox": bboxes[row["ann_id"]], "sentences": sentences}
+        refs.append({"ref_id": name, **images[row["image_id"]], **about})
+    return {"refs": refs}
 
 
 def read_split(args):
@@ -115,13 +112,11 @@ def read_split(args):
     require_images(paths, args.questions, args.images)  # some sizes are read from them
     for ref, path in zip(refs, paths, strict=True):
         size = tuple(ref["size"] or image_size(path))
-        if problem := box_problem(ref["bbox"], size):
-            skipped[f"refs where the box {problem.split(' of size')[0]}"] += 1
-        elif not ref["sentences"] or not all(isinstance(text, str) for _, text in ref["sentences"]):
-            skipped["refs without a sentence"] += 1
-        else:
-            x1, y1, x2, y2 = box_from_xywh(ref["bbox"])
-            found.append((ref, path, size, (x1, y1, min(x2, size[0]), min(y2, size[1]))))
+        if box_px := clip_box(ref["bbox"], size, skipped, "refs"):
+            if ref["sentences"] and all(isinstance(text, str) for _, text in ref["sentences"]):
+                found.append((ref, path, size, box_px))
+            else:
+                skipped["refs without a sentence"] += 1
     return found, skipped
 
 
@@ -158,7 +153,7 @@ def refcoco_metrics(items):
         "METEOR 1.5": score, 'METEOR 1.5 without "There is a"': bare_score,
         "refs (meteor-1.5.jar and PTB tokens of pycocoevalcap)": len(items), "sentences": sum(map(len, sentences.values())),
         "empty answers": sum(not answer.strip() for answer in answers.values()),
-    }  # fmt: skip
+    }
 
 
 def submission(items):
@@ -168,9 +163,7 @@ def submission(items):
 
 FILES = f"questions: {FILE}; answers: instances.json, if it is not beside the pickle"
 TASKS = {
-    "refcoco": Task(
-        read_refcoco, lambda item, wording: None, refcoco_metrics,  # no single answer has a score
-        REV_PROMPTS, FILES, ("split",), paper("refcoco"), submission=submission,
-    ),
+    "refcoco": Task(read_refcoco, lambda item, wording: None, refcoco_metrics, REV_PROMPTS,  # no single answer has a score
+                    FILES, ("split",), paper("refcoco"), submission=submission),
     "rec": Task(read_rec, judge_loc, locpred_metrics, LOC_PROMPTS, FILES, ("split",)),
-}  # fmt: skip
+}

@@ -34,8 +34,7 @@ ANSWERS = Rows("[{answer, type, question_id}]", {"question_id": str | int, "answ
 def read_questions(path, has_answers):
     """Read the questions of any of the four sets by id. Each holds its answer, unless a file of answers follows."""
     if Path(path).suffix == ".csv":
-        require_file(path, TABLE.file)
-        with naming(path, UnicodeDecodeError, csv.Error), open(path, encoding="utf-8", newline="") as file:
+        with naming(require_file(path, TABLE.file), UnicodeDecodeError, csv.Error), open(path, encoding="utf-8") as file:
             return TABLE.by_id(list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)), path)
     content = read_rows(path, FILE)
     first = content[0] if isinstance(content, list) and content and isinstance(content[0], dict) else {}

@@ -217,7 +217,7 @@ def test_the_authors_coco_spatial_is_balanced_by_mirror_images(tmp_path):
     content = json.loads(coco_spatial(tmp_path)[0].read_text())
     with pytest.raises(ValueError, match="rows with id, name"):
         read("coco-spatial", write(tmp_path / "x.json", content | {"categories": [{}]}), None, tmp_path)
-    with pytest.raises(ValueError, match="no dictionary 'data'"):
+    with pytest.raises(ValueError, match="no rows under 'data'"):
         read("coco-spatial", write(tmp_path / "x.json", []), None, tmp_path)
 
 
