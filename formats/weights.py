@@ -22,7 +22,7 @@ from formats.files import naming, read_json, require_file, sha256, some, write_j
 
 PIECE_BYTES = 2**24  # read at once, in float32
 SHARD_BYTES = 5 * 10**9  # larger checkpoints are written in shards, as the hub's are
-REMAP_BYTES = 2**26  # read from a TorchFile until it is mapped again, so that pages read do not add up
+REMAP_BYTES = 2**26  # read from a .bin until it is mapped again, so that pages read do not add up
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ def open_file(path):
     """Open one weight file: {name: Stored}."""
     path = require_file(path, "a weight file")
     if path.suffix != ".safetensors":
-        file = TorchFile(path)
-        return {name: Stored(tuple(tensor.shape), partial(file.read_rows, name), path) for name, tensor in file.tensors.items()}
+        return open_torch(path)
     with naming(path, SafetensorError), safe_open(path, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
@@ -92,35 +91,35 @@ def open_file(path):
     return {name: Stored(shape, partial(read_rows, name), path) for name, shape in shapes.items()}
 
 
-class TorchFile:
-    """A file that torch.save wrote, mapped into memory and read without running any code in its pickle."""
+def load_torch(path):
+    """Map a file that torch.save wrote into memory, without running any code in its pickle: {name: tensor}."""
+    try:  # files from before torch 1.6 are no zips, and cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        wants = (re.findall(r"GLOBAL ([\w.]+)", str(error)) or ["more than tensors"])[0]
+        raise ValueError(f"{path} is a pickle that wants {wants}, which could run any code; get safetensors") from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        script = "a TorchScript archive; save its state_dict() with torch.save"
+        raise ValueError(f"{path} is {script if 'TorchScript' in str(error) else 'damaged; download it again'}") from None
+    tensors = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else None
+    if not tensors:
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state_dict")
+    return tensors
 
-    def __init__(self, path):
-        self.path, self.bytes_read = path, 0
-        self.tensors = self.load()
 
-    def load(self):
-        try:  # files from before torch 1.6 are no zips, and cannot be mapped
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
-        except pickle.UnpicklingError as error:
-            wants = (re.findall(r"GLOBAL ([\w.]+)", str(error)) or ["more than tensors"])[0]
-            raise ValueError(f"{self.path} is a pickle that wants {wants}, which could run any code; get safetensors") from None
-        except (RuntimeError, EOFError, ValueError) as error:
-            script = "a TorchScript archive; save its state_dict() with torch.save"
-            what = script if "TorchScript" in str(error) else "damaged; download it again"
-            raise ValueError(f"{self.path} is {what}") from None
-        tensors = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else None
-        if not tensors:
-            raise ValueError(f"{self.path} holds a {type(content).__name__}, not a state_dict")
-        return tensors
+def open_torch(path):
+    tensors, bytes_read = load_torch(path), 0
 
-    def read_rows(self, name, start, stop):
-        if self.bytes_read > REMAP_BYTES:
-            self.tensors, self.bytes_read = None, 0
-            self.tensors = self.load()
-        rows = self.tensors[name][start:stop] if self.tensors[name].ndim else self.tensors[name]
-        self.bytes_read += rows.nbytes
+    def read_rows(name, start, stop):
+        nonlocal tensors, bytes_read
+        if bytes_read > REMAP_BYTES:
+            tensors = None  # before it is mapped again
+            tensors, bytes_read = load_torch(path), 0
+        rows = tensors[name][start:stop] if tensors[name].ndim else tensors[name]
+        bytes_read += rows.nbytes
         return rows
+
+    return {name: Stored(tuple(tensor.shape), partial(read_rows, name), path) for name, tensor in tensors.items()}
 
 
 # Tensor names of a LLaVA, or of its CLIP or LLaMA alone, in every naming: HF's, LLaVA's own (model.mm_projector.0), llava-hf's

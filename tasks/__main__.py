@@ -17,7 +17,9 @@ from formats.files import read_json, require_file, run_command, sha256
 from formats.journal import start_processes
 from model import LocVLMConfig
 from tasks import TASKS
-from tasks.files import read_lines
+from tasks.files import Rows
+
+ANSWERS = Rows("rows as in NAME.jsonl", {"id": str, "answer": str})
 
 
 def parse(argv):
@@ -58,7 +60,7 @@ def parse(argv):
 def score(args, job, wording, about):
     """Judge answers in a file. A run's own rows stay its results; answers made elsewhere go to a folder beside them."""
     path, folders = Path(args.score), eval_folder.folders_of(args.run, args.into)
-    eval_folder.join(job.items, [(row["id"], row["answer"]) for row in read_lines(path, ("id", "answer"))], path)
+    eval_folder.join(job.items, [(name, row["answer"]) for name, row in ANSWERS.read(path).items()], path)
     folder, about = folders["scored"], about | {"scored": {"file": str(path), "sha256": sha256(path)}}
     own = [f for f in folders.values() if (f / f"{job.name}.jsonl").resolve() == path.resolve()]
     before = read_json(path.with_suffix(".json")) if own and path.with_suffix(".json").is_file() else {}

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from formats.images import has_image
 from formats.schema import leaves_folder
 
 FOLDER = Path(__file__).parent  # also holds texts and the paper's figures
+ROW_KEYS = {"question_id", "expression", "id", "custom_id"}  # one of them is in a row, none in a dictionary of rows
 
 
 def paper(task):
@@ -21,25 +23,18 @@ def paper(task):
 
 def read_rows(path, expected):
     """Read JSON or JSON lines, whatever the file's name ends in, as `expected` describes it. One row is a list of one."""
-    try:
-        with naming(require_file(path, expected), UnicodeDecodeError):
-            content = json.loads(Path(path).read_text("utf-8"))
-    except json.JSONDecodeError:
-        problem = "so the file is neither JSON nor JSON lines; was its download cut short?"
-        return read_lines(path, (), f"{problem} It should be {expected}")
-    is_row = isinstance(content, dict) and not {"question_id", "expression"}.isdisjoint(content)
-    return [content] if is_row else content
-
-
-def read_lines(path, keys, problem=None):
-    """Read JSON lines whose values under `keys` are strings. problem: what another line means, for the error message"""
-    rows, problem = [], problem or f"not JSON with strings under {', '.join(keys)}"
-    for number, line in enumerate(require_file(path, "JSON lines").read_text("utf-8").split("\n"), 1):
-        try:  # not splitlines: JSON text may hold U+2028
+    with naming(require_file(path, expected), UnicodeDecodeError):
+        text, rows = Path(path).read_text("utf-8"), []
+    with suppress(json.JSONDecodeError):
+        content = json.loads(text)
+        is_whole = isinstance(content, list) or isinstance(content, dict) and not ROW_KEYS & content.keys()
+        return content if is_whole else [content]
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON text may hold U+2028
+        try:
             rows += [json.loads(line)] if line.strip() else []
-            "".join(rows[-1][key] for key in keys if line.strip())  # raises TypeError if one is not a string
-        except (json.JSONDecodeError, TypeError, KeyError):
-            raise ValueError(f"{path}: line {number} is {line[:80]}, {problem}") from None
+        except json.JSONDecodeError:
+            problem = "so the file is neither JSON nor JSON lines; was its download cut short?"
+            raise ValueError(f"{path}: line {number} is {line[:80]}, {problem} It should be {expected}") from None
     return rows
 
 

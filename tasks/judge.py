@@ -21,7 +21,7 @@ from tqdm import tqdm
 from evaluate import mean
 from formats.files import write_rows
 from formats.journal import open_journal, read_journal, write_line
-from tasks.files import FOLDER, read_lines
+from tasks.files import FOLDER, read_rows
 from tasks.words import SHORT
 
 PROMPTS = {role: (FOLDER / f"judge_{role}.txt").read_text("utf-8").strip() for role in ("system", "user")}
@@ -32,7 +32,7 @@ def judge_answers(job, items, folder, args):
     requests, journal_path = judge_requests(items, args.judge_model), folder / f"{job.name}.judgements.jsonl"
     write_rows(folder / f"{job.name}.requests.jsonl", requests)
     if args.judgements:
-        rows = read_lines(args.judgements, ("custom_id",))
+        rows = read_rows(args.judgements, "the judge's replies: JSON lines with custom_id and response")
         return read_judgements(rows, items), {"model": args.judge_model, "file": args.judgements}
     if not args.judge_url:
         return {}, None
@@ -83,9 +83,9 @@ def read_judgements(rows, items):
     """Join a judge's replies, rows of OpenAI's batch output, to items by id: {name: share of the valid replies, or count}."""
     by_id, replies = {item.id: item for item in items}, {}
     for index, row in enumerate(rows):
-        name, reply = row.get("custom_id") if isinstance(row, dict) else None, reply_of(row)
+        name, reply = str(row.get("custom_id") if isinstance(row, dict) else None), reply_of(row)
         if name not in by_id:
-            raise ValueError(f"judgement {index} has custom_id {str(name)[:80]!r}, which no question has; is it another run's?")
+            raise ValueError(f"judgement {index} has custom_id {name[:80]!r}, which no question has; is it another run's?")
         if reply is not None and name in replies:
             raise ValueError(f"custom_id {name} comes twice among the judgements; remove one of them")
         if reply is not None:  # else the request failed; another row may hold its reply

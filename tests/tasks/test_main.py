@@ -121,9 +121,9 @@ def test_answers_are_scored_without_a_model_in_any_order(run, tmp_path, monkeypa
     assert score(rows_of_them)["metrics"]["acc@0.5"] == 0
     for wrong, message in (
         (rows[1:], r"1 ids are missing"),
-        (rows + rows[:2], r"2 ids occur twice"),
+        (rows + rows[:2], r"elsewhere.jsonl has id .* twice"),
         ([*rows, {"id": "else", "answer": ""}], r"1 ids belong to no question \(else\)"),
-        ([{**rows[0], "answer": 5}, *rows[1:]], r"line 1 is .*, not JSON with strings under id, answer"),
+        ([{**rows[0], "answer": 5}, *rows[1:]], r"row 0 is .*; is this another file.*: rows with id, answer"),
     ):
         with pytest.raises(ValueError, match=message):
             score(wrong)
