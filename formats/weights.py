@@ -28,7 +28,6 @@ REMAP_BYTES = 2**26  # read from a .bin until it is mapped again, so that pages 
 @dataclass(frozen=True)
 class Stored:
     """A tensor in a file: its shape, and `read_rows(start, stop)` to read some of its rows."""
-
     shape: tuple
     read_rows: Callable[[int, int], torch.Tensor]
     path: Path
@@ -43,18 +42,14 @@ class Stored:
 
 def open_tensors(path):
     """Open a checkpoint folder, or one .safetensors, .bin, .pt or .pth file: {name: Stored}. Contents are read later."""
-    files, weight_map = find_weights(path)
-    stored = {name: tensor for file in files for name, tensor in open_file(file).items()}
-    if absent := sorted(weight_map.keys() - stored.keys()):
-        raise ValueError(f"{path}: the index lists {some(absent)}, which its shards lack; download all of them again")
-    return stored
+    return {name: tensor for file in find_weights(path) for name, tensor in open_file(file).items()}
 
 
 def find_weights(path):
-    """Find the files that hold a checkpoint's weights: (their paths, the index's {tensor name: file}, or {})."""
+    """Find the files that hold a checkpoint's weights: their paths. A tensor that they lack is found missing by `build`."""
     path = Path(path)
     if path.is_file():
-        return [path], {}
+        return [path]
     for name in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin"):
         index = path / f"{name}.index.json"
         if index.is_file():
@@ -62,9 +57,9 @@ def find_weights(path):
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no weight_map; download it again")
             shards = sorted(set(weight_map.values()))
-            return [require_file(path / shard, f"every shard that {index.name} lists") for shard in shards], weight_map
+            return [require_file(path / shard, f"every shard that {index.name} lists") for shard in shards]
         if (path / name).is_file():
-            return [path / name], {}
+            return [path / name]
     shards = sorted(path.glob("*-of-*.safetensors")) + sorted(path.glob("*-of-*.bin"))
     hint = f"; it has {shards[0].name}, but no *.index.json" if shards else ""
     raise FileNotFoundError(f"no weights in {path}{hint}; it needs model.safetensors, pytorch_model.bin, or an index")
@@ -72,7 +67,7 @@ def find_weights(path):
 
 def weights_sha256(path):
     """Hash what identifies a model: {file name: sha256} of its config and weights. A path may be a single file."""
-    files = ([] if Path(path).is_file() else [Path(path) / "config.json"]) + find_weights(path)[0]
+    files = ([] if Path(path).is_file() else [Path(path) / "config.json"]) + find_weights(path)
     return {file.name: sha256(require_file(file, "a model: config.json beside its weights")) for file in files}
 
 
@@ -157,9 +152,7 @@ class SkipInit(TorchFunctionMode):
 
 def build(make, stored, source, dtype=torch.float32, device="cpu"):
     """Make a module on the meta device with make(), and fill it from {name: Stored}, strictly: `source` names it in errors.
-
-    Memory: the module and a piece of a tensor. The device "meta" checks names and shapes, and reads no contents.
-    """
+    Memory: the module and a piece of a tensor. The device "meta" checks names and shapes, and reads no contents."""
     with torch.device("meta"), SkipInit():
         module = make()
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -173,9 +166,7 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
     if torch.device(device).type == "meta":
         return module
     filled = {}  # by Stored, for a tied head is one tensor under two names
-    for name, tensor in ((name, stored[name]) for name in shapes):
-        if tensor in filled:
-            continue
+    for tensor, name in {stored[name]: name for name in shapes}.items():
         whole = filled[tensor] = torch.empty(tensor.shape, dtype=dtype, device=device)
         rows = max(1, PIECE_BYTES // (4 * max(1, math.prod(tensor.shape[1:]))))
         for start in range(0, len(whole), rows):
@@ -203,6 +194,6 @@ def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
         write_whole(file, partial(save_file, copy, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(shard, file.name)
     if count > 1:
-        size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-        write_json(index, {"metadata": size, "weight_map": weight_map})
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(index, {"metadata": {"total_size": size}, "weight_map": weight_map})
         path.unlink(missing_ok=True)
