@@ -7,18 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluate import paper_rows
 from formats.files import naming, require_file, some
 from formats.images import has_image
 from formats.schema import leaves_folder
 
-FOLDER = Path(__file__).parent  # also holds texts and the paper's figures
+FOLDER = Path(__file__).parent  # also holds texts
 ROW_KEYS = {"question_id", "expression", "id", "custom_id"}  # one of them is in a row, none in a dictionary of rows
-
-
-def paper(task):
-    """Return the paper's figures for a benchmark, from paper.json: ((model, {metric: percent}), ...)."""
-    return paper_rows(*json.loads((FOLDER / "paper.json").read_text("utf-8"))[task])
 
 
 def read_rows(path, expected):

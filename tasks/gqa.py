@@ -13,8 +13,8 @@ Run        python -m tasks gqa runs/l2 --questions testdev_balanced_questions.js
 from collections import Counter
 from pathlib import Path
 
-from evaluate import Item, Task
-from tasks.files import Rows, find_image, match_answers, paper, read_rows
+from evaluate import Item, Task, paper_rows
+from tasks.files import Rows, find_image, match_answers, read_rows
 from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
 
 OFFICIAL = Rows("GQA's *_balanced_questions.json", {"question": str, "answer": str, "imageId": str})
@@ -52,4 +52,4 @@ def submission(items):
 
 
 FILES = "questions: testdev_balanced_questions.json; or LLaVA's .jsonl, and answers: testdev_balanced_questions.json"
-TASKS = {"gqa": Task(read_gqa, judge_gqa, exact_metrics, PROMPTS, FILES, ("short",), paper("gqa"), submission=submission)}
+TASKS = {"gqa": Task(read_gqa, judge_gqa, exact_metrics, PROMPTS, FILES, ("short",), paper_rows("gqa"), submission=submission)}

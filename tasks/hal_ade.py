@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluate import HAL_PROMPT, Item, Task, ask_presence, hal_metrics, judge_hal
+from evaluate import HAL_PROMPT, Item, Task, ask_presence, hal_metrics, judge_hal, paper_rows
 from formats.files import naming, require_file, some
-from tasks.files import FOLDER, find_image, paper
+from tasks.files import FOLDER, find_image
 
 COCO_NAMES = (FOLDER / "coco_categories.txt").read_text("utf-8").splitlines()
 TAKEN = {*COCO_NAMES, *(name.split()[-1] for name in COCO_NAMES)}  # "hot dog" and "dog"
@@ -70,4 +70,4 @@ def read_hal_ade(args, wording):
 
 
 FILES = "questions: ADEChallengeData2016/objectInfo150.txt, its masks beside it in annotations/validation"
-TASKS = {"hal-ade": Task(read_hal_ade, judge_hal, hal_metrics, (HAL_PROMPT,), FILES, paper=paper("hal-ade"))}
+TASKS = {"hal-ade": Task(read_hal_ade, judge_hal, hal_metrics, (HAL_PROMPT,), FILES, paper=paper_rows("hal-ade"))}

@@ -10,9 +10,9 @@ Run        python -m tasks pope runs/b2 --questions coco_pope_adversarial.json -
     False
 """
 
-from evaluate import HAL_PROMPT, Item, Task, hal_metrics, judge_hal, mean
+from evaluate import HAL_PROMPT, Item, Task, hal_metrics, judge_hal, mean, paper_rows
 from formats.eval_folder import shown
-from tasks.files import Rows, find_image, paper
+from tasks.files import Rows, find_image
 from tasks.words import spaced
 
 ROWS = Rows("a file of POPE", {"question_id": int | str, "image": str, "text": str, "label": str})
@@ -42,4 +42,4 @@ def mean_f1(results, folder):
 
 
 FILES = "questions: coco_pope_{random,popular,adversarial}.json"
-TASKS = {"pope": Task(read_pope, judge_hal, pope_metrics, (HAL_PROMPT,), FILES, paper=paper("pope"), summary=mean_f1)}
+TASKS = {"pope": Task(read_pope, judge_hal, pope_metrics, (HAL_PROMPT,), FILES, paper=paper_rows("pope"), summary=mean_f1)}

@@ -19,12 +19,12 @@ from collections import Counter
 from pathlib import Path
 
 from data import LOC_PROMPTS, REV_PROMPTS, judge_loc, loc_question, read_instances
-from evaluate import Item, Task, locpred_metrics
+from evaluate import Item, Task, locpred_metrics, paper_rows
 from formats.eval_folder import require_images
 from formats.files import naming, require_file
 from formats.images import image_size
 from formats.schema import clip_box
-from tasks.files import Rows, find_image, paper, read_rows
+from tasks.files import Rows, find_image, read_rows
 from tasks.words import meteor, require_meteor
 
 FILE = "refs(unc).p with instances.json, the JSON of `python -m tools.refs`, Shikra's JSON lines, or MDETR's finetune_*.json"
@@ -48,7 +48,7 @@ def make_ref(ref_id, file_name, size, split, bbox, sentences):
 def read_refs(path, instances=None):
     """Read refs from any of the four forms, or from MAttNet's sample of detections. instances: see `read_pickle`"""
     is_pickle, refs = Path(path).suffix in (".p", ".pkl", ".pickle"), {}
-    content = read_pickle(path, instances) if is_pickle else read_rows(path, FILE)
+    content = {"refs": read_pickle(path, instances)} if is_pickle else read_rows(path, FILE)
     keys = content if isinstance(content, dict) else ()
     if "predictions" in keys:
         raise ValueError(f"{path} holds a model's descriptions, not questions; pass {FILE}")
@@ -82,7 +82,7 @@ def read_sentences(content):
 
 
 def read_pickle(path, instances=None):
-    """Read RefCOCO's own pickle, and the boxes in COCO's instances.json (default: beside the pickle), as {"refs": rows}."""
+    """Read RefCOCO's own pickle, and the boxes in COCO's instances.json (default: beside the pickle), as rows of REFS."""
     with naming(require_file(path, PICKLE.file), Exception), open(path, "rb") as file:
         content = PlainPickle(file, encoding="latin1").load()  # Python 2 wrote it
     rows, instances = PICKLE.by_id(content, path), Path(instances or Path(path).with_name("instances.json"))
@@ -97,7 +97,7 @@ def read_pickle(path, instances=None):
             sentences = [(str(s["sent_id"]), s["sent"]) for s in row["sentences"]]
         about = {"split": row["split"], "bbox": bboxes[row["ann_id"]], "sentences": sentences}
         refs.append({"ref_id": name, **images[row["image_id"]], **about})
-    return {"refs": refs}
+    return refs
 
 
 def read_split(args):
@@ -164,6 +164,6 @@ def submission(items):
 FILES = f"questions: {FILE}; answers: instances.json, if it is not beside the pickle"
 TASKS = {
     "refcoco": Task(read_refcoco, lambda item, wording: None, refcoco_metrics, REV_PROMPTS,  # no single answer has a score
-                    FILES, ("split",), paper("refcoco"), submission=submission),
+                    FILES, ("split",), paper_rows("refcoco"), submission=submission),
     "rec": Task(read_rec, judge_loc, locpred_metrics, LOC_PROMPTS, FILES, ("split",)),
 }

@@ -17,10 +17,10 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from evaluate import Item, Task
+from evaluate import Item, Task, paper_rows
 from formats.annotations import find_clips
 from formats.files import naming, require_file, some
-from tasks.files import Rows, match_answers, paper, read_rows
+from tasks.files import Rows, match_answers, read_rows
 from tasks.judge import judge_answers
 from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
 
@@ -83,4 +83,4 @@ SETS = {  # name: (files, names of the question types that the files number, tex
 TASKS = {}
 for name, (files, types, prefix) in SETS.items():
     read = partial(read_video_qa, types=types, prefix=prefix)
-    TASKS[name] = Task(read, judge_exact, exact_metrics, PROMPTS, files, ("short",), paper(name), after=judge_answers)
+    TASKS[name] = Task(read, judge_exact, exact_metrics, PROMPTS, files, ("short",), paper_rows(name), after=judge_answers)

@@ -13,8 +13,8 @@ Run        python -m tasks vqa runs/b2 --questions v2_..._questions.json --answe
 
 from collections import Counter
 
-from evaluate import Item, Task, mean
-from tasks.files import Rows, find_image, match_answers, paper, read_rows
+from evaluate import Item, Task, mean, paper_rows
+from tasks.files import Rows, find_image, match_answers, read_rows
 from tasks.words import PROMPTS, add_short, vqa_normal, vqa_scores
 
 QUESTIONS = Rows("v2_OpenEnded_mscoco_*_questions.json", {"question_id": int, "image_id": int, "question": str}, "questions")
@@ -67,4 +67,4 @@ def submission(items):
 
 
 FILES = "questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json, none for test"
-TASKS = {"vqa": Task(read_vqa, judge_vqa, vqa_metrics, PROMPTS, FILES, ("short",), paper("vqa"), submission=submission)}
+TASKS = {"vqa": Task(read_vqa, judge_vqa, vqa_metrics, PROMPTS, FILES, ("short",), paper_rows("vqa"), submission=submission)}

@@ -12,9 +12,9 @@ from tools import command
 
 
 def refs(pickle, out, /, instances=None):
-    content = read_pickle(pickle, instances)
-    write_json(out, content)
-    print(f"{out}: {len(content['refs'])} refs")
+    rows = read_pickle(pickle, instances)
+    write_json(out, {"refs": rows})
+    print(f"{out}: {len(rows)} refs")
 
 
 main = command(__name__, refs)
