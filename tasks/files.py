@@ -60,8 +60,11 @@ class Rows:
         return found
 
 
-def match_answers(questions, answers, args, left_over="answers to questions that are not asked"):
-    """Return {id: answer} of all questions, which must each have one, and a Counter {left_over: answers without a question}."""
+def match_answers(questions, kind, args, left_over="answers to questions that are not asked"):
+    """Return {id: row with the answer} of all questions, from --answers if it is given, and a Counter {left_over: other rows}."""
+    if not args.answers and any("answer" not in row for row in questions.values()):
+        raise ValueError(f"{args.questions} holds no answers; pass {kind.file} as --answers")
+    answers = kind.read(args.answers) if args.answers else questions
     if missing := [name for name in questions if name not in answers]:
         problem = f"no answer to {len(missing)} of the {len(questions)} questions of {args.questions} ({some(missing)})"
         raise ValueError(f"{args.answers} has {problem}; do the two files belong together?")

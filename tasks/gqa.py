@@ -26,9 +26,7 @@ def read_gqa(args, wording):
     content, skipped, items = read_rows(args.questions, OFFICIAL.file), Counter(), []
     is_official = isinstance(content, dict)
     rows = (OFFICIAL if is_official else LLAVA).by_id(content, args.questions)
-    if not is_official and not args.answers:
-        raise ValueError(f"{args.questions} holds no answers; pass {OFFICIAL.file} as --answers")
-    truth, left_over = match_answers(rows, OFFICIAL.read(args.answers) if args.answers else rows, args)
+    truth, left_over = match_answers(rows, OFFICIAL, args)
     for name, row in rows.items():
         if not truth[name].get("isBalanced", True):
             skipped["questions that are not balanced"] += 1

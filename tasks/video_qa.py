@@ -31,27 +31,20 @@ TABLE = Rows("TGIF-QA's *_frameqa_question.csv", {"vid_id": str, "gif_name": str
 ANSWERS = Rows("[{answer, type, question_id}]", {"question_id": str | int, "answer": str | int})
 
 
-def read_questions(path, has_answers):
-    """Read the questions of any of the four sets by id. Each holds its answer, unless a file of answers follows."""
+def read_questions(path):
+    """Read the questions of any of the four sets by id. ActivityNet-QA's hold no answers."""
     if Path(path).suffix == ".csv":
         with naming(require_file(path, TABLE.file), UnicodeDecodeError, csv.Error), open(path, encoding="utf-8") as file:
             return TABLE.by_id(list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)), path)
     content = read_rows(path, FILE)
     first = content[0] if isinstance(content, list) and content and isinstance(content[0], dict) else {}
-    if "video_id" in first and "question_id" not in first:
-        return QA.by_id(content, path)
-    rows = QUESTIONS.by_id(content, path)
-    if not has_answers:
-        raise ValueError(f"{path} holds no answers; pass {ANSWERS.file} as --answers")
-    return rows
+    return (QA if "video_id" in first and "question_id" not in first else QUESTIONS).by_id(content, path)
 
 
 def read_video_qa(args, wording, types, prefix):
     """Read questions and answers, and find each clip. types, prefix: see SETS"""
-    truth = rows = read_questions(args.questions, bool(args.answers))
-    items, missing, skipped = [], Counter(), Counter()
-    if args.answers:
-        truth, skipped = match_answers(rows, ANSWERS.read(args.answers), args)
+    rows, items, missing = read_questions(args.questions), [], Counter()
+    truth, skipped = match_answers(rows, ANSWERS, args)
     clips, mapping = find_clips(args.images), Path(args.questions).with_name("youtube_mapping.txt")  # MSVD's other names
     lines = [line.split() for line in mapping.read_text("utf-8").splitlines()] if mapping.is_file() else []
     other = {line[1]: line[0] for line in lines if len(line) == 2}
