@@ -1,29 +1,18 @@
-"""Checkpoints as their authors released them, under HF's names: Meta's LLaMA, and OpenAI's CLIP (`ViT-L-14.pt` as a state dict).
+"""Checkpoints as their authors released them, under HF's names: Meta's LLaMA (consolidated.NN.pth beside params.json, in one
+shard or several) and OpenAI's CLIP (`ViT-L-14.pt` as a state dict)."""
 
-Meta's: consolidated.NN.pth beside params.json, in one shard or several.
-"""
+from pathlib import Path
 
 import torch
 
-from formats.files import read_config
+from formats.files import read_config, read_json
 from formats.weights import Stored, open_file
 
-META = {
-    "tok_embeddings.": "embed_tokens.", "output.": "lm_head.",
-    "attention_norm.": "input_layernorm.", "ffn_norm.": "post_attention_layernorm.", "attention.wq.": "self_attn.q_proj.",
-    "attention.wk.": "self_attn.k_proj.", "attention.wv.": "self_attn.v_proj.", "attention.wo.": "self_attn.o_proj.",
-    "feed_forward.w1.": "mlp.gate_proj.", "feed_forward.w2.": "mlp.down_proj.", "feed_forward.w3.": "mlp.up_proj.",
-}
-OPENAI = {
-    "class_embedding": "embeddings.class_embedding", "positional_embedding": "embeddings.position_embedding.weight",
-    "conv1.": "embeddings.patch_embedding.", "ln_pre.": "pre_layrnorm.", "ln_post.": "post_layernorm.",
-    "transformer.resblocks.": "encoder.layers.", ".attn.": ".self_attn.",
-    ".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".c_fc.": ".fc1.", ".c_proj.": ".fc2.",
-}
+NAMES = read_json(Path(__file__).with_name("originals.json"))  # whose names -> {theirs: ours}
 
 
-def renamed(name, names):
-    for theirs, ours in names.items():
+def renamed(name, author):
+    for theirs, ours in NAMES[author].items():
         name = name.replace(theirs, ours)
     return name
 
@@ -42,7 +31,7 @@ def meta_tensors(folder):
         tensor = join(name, [shard[name] for shard in shards], params["dim"])
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
             tensor = split_halves(tensor, params["dim"] // params["n_heads"])
-        stored[renamed(name, META)] = tensor
+        stored[renamed(name, "Meta")] = tensor
     norm_eps = params.get("norm_eps", 1e-6)
     return {
         "hidden_size": params["dim"], "intermediate_size": stored["layers.0.mlp.gate_proj.weight"].shape[0],
@@ -85,7 +74,7 @@ def openai_tensors(stored, source):
     """Select the vision tower of an OpenAI state dict, under our names: {name: Stored}."""
     if "visual.conv1.weight" not in stored:
         raise ValueError(f"{source} is not OpenAI's CLIP (no visual.conv1.weight); pass a folder with a config.json")
-    stored = {renamed(name.removeprefix("visual."), OPENAI): stored[name] for name in stored if name.startswith("visual.")}
+    stored = {renamed(name.removeprefix("visual."), "OpenAI"): stored[name] for name in stored if name.startswith("visual.")}
     stored.pop("proj", None)  # into the space that images share with texts
     for name in [name for name in stored if ".in_proj_" in name]:  # query, key and value in one matrix
         tensor = stored.pop(name)

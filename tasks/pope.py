@@ -2,8 +2,7 @@
 
 Files      coco_pope_{random,popular,adversarial}.json (JSON lines or an array), from github.com/RUCAIBox/POPE, output/coco
 Questions  {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in ...?", "label": "yes"}
-Score      accuracy, precision, recall, F1 and share of yes. An answer is no if its first sentence holds No, no or not, else
-           yes. As in LLaVA, the mean F1 is printed once several files have results beside each other
+Score      accuracy, precision, recall, F1 and share of yes (evaluate.says_no), and the mean F1 of the files beside each other
 Run        python -m tasks pope runs/b2 --questions coco_pope_adversarial.json --images val2014 --with-blind
     >>> item = Item("1", None, None, "Is there a snowboard in the image?", {"label": "yes"}, "There is not.")
     >>> judge_hal(item, None); item.correct

@@ -2,8 +2,7 @@
 
 Files      refs(unc).p or refs(umd).p beside its instances.json, from github.com/lichengunc/refer; what `python -m tools.refs`
            makes of them; Shikra's or MDETR's form. COCO's train2014. --split: in the paper, testB, and RefCOCOg's val and test
-Questions  refcoco: "What is at location (4, 52, 13, 63) in image?"; rec: "Where is ...?" with each sentence of each ref. The
-           prompt, RevLoc's or LocPred's, depends on the seed and the ref alone
+Questions  refcoco: "What is at location (4, 52, 13, 63) in image?"; rec: "Where is ...?" with each sentence of each ref
 Score      refcoco: METEOR 1.5 of all answers together (pip install pycocoevalcap, and Java); rec: IoU >= 0.5, original pixels
 Run        python -m tasks refcoco runs/b2 --questions "refs(unc).p" --images train2014 --split testB
     >>> from coords import CoordFormat; from data import Wording
@@ -163,7 +162,7 @@ def submission(items):
 
 FILES = f"questions: {FILE}; answers: instances.json, if it is not beside the pickle"
 TASKS = {
-    "refcoco": Task(read_refcoco, lambda item, wording: None, refcoco_metrics, REV_PROMPTS,  # no single answer has a score
-                    FILES, ("split",), paper_rows("refcoco"), submission=submission),
+    "refcoco": Task(read_refcoco, lambda item, wording: None, refcoco_metrics, REV_PROMPTS, FILES, ("split",),
+                    paper_rows("refcoco"), submission=submission),  # no single answer has a score
     "rec": Task(read_rec, judge_loc, locpred_metrics, LOC_PROMPTS, FILES, ("split",)),
 }
