@@ -352,9 +352,7 @@ MEASURES = {  # task: (its questions, judge, metrics, prompts)
     "hal": (hal_items, judge_hal, hal_metrics, (HAL_PROMPT,)),
 }
 ITEMS = {name: make for name, (make, *_) in MEASURES.items()}
-TASKS = {
-    name: Task(partial(read_items, name, make), *rest, paper=paper_rows(name)) for name, (make, *rest) in MEASURES.items()
-}
+TASKS = {name: Task(partial(read_items, name, make), *rest, paper=paper_rows(name)) for name, (make, *rest) in MEASURES.items()}
 
 
 # ----- answering
@@ -472,6 +470,7 @@ def check_options(parser, args, refused=()):
     refused = [
         *refused,
         (args.coco and not args.images, "--coco without --images, the folder of its images"),
+        (args.images and not (args.coco or getattr(args, "questions", None)), "--images without --coco, the annotations"),
         (not 0 <= args.temperature < math.inf, f"--temperature {args.temperature}; it must be 0 or more"),
     ]
     for name in ("limit", "batch", "max_new_tokens"):
@@ -496,7 +495,6 @@ def parse(argv):
     refused = [
         (bool(args.ask) != bool(args.image), "--ask and --image belong together"),
         (several and args.ask, "--ask runs in one process only"),
-        (args.images and not args.coco, "--images without --coco, the annotations"),
     ]
     return check_options(parser, args, refused)
 

@@ -190,8 +190,7 @@ def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
     weight_map, count = {}, len(shards)
     for number, shard in enumerate(shards, start=1):
         file = path if count == 1 else path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
-        copy = {name: tensor.cpu().contiguous() for name, tensor in shard.items()}
-        write_whole(file, partial(save_file, copy, metadata={"format": "pt"}))
+        write_whole(file, partial(save_file, {k: v.cpu().contiguous() for k, v in shard.items()}, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(shard, file.name)
     if count > 1:
         size = sum(tensor.nbytes for tensor in tensors.values())

@@ -52,7 +52,7 @@ def parse(argv):
         (task and not args.questions, f"{name} needs --questions FILE ({files})"),
         (task and not args.images, f"{name} needs --images, the folder or zip of its images, or the folder of its clips"),
         (not task and args.questions, f"{name} takes --coco, not --questions, which are for {', '.join(TASKS)}"),
-        (not task and args.images and not args.coco, "--images without --coco, the annotations"),
+        ((args.judgements or args.judge_url) and not (task and task.after), f"{name} takes no judge; leave out --judgements and --judge-url"),
         *((getattr(args, o) and o not in options, f"{name} has no --{o}") for o in ("answers", "split", "short")),
     ])
 
@@ -78,8 +78,6 @@ def score(args, job, wording, about):
 def main(argv=None):
     args = parse(argv)
     task = TASKS.get(args.task) or evaluate.TASKS[args.task]
-    if (args.judgements or args.judge_url) and not task.after:
-        raise ValueError(f"{args.task} takes no judge, only questions about clips do; leave out --judgements and --judge-url")
     if args.judgements:
         require_file(args.judgements, "the judge's replies")
     rank, world, wait = processes = start_processes()

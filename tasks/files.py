@@ -1,5 +1,6 @@
-"""Read the files of benchmarks: rows of JSON or JSON lines, joined by id, and images under the names that they go by."""
+"""Read the files of benchmarks: rows of JSON, JSON lines or tables, joined by id, and images under the names they go by."""
 
+import csv
 import json
 import re
 from collections import Counter
@@ -16,9 +17,11 @@ ROW_KEYS = {"question_id", "expression", "id", "custom_id"}  # one of them is in
 
 
 def read_rows(path, expected):
-    """Read JSON or JSON lines, whatever the file's name ends in, as `expected` describes it. One row is a list of one."""
-    with naming(require_file(path, expected), UnicodeDecodeError):
+    """Read JSON, JSON lines, or a table with a header (.csv, .txt), as `expected` describes it. One row is a list of one."""
+    with naming(require_file(path, expected), UnicodeDecodeError, csv.Error):
         text, rows = Path(path).read_text("utf-8"), []
+        if Path(path).suffix in (".csv", ".txt") and text[:1] not in ("[", "{"):
+            return list(csv.DictReader(text.split("\n"), delimiter="\t" if "\t" in text else ",", quoting=csv.QUOTE_NONE))
     with suppress(json.JSONDecodeError):
         content = json.loads(text)
         is_whole = isinstance(content, list) or isinstance(content, dict) and not ROW_KEYS & content.keys()
@@ -61,7 +64,7 @@ class Rows:
 
 
 def match_answers(questions, kind, args, left_over="answers to questions that are not asked"):
-    """Return {id: row with the answer} of all questions, from --answers if it is given, and a Counter {left_over: other rows}."""
+    """Return {id: row with the answer} of all questions, from --answers if given, and a Counter {left_over: other rows}."""
     if not args.answers and any("answer" not in row for row in questions.values()):
         raise ValueError(f"{args.questions} holds no answers; pass {kind.file} as --answers")
     answers = kind.read(args.answers) if args.answers else questions

@@ -23,8 +23,7 @@ def read_pope(args, wording):
     for name, row in ROWS.read(args.questions).items():
         if row["label"] not in ("yes", "no"):
             raise ValueError(f"{args.questions}: question {name} has label {row['label']!r}, neither yes nor no")
-        path = find_image(args.images, row["image"], "val2014")
-        items.append(Item(name, path, None, row["text"], {"label": row["label"]}))
+        items.append(Item(name, find_image(args.images, row["image"], "val2014"), None, row["text"], {"label": row["label"]}))
     return items, {}
 
 

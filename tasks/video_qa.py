@@ -2,8 +2,7 @@
 
 Files      activitynet-qa: test_q.json and test_a.json (github.com/MILVLG/activitynet-qa); msrvtt-qa, msvd-qa: val_qa.json or
            test_qa.json (github.com/xudejing/video-question-answering); tgif-qa: Test_frameqa_question.csv (github.com/
-           YunseokJANG/tgif-qa); or, for all four, Video-LLaVA's test_q.json and test_a.json. --images is a folder of video
-           files or folders of frames; questions about a missing one are skipped
+           YunseokJANG/tgif-qa); or, for all four, Video-LLaVA's test_q.json and test_a.json. Missing clips are skipped
 Questions  {"video_name": "1QIUV7WYKXg", "question": "is the athlete wearing trousers", "question_id": "1QIUV7WYKXg_3"}
 Score      a language model's judgement (judge.py), the paper's; exact match, ignoring case and punctuation; and `contains`
 Run        python -m tasks activitynet-qa runs/vid --questions test_q.json --answers test_a.json --images videos
@@ -12,14 +11,13 @@ Run        python -m tasks activitynet-qa runs/vid --questions test_q.json --ans
     True
 """
 
-import csv
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 from evaluate import Item, Task, paper_rows
 from formats.annotations import find_clips
-from formats.files import naming, require_file, some
+from formats.files import some
 from tasks.files import Rows, match_answers, read_rows
 from tasks.judge import judge_answers
 from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
@@ -33,12 +31,10 @@ ANSWERS = Rows("[{answer, type, question_id}]", {"question_id": str | int, "answ
 
 def read_questions(path):
     """Read the questions of any of the four sets by id. ActivityNet-QA's hold no answers."""
-    if Path(path).suffix == ".csv":
-        with naming(require_file(path, TABLE.file), UnicodeDecodeError, csv.Error), open(path, encoding="utf-8") as file:
-            return TABLE.by_id(list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)), path)
     content = read_rows(path, FILE)
     first = content[0] if isinstance(content, list) and content and isinstance(content[0], dict) else {}
-    return (QA if "video_id" in first and "question_id" not in first else QUESTIONS).by_id(content, path)
+    is_qa, is_table = "video_id" in first and "question_id" not in first, Path(path).suffix == ".csv"
+    return (TABLE if is_table else QA if is_qa else QUESTIONS).by_id(content, path)
 
 
 def read_video_qa(args, wording, types, prefix):
@@ -66,12 +62,12 @@ def read_video_qa(args, wording, types, prefix):
 
 QA_FILES = "questions: val_qa.json, [{id, video_id, question, answer}]; or Video-LLaVA's test_q.json, and answers: test_a.json"
 ACTIVITYNET = "motion, spatial relationship, temporal relationship, yes/no, color, object, location, number, other".split(", ")
-TGIF = ("object", "number", "color", "location")
 SETS = {  # name: (files, names of the question types that the files number, text before a clip's number in its file name)
     "activitynet-qa": ("questions: test_q.json; answers: test_a.json", ACTIVITYNET, ""),
     "msrvtt-qa": (QA_FILES, (), "video"),  # video7010.mp4
     "msvd-qa": (QA_FILES, (), "vid"),  # vid1451.avi
-    "tgif-qa": ("questions: Test_frameqa_question.csv; or test_q.json, and answers: test_a.json", TGIF, ""),
+    "tgif-qa": ("questions: Test_frameqa_question.csv; or test_q.json, and answers: test_a.json",
+                ("object", "number", "color", "location"), ""),
 }
 TASKS = {}
 for name, (files, types, prefix) in SETS.items():

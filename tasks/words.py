@@ -90,8 +90,7 @@ def require_meteor():
 
 def meteor(answers, sentences):
     """Compute METEOR 1.5, 0..1, of all matches together, as RefCOCO's own evaluation does: PTB tokens, lower case, `-norm`.
-    Return a score for each {id: answer} in the list `answers`. sentences: {id: references}"""
-    require_meteor()
+    Return a score for each {id: answer} in the list `answers`. sentences: {id: references}. See `require_meteor`"""
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
