@@ -1,7 +1,7 @@
 """Weight files: read lazily and strictly, under every naming in use; written whole or not at all.
 
-A checkpoint is a Hugging Face folder (config.json beside weights, or an index and its shards), or a single file. `open_tensors`
-returns names and shapes, `sort_tensors` sorts them into the parts of a LLaVA, and `build` reads a piece of a tensor at a time.
+A checkpoint is a Hugging Face folder or a single file. `open_tensors` returns names and shapes, `sort_tensors` sorts them into
+the parts of a LLaVA, and `build` reads a piece of a tensor at a time.
 """
 
 import math
@@ -56,8 +56,7 @@ def find_weights(path):
             weight_map = read_json(require_file(index, "the list of shards")).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no weight_map; download it again")
-            shards = sorted(set(weight_map.values()))
-            return [require_file(path / shard, f"every shard that {index.name} lists") for shard in shards]
+            return [require_file(path / shard, f"all shards of {index.name}") for shard in sorted(set(weight_map.values()))]
         if (path / name).is_file():
             return [path / name]
     shards = sorted(path.glob("*-of-*.safetensors")) + sorted(path.glob("*-of-*.bin"))

@@ -52,7 +52,7 @@ def parse(argv):
         (task and not args.questions, f"{name} needs --questions FILE ({files})"),
         (task and not args.images, f"{name} needs --images, the folder or zip of its images, or the folder of its clips"),
         (not task and args.questions, f"{name} takes --coco, not --questions, which are for {', '.join(TASKS)}"),
-        ((args.judgements or args.judge_url) and not (task and task.after), f"{name} takes no judge; leave out --judgements and --judge-url"),
+        (not (task and task.after) and (args.judgements or args.judge_url), f"{name} takes no judge; leave out its options"),
         *((getattr(args, o) and o not in options, f"{name} has no --{o}") for o in ("answers", "split", "short")),
     ])
 
@@ -81,12 +81,10 @@ def main(argv=None):
     if args.judgements:
         require_file(args.judgements, "the judge's replies")
     rank, world, wait = processes = start_processes()
-    if args.score and not (Path(args.run) / "config.json").is_file():
-        model, config = None, LocVLMConfig()
+    model = None if args.score and not (Path(args.run) / "config.json").is_file() else evaluate.Answerer(args, world)
+    config = model.config if model else LocVLMConfig()
+    if not model:
         print(f"{args.run} holds no model: boxes are read as {config.coord_format()}")
-    else:
-        model = evaluate.Answerer(args, world)
-        config = model.config
     wording = evaluate.wording_of(args, config)
     if rank > 0:
         wait()  # until rank 0 has written the shapes world, if it is missing
