@@ -56,17 +56,14 @@ def join(name, parts, width):
         height = parts[0].shape[0]
         cuts = [(max(0, start - before), max(0, min(stop - before, height))) for before in range(0, shape[0], height)]
         return torch.cat([part.read_rows(*cut) for part, cut in zip(parts, cuts, strict=True)])
-
     return Stored(tuple(shape), read_rows, parts[0].path)
 
 
 def split_halves(stored, head_dim):
     """Reorder the rows of each head: Meta interleaves the pairs that the rotary positions turn, HF keeps halves apart."""
-
     def read_rows(start, stop):
         rows = stored.read().view(-1, head_dim // 2, 2, stored.shape[1])  # (heads, pair, half, width)
         return rows.transpose(1, 2).reshape(stored.shape)[start:stop]
-
     return Stored(stored.shape, read_rows, stored.path)
 
 

@@ -81,7 +81,6 @@ def open_file(path):
     def read_rows(name, start, stop):
         with safe_open(path, "pt") as file:  # opened again each time: pages of an open file count as our memory
             return file.get_slice(name)[start:stop] if shapes[name] else file.get_tensor(name)
-
     return {name: Stored(shape, partial(read_rows, name), path) for name, shape in shapes.items()}
 
 
@@ -112,7 +111,6 @@ def open_torch(path):
         rows = tensors[name][start:stop] if tensors[name].ndim else tensors[name]
         bytes_read += rows.nbytes
         return rows
-
     return {name: Stored(tuple(tensor.shape), partial(read_rows, name), path) for name, tensor in tensors.items()}
 
 
@@ -155,11 +153,10 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
     with torch.device("meta"), SkipInit():
         module = make()
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    missing, unexpected = sorted(shapes.keys() - stored.keys()), sorted(stored.keys() - shapes.keys())
     others = [name for name in sorted(shapes.keys() & stored.keys()) if stored[name].shape != shapes[name]]
-    for what, names in {
-        "missing": sorted(shapes.keys() - stored.keys()), "unexpected": sorted(stored.keys() - shapes.keys()),
-        "of another shape": [f"{name} {stored[name].shape}, expected {shapes[name]}" for name in others],
-    }.items():
+    others = [f"{name} {stored[name].shape}, expected {shapes[name]}" for name in others]
+    for what, names in {"missing": missing, "unexpected": unexpected, "of another shape": others}.items():
         if names:
             raise ValueError(f"{source}: {len(names)} tensors {what}: {some(names)}; does config.json belong to these weights?")
     if torch.device(device).type == "meta":

@@ -24,7 +24,7 @@ IMAGES = Rows(FILE, {"file_name": str}, "data")
 
 def read_coco_spatial(args, wording):
     content, items, skipped = read_rows(args.questions, FILE), [], Counter()
-    entries, categories = IMAGES.by_id(content, args.questions), CATEGORIES.by_id(content, args.questions)
+    entries, categories = IMAGES.read(args.questions, content), CATEGORIES.read(args.questions, content)
     names = {row["id"]: row["name"] for row in categories.values()}
     for image_id, entry in entries.items():
         try:

@@ -42,11 +42,9 @@ class Rows:
     needs: dict  # {key of a row: type of its value}; in a list, the first key has the row's id
     under: str | None = None  # key of the rows, if they are a part of the file
 
-    def read(self, path):
-        return self.by_id(read_rows(path, self.file), path)
-
-    def by_id(self, rows, path):
-        """Return {id as text: row} of a file's content. Raise ValueError for rows of another schema or a repeated id."""
+    def read(self, path, content=None):
+        """Return {id as text: row} of a file (or its content). Raise ValueError for rows of another schema or a repeated id."""
+        rows = read_rows(path, self.file) if content is None else content
         if self.under:
             rows = rows.get(self.under) if isinstance(rows, dict) else None
         if not rows or not isinstance(rows, list | dict):
@@ -74,9 +72,10 @@ def match_answers(questions, kind, args, left_over="answers to questions that ar
     return {name: answers[name] for name in questions}, +Counter({left_over: len(answers) - len(questions)})  # + drops a 0
 
 
-def find_image(images, name, folder=".", *others):
+def find_image(images, name, folder="."):
     """Return an image's path in a folder or zip, by the first of its possible names that exists, else by its own."""
-    names = (name, f"{folder}/{name}", re.sub(r".*(?=\d{12}\.jpg$)", "", name), *others)  # COCO's files of 2017 are numbers
+    number = re.sub(r".*(?=\d{12}\.jpg$)", "", name)  # of a COCO image: its name since 2017
+    names = (name, f"{folder}/{name}", number, f"{Path(name).stem}.png")  # .png: the shapes world's
     if any(map(leaves_folder, names)):
         raise ValueError(f"the image name {name} leads out of {images}; correct the file of questions")
     paths = [Path(images) / name for name in names]

@@ -11,7 +11,6 @@ Run        python -m tasks gqa runs/l2 --questions testdev_balanced_questions.js
 """
 
 from collections import Counter
-from pathlib import Path
 
 from evaluate import Item, Task, paper_rows
 from tasks.files import Rows, find_image, match_answers, read_rows
@@ -25,15 +24,15 @@ def read_gqa(args, wording):
     """Read balanced questions only, as the official evaluation does: 12,578 in testdev."""
     content, skipped, items = read_rows(args.questions, OFFICIAL.file), Counter(), []
     is_official = isinstance(content, dict)
-    rows = (OFFICIAL if is_official else LLAVA).by_id(content, args.questions)
+    rows = (OFFICIAL if is_official else LLAVA).read(args.questions, content)
     truth, left_over = match_answers(rows, OFFICIAL, args)
     for name, row in rows.items():
         if not truth[name].get("isBalanced", True):
             skipped["questions that are not balanced"] += 1
             continue
         text, image = (row["question"], f"{row['imageId']}.jpg") if is_official else (row["text"], row["image"])
-        path = find_image(args.images, image, "images", f"{Path(image).stem}.png")  # .png: the shapes world's
-        items.append(Item(name, path, None, add_short(text, args.short), {"answer": truth[name]["answer"]}))
+        path, facts = find_image(args.images, image, "images"), {"answer": truth[name]["answer"]}
+        items.append(Item(name, path, None, add_short(text, args.short), facts))
     return items, skipped + left_over
 
 

@@ -51,7 +51,7 @@ def read_refs(path, instances=None):
     keys = content if isinstance(content, dict) else ()
     if "predictions" in keys:
         raise ValueError(f"{path} holds a model's descriptions, not questions; pass {FILE}")
-    rows = REFS.by_id(content, path) if "refs" in keys else {}
+    rows = REFS.read(path, content) if "refs" in keys else {}
     try:
         for name, row in rows.items():
             sentences = [(str(number), text) for number, text in row["sentences"]]
@@ -84,7 +84,7 @@ def read_pickle(path, instances=None):
     """Read RefCOCO's own pickle, and the boxes in COCO's instances.json (default: beside the pickle), as rows of REFS."""
     with naming(require_file(path, PICKLE.file), Exception), open(path, "rb") as file:
         content = PlainPickle(file, encoding="latin1").load()  # Python 2 wrote it
-    rows, instances = PICKLE.by_id(content, path), Path(instances or Path(path).with_name("instances.json"))
+    rows, instances = PICKLE.read(path, content), Path(instances or Path(path).with_name("instances.json"))
     coco, refs = read_instances(instances), []
     images = {i["id"]: {"file_name": i["file_name"], "size": (i["width"], i["height"])} for i in coco["images"]}
     bboxes = {a["id"]: a.get("bbox") for a in coco["annotations"]}

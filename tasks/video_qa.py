@@ -34,7 +34,7 @@ def read_questions(path):
     content = read_rows(path, FILE)
     first = content[0] if isinstance(content, list) and content and isinstance(content[0], dict) else {}
     is_qa, is_table = "video_id" in first and "question_id" not in first, Path(path).suffix == ".csv"
-    return (TABLE if is_table else QA if is_qa else QUESTIONS).by_id(content, path)
+    return (TABLE if is_table else QA if is_qa else QUESTIONS).read(path, content)
 
 
 def read_video_qa(args, wording, types, prefix):

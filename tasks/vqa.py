@@ -22,7 +22,7 @@ ANNOTATIONS = Rows("v2_mscoco_*_annotations.json", NEEDS, "annotations")
 
 def read_vqa(args, wording):
     content, items, truth, skipped = read_rows(args.questions, QUESTIONS.file), [], {}, {}
-    rows = QUESTIONS.by_id(content, args.questions)
+    rows = QUESTIONS.read(args.questions, content)
     split = str(content.get("data_subtype", "val2014")).replace("-dev", "")  # test-dev2015 asks about test2015's images
     if args.answers:
         truth, skipped = match_answers(rows, ANNOTATIONS, args, "annotations of questions that are not asked")

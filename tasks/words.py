@@ -77,7 +77,6 @@ def vqa_scores(answer, answers):
     def score(matching):
         total = sum(text in matching for text in answers)
         return (total * min(1, (total - 1) / 3) + (len(answers) - total) * min(1, total / 3)) / len(answers)
-
     return score({answer}), score({text for text in set(answers) if contains(answer, text)})
 
 
@@ -97,7 +96,6 @@ def meteor(answers, sentences):
     def row(text):  # one line, or all that follow would shift; half of a surrogate pair, which no file can hold, becomes "?"
         words = text.encode(errors="replace").decode().replace("|||", " ").split()
         return {"caption": " ".join(words[:1000])}  # METEOR's search for matches takes minutes over a book
-
     texts = {("reference", name): references for name, references in sentences.items()}
     texts |= {(i, name): [by_id[name]] for i, by_id in enumerate(answers) for name in sentences}
     tokens, java = PTBTokenizer().tokenize({key: list(map(row, texts[key])) for key in texts}), Meteor()
