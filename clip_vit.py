@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from coords import resized
 from formats.files import known_fields, read_config
 from formats.images import open_image  # noqa: F401 (the first arrow above)
-from formats.openai import openai_tensors
+from formats.originals import openai_tensors
 from formats.weights import build, open_tensors, sort_tensors
 
 

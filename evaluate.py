@@ -38,7 +38,7 @@ from coords import fault
 from data import OBJECTIVES, SIDE_ANSWERS, SIDE_PROMPTS, Object, Wording, article, judge_rev, targets_of
 from formats.annotations import read_file
 from formats.eval_folder import by_picture, folders_of, read_jobs, run_jobs
-from formats.files import run_command, sha256, write_whole
+from formats.files import read_json, run_command, sha256, write_whole
 from formats.journal import start_processes
 from formats.pictures import card, sheet, still
 from formats.weights import weights_sha256
@@ -101,8 +101,9 @@ class Task:
         return all(item.is_clip for item in items)
 
 
-def paper_rows(metrics, *rows):
-    """Write rows of a table of the paper: ((model, {metric: percent}), ...)."""
+def paper_rows(task):
+    """Return the paper's figures for a task, from tasks/paper.json: ((model, {metric: percent}), ...)."""
+    metrics, *rows = read_json(Path(__file__).parent / "tasks/paper.json").get(task, [()])
     return tuple((model, dict(zip(metrics, values, strict=True))) for model, *values in rows)
 
 
@@ -350,23 +351,8 @@ MEASURES = {  # task: (its questions, judge, metrics, prompts)
     "spatial": (spatial_items, judge_spatial, spatial_metrics, (*SIDE_PROMPTS.values(), ICL_PROMPT)),
     "hal": (hal_items, judge_hal, hal_metrics, (HAL_PROMPT,)),
 }
-TAB_4 = [f"{setting}{word}" for setting in SIDE_PROMPTS for word in ("", *(f", {w}" for w in setting.split("/")))]
-PAPER = {
-    "spatial": paper_rows(
-        (*TAB_4, *(f"icl {name}" for name in TAB_4)),  # asked directly, and in context
-        ("BLIP-2", 45.5, 86.1, 4.74, 49.2, 50.4, 48.6, 14.7, 17.8, 11.6, 15.8, 16.5, 15.2),
-        ("LLaVA", 55.1, 84.5, 36.5, 58.9, 57.8, 59.3, 55.1, 84.7, 36.4, 58.2, 57.7, 58.5),
-        ("LocVLM-B", 69.5, 79.7, 59.2, 65.4, 64.2, 65.9, 76.5, 90.4, 61.5, 74.1, 73.5, 74.4),
-    ),
-    "hal": paper_rows(
-        ("accuracy",), ("Shikra", 86.2), ("LLaVA", 61.9), ("LocVLM-B", 88.3),  # Tab. 8
-        ("Video-ChatGPT, Hal-Act", 50.6), ("LocVLM-Vid-B, Hal-Act", 68.7), ("LocVLM-Vid-B+, Hal-Act", 72.4),
-    ),
-}  # fmt: skip
 ITEMS = {name: make for name, (make, *_) in MEASURES.items()}
-TASKS = {
-    name: Task(partial(read_items, name, make), *rest, paper=PAPER.get(name, ())) for name, (make, *rest) in MEASURES.items()
-}
+TASKS = {name: Task(partial(read_items, name, make), *rest, paper=paper_rows(name)) for name, (make, *rest) in MEASURES.items()}
 
 
 # ----- answering
@@ -484,6 +470,7 @@ def check_options(parser, args, refused=()):
     refused = [
         *refused,
         (args.coco and not args.images, "--coco without --images, the folder of its images"),
+        (args.images and not (args.coco or getattr(args, "questions", None)), "--images without --coco, the annotations"),
         (not 0 <= args.temperature < math.inf, f"--temperature {args.temperature}; it must be 0 or more"),
     ]
     for name in ("limit", "batch", "max_new_tokens"):
@@ -508,7 +495,6 @@ def parse(argv):
     refused = [
         (bool(args.ask) != bool(args.image), "--ask and --image belong together"),
         (several and args.ask, "--ask runs in one process only"),
-        (args.images and not args.coco, "--images without --coco, the annotations"),
     ]
     return check_options(parser, args, refused)
 

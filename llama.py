@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from formats.fast_cpu import pack_linears
 from formats.files import known_fields, read_config, require_file
-from formats.meta import meta_tensors
+from formats.originals import meta_tensors
 from formats.weights import build, open_tensors, sort_tensors
 
 

@@ -6,7 +6,7 @@ Each open_* function returns (format, number of frames, read), and read(places) 
 import re
 from bisect import bisect_right
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -44,9 +44,7 @@ def open_clip(path, decode_all=False):
         return open_folder(path)
     if path.suffix.lower() in IMAGES and (path.suffix.lower() not in ANIMATIONS or split_zip(path)[0]):
         return "still image", 1, lambda places: {0: open_image(path)}
-    if not require_file(path, "a video file, an animation, a folder of frames, or an .npy").stat().st_size:
-        raise ValueError(f"{path} is an empty file; replace it")
-    if path.suffix.lower() == ".npy":
+    if require_file(path, "a video file, an animation, a folder of frames, or an .npy").suffix.lower() == ".npy":
         return open_array(path)
     return open_animation(path) if path.suffix.lower() in ANIMATIONS else open_video(path, decode_all)
 
@@ -81,12 +79,8 @@ def open_animation(path):
     def read(places):
         if len(spans) == 1:
             return {0: open_image(path)}
-        frames = {}
         with naming(path, *PIL_ERRORS), Image.open(path) as image:
-            for place in places:
-                image.seek(place)
-                frames[place] = image.convert("RGB")
-        return frames
+            return {place: ImageSequence.Iterator(image)[place].convert("RGB") for place in places}
     return about, len(spans), read
 
 
@@ -149,10 +143,8 @@ def opened(path):
 def packets(file, streams):
     """Yield the complete packets, up to where the file ends or is cut off."""
     import av
-    try:
+    with suppress(av.FFmpegError):
         yield from (packet for packet in file.demux(streams) if packet.size and not packet.is_corrupt)
-    except av.FFmpegError:
-        return
 
 
 def decoded(file, number):
@@ -160,10 +152,8 @@ def decoded(file, number):
     import av
     stream = file.streams[number]
     for packet in chain(packets(file, stream), [None]):  # None flushes the decoder
-        try:
+        with suppress(av.FFmpegError):
             yield from stream.decode(packet)
-        except av.FFmpegError:
-            continue
 
 
 def seek(file, number, times, keys, places):

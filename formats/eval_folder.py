@@ -75,19 +75,25 @@ def read_jobs(tasks, args, wording):
     if not jobs:
         hint = "is it the right file, or split?" if task.files else "it needs boxes and absent categories"
         raise ValueError(f"{files[0]} yields no question for {', '.join(tasks)}; {hint}")
-    require_images([item for job in jobs for item in job.items], files[0], args.images)
+    items = [item for job in jobs for item in job.items]
+    require_images([item.image for item in items], files[0], args.images)
+    require_sizes(items, files[0])
     return jobs
 
 
-def require_images(items, source, images):
-    """Raise an error if an image or clip that the file `source` asks about is missing, or has another size than it states."""
-    looked = {item.image: item for item in items if item.image}
-    missing = [path.name for path in looked if not (path.exists() or has_image(path))]
+def require_images(paths, source, images):
+    """Raise FileNotFoundError if an image or clip that the file `source` asks about is not in the folder or zip `images`."""
+    paths = dict.fromkeys(path for path in paths if path)
+    missing = [path.name for path in paths if not (path.exists() or has_image(path))]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of the {len(looked)} images of {source} are not in {images} ({some(missing)})")
-    sized = [item for item in looked.values() if item.size and any(item.size) and not item.is_clip]
-    if problems := [problem for item in sized if (problem := image_problem(item.image, item.size))]:
-        raise ValueError(f"{len(problems)} of the {len(looked)} images of {source} cannot be used: {'; '.join(problems[:3])}")
+        raise FileNotFoundError(f"{len(missing)} of the {len(paths)} images of {source} are not in {images} ({some(missing)})")
+
+
+def require_sizes(items, source):
+    """Raise ValueError if an image cannot be read, or has another size than the file `source` states."""
+    sized = {item.image: item.size for item in items if item.image and item.size and not item.is_clip}
+    if problems := [problem for image, size in sized.items() if (problem := image_problem(image, size))]:
+        raise ValueError(f"{len(problems)} of {len(sized)} images of {source} cannot be used: {'; '.join(problems[:3])}")
 
 
 def by_picture(items):

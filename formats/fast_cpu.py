@@ -9,9 +9,7 @@ from torch import nn
 
 class InferenceLinear(nn.Module):
     """A linear layer for CPU inference, without gradients, at the speed of memory: oneDNN's product, weights in its layout.
-
-    `compiled` computes a single row, without bias, as fast as a sum, and keeps the weights in both layouts.
-    """
+    `compiled` computes a single row, without bias, as fast as a sum, and keeps the weights in both layouts."""
 
     def __init__(self, linear, compiled):
         super().__init__()
@@ -35,10 +33,8 @@ def pack_linears(model, compiled=False):
         torch.ops.mkldnn._reorder_linear_weight(like.new_zeros(8, 8), 8)
     except RuntimeError:  # bfloat16 on a CPU without instructions for it
         return
-    for module in list(model.modules()):
-        for name, linear in module.named_children():
-            if isinstance(linear, nn.Linear):
-                setattr(module, name, InferenceLinear(linear, compiled))
+    for name, linear in [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]:
+        model.set_submodule(name, InferenceLinear(linear, compiled))
 
 
 def keep_freed_memory():

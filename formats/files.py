@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -64,22 +64,18 @@ def read_text(path):
 
 
 def read_rows(path, expected):
-    """Read JSON, or JSON lines whose rows are all objects: then a list of them."""
-    text = read_text(require_file(path, expected))
-    try:
+    """Read JSON, or JSON lines whose rows are all objects: then a list of them. expected: what the file should be"""
+    text, rows = read_text(require_file(path, expected)), []
+    with suppress(json.JSONDecodeError, RecursionError):
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON text may hold U+2028
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except (json.JSONDecodeError, RecursionError):
-                rows.append(None)
-            if rows and not isinstance(rows[-1], dict):
-                where = f"line {number} is {line[:80]}" if number > 1 else str(error)
-                problem = f"is neither JSON nor JSON lines ({where}); was its download cut short?"
-                raise ValueError(f"{path} {problem} It should be {expected}") from None
-        return rows
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON text may hold U+2028
+        with suppress(json.JSONDecodeError, RecursionError):
+            rows += [json.loads(line)] if line.strip() else []
+            if not line.strip() or isinstance(rows[-1], dict):
+                continue
+        problem = "so the file is neither JSON nor JSON lines; was its download cut short?"
+        raise ValueError(f"{path}: line {number} is {line[:80]}, {problem} It should be {expected}")
+    return rows
 
 
 def sha256(path):

@@ -20,8 +20,7 @@ def card(image, boxes, lines=(), width=280):
         if corners[0] <= corners[2] and corners[1] <= corners[3]:
             pen.rectangle(corners, outline=colour, width=3)
     wrapped = [line for text in lines for line in textwrap.wrap(text, width // 6) or [""]]
-    whole = Image.new("RGB", (width, picture.height + 13 * len(wrapped) + 6), "white")
-    whole.paste(picture)
+    whole = ImageOps.expand(picture, (0, 0, 0, 13 * len(wrapped) + 6), "white")
     for i, line in enumerate(wrapped):
         ImageDraw.Draw(whole).text((2, picture.height + 2 + 13 * i), line, fill="black")
     return whole
@@ -30,11 +29,10 @@ def card(image, boxes, lines=(), width=280):
 def contact_sheet(cards, path, columns=4):
     """Lay out cards in rows and write one PNG."""
     rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
-    tops = list(accumulate((max(card.height for card in row) + 8 for row in rows), initial=8))
-    sheet = Image.new("RGB", (columns * (cards[0].width + 8) + 8, tops[-1]), "white")
-    for row, top in zip(rows, tops[:-1], strict=True):
-        for i, card in enumerate(row):
-            sheet.paste(card, (8 + i * (card.width + 8), top))
+    *tops, height = accumulate((max(card.height for card in row) + 8 for row in rows), initial=8)
+    sheet = Image.new("RGB", (columns * (cards[0].width + 8) + 8, height), "white")
+    for i, card in enumerate(cards):
+        sheet.paste(card, (8 + i % columns * (card.width + 8), tops[i // columns]))
     write_whole(path, lambda temporary: sheet.save(temporary, "PNG"))
 
 

@@ -128,6 +128,14 @@ def read_box(bbox, size):
     return box_px
 
 
+def clip_box(bbox, size, skipped, rows="boxes"):
+    """Return a COCO bbox as box_px, or None for an invalid one, which counts as skipped among `rows`."""
+    try:
+        return read_box(bbox, size)
+    except ValueError as error:
+        skipped[f"{rows} where the box {error}"] += 1
+
+
 # ----- COCO
 
 

@@ -1,7 +1,7 @@
 """Weight files: read lazily and strictly, under every naming in use; written whole or not at all.
 
-A checkpoint is a Hugging Face folder (config.json beside weights, or an index and its shards), or a single file. `open_tensors`
-returns names and shapes, `sort_tensors` sorts them into the parts of a LLaVA, and `build` reads a piece of a tensor at a time.
+A checkpoint is a Hugging Face folder or a single file. `open_tensors` returns names and shapes, `sort_tensors` sorts them into
+the parts of a LLaVA, and `build` reads a piece of a tensor at a time.
 """
 
 import math
@@ -18,17 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
-from formats.files import read_json, require_file, sha256, some, write_json, write_whole
+from formats.files import naming, read_json, require_file, sha256, some, write_json, write_whole
 
 PIECE_BYTES = 2**24  # read at once, in float32
 SHARD_BYTES = 5 * 10**9  # larger checkpoints are written in shards, as the hub's are
-REMAP_BYTES = 2**26  # read from a TorchFile until it is mapped again, so that pages read do not add up
+REMAP_BYTES = 2**26  # read from a .bin until it is mapped again, so that pages read do not add up
 
 
 @dataclass(frozen=True)
 class Stored:
     """A tensor in a file: its shape, and `read_rows(start, stop)` to read some of its rows."""
-
     shape: tuple
     read_rows: Callable[[int, int], torch.Tensor]
     path: Path
@@ -43,28 +42,23 @@ class Stored:
 
 def open_tensors(path):
     """Open a checkpoint folder, or one .safetensors, .bin, .pt or .pth file: {name: Stored}. Contents are read later."""
-    files, weight_map = find_weights(path)
-    stored = {name: tensor for file in files for name, tensor in open_file(file).items()}
-    if absent := sorted(weight_map.keys() - stored.keys()):
-        raise ValueError(f"{path}: the index lists {some(absent)}, which its shards lack; download all of them again")
-    return stored
+    return {name: tensor for file in find_weights(path) for name, tensor in open_file(file).items()}
 
 
 def find_weights(path):
-    """Find the files that hold a checkpoint's weights: (their paths, the index's {tensor name: file}, or {})."""
+    """Find the files that hold a checkpoint's weights: their paths. A tensor that they lack is found missing by `build`."""
     path = Path(path)
     if path.is_file():
-        return [path], {}
+        return [path]
     for name in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin"):
         index = path / f"{name}.index.json"
         if index.is_file():
             weight_map = read_json(require_file(index, "the list of shards")).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no weight_map; download it again")
-            shards = sorted(set(weight_map.values()))
-            return [require_file(path / shard, f"every shard that {index.name} lists") for shard in shards], weight_map
+            return [require_file(path / shard, f"all shards of {index.name}") for shard in sorted(set(weight_map.values()))]
         if (path / name).is_file():
-            return [path / name], {}
+            return [path / name]
     shards = sorted(path.glob("*-of-*.safetensors")) + sorted(path.glob("*-of-*.bin"))
     hint = f"; it has {shards[0].name}, but no *.index.json" if shards else ""
     raise FileNotFoundError(f"no weights in {path}{hint}; it needs model.safetensors, pytorch_model.bin, or an index")
@@ -72,83 +66,71 @@ def find_weights(path):
 
 def weights_sha256(path):
     """Hash what identifies a model: {file name: sha256} of its config and weights. A path may be a single file."""
-    expected = "a model: config.json beside its weights"
-    configs = [] if Path(path).is_file() else [require_file(Path(path) / "config.json", expected)]
-    return {file.name: sha256(require_file(file, expected)) for file in configs + find_weights(path)[0]}
+    files = ([] if Path(path).is_file() else [Path(path) / "config.json"]) + find_weights(path)
+    return {file.name: sha256(require_file(file, "a model: config.json beside its weights")) for file in files}
 
 
 def open_file(path):
     """Open one weight file: {name: Stored}."""
     path = require_file(path, "a weight file")
     if path.suffix != ".safetensors":
-        file = TorchFile(path)
-        return {name: Stored(tuple(tensor.shape), partial(file.read_rows, name), path) for name, tensor in file.tensors.items()}
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or copy it again") from None
+        return open_torch(path)
+    with naming(path, SafetensorError), safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def read_rows(name, start, stop):
         with safe_open(path, "pt") as file:  # opened again each time: pages of an open file count as our memory
             return file.get_slice(name)[start:stop] if shapes[name] else file.get_tensor(name)
-
     return {name: Stored(shape, partial(read_rows, name), path) for name, shape in shapes.items()}
 
 
-class TorchFile:
-    """A file that torch.save wrote, mapped into memory and read without running any code in its pickle."""
+def load_torch(path):
+    """Map a file that torch.save wrote into memory, without running any code in its pickle: {name: tensor}."""
+    try:  # files from before torch 1.6 are no zips, and cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        wants = (re.findall(r"GLOBAL ([\w.]+)", str(error)) or ["more than tensors"])[0]
+        raise ValueError(f"{path} is a pickle that wants {wants}, which could run any code; get safetensors") from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        script = "a TorchScript archive; save its state_dict() with torch.save"
+        raise ValueError(f"{path} is {script if 'TorchScript' in str(error) else 'damaged; download it again'}") from None
+    tensors = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else None
+    if not tensors:
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state_dict")
+    return tensors
 
-    def __init__(self, path):
-        self.path, self.bytes_read = path, 0
-        self.tensors = self.load()
 
-    def load(self):
-        is_zip = zipfile.is_zipfile(self.path)  # files from before torch 1.6 are no zips, and cannot be mapped
-        try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except pickle.UnpicklingError as error:
-            wants = (re.findall(r"GLOBAL ([\w.]+)", str(error)) or ["more than tensors"])[0]
-            raise ValueError(f"{self.path} is a pickle that wants {wants}, which could run any code; get safetensors") from None
-        except (RuntimeError, EOFError, ValueError) as error:
-            script = "a TorchScript archive; save its state_dict() with torch.save"
-            what = script if "TorchScript" in str(error) else "damaged; download it again"
-            raise ValueError(f"{self.path} is {what}") from None
-        tensors = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else None
-        if not tensors:
-            raise ValueError(f"{self.path} holds a {type(content).__name__}, not a state_dict")
-        return tensors
+def open_torch(path):
+    tensors, bytes_read = load_torch(path), 0
 
-    def read_rows(self, name, start, stop):
-        if self.bytes_read > REMAP_BYTES:
-            self.tensors, self.bytes_read = None, 0
-            self.tensors = self.load()
-        rows = self.tensors[name][start:stop] if self.tensors[name].ndim else self.tensors[name]
-        self.bytes_read += rows.nbytes
+    def read_rows(name, start, stop):
+        nonlocal tensors, bytes_read
+        if bytes_read > REMAP_BYTES:
+            tensors = None  # before it is mapped again
+            tensors, bytes_read = load_torch(path), 0
+        rows = tensors[name][start:stop] if tensors[name].ndim else tensors[name]
+        bytes_read += rows.nbytes
         return rows
+    return {name: Stored(tuple(tensor.shape), partial(read_rows, name), path) for name, tensor in tensors.items()}
 
 
 # Tensor names of a LLaVA, or of its CLIP or LLaMA alone, in every naming: HF's, LLaVA's own (model.mm_projector.0), llava-hf's
-# (language_model.model.), transformers 4.52's (model.language_model.) and 5's (no vision_model). Their group is our name.
-NAMES = {
-    "vision_tower": r"(?:model\.)?(?:vision_tower\.)*(?:vision_model\.)?"
-    r"((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)",
-    "adapter": r"(?:model\.)?(?:mm_projector|multi_modal_projector)\.(.+)",
-    "language_model": r"(?:model\.)?(?:language_model\.)?(?:model\.)?((?:layers|embed_tokens|norm|lm_head)\..+)",
-}
+# (language_model.model.), transformers 4.52's (model.language_model.) and 5's (no vision_model). The group of a part: our name.
+NAMES = re.compile(r"""(?:model\.)?(?:
+    (?:vision_tower\.)*(?:vision_model\.)?(?P<vision_tower>(?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)
+    |(?:mm_projector|multi_modal_projector)\.(?P<adapter>.+)
+    |(?:language_model\.)?(?:model\.)?(?P<language_model>(?:layers|embed_tokens|norm|lm_head)\..+))""", re.VERBOSE)
 IGNORED = r"(.+\.)?(position_ids|rotary_emb\.inv_freq)|(text_model|visual_projection)\..+|text_projection(\..+)?|logit_scale"
 ADAPTER = {"0": "linear_1", "2": "linear_2", "weight": "linear_1.weight", "bias": "linear_1.bias"}  # LLaVA's -> ours
 
 
 def sort_tensors(stored, source):
     """Sort {name: Stored} into the three parts, under our names: {"vision_tower": {name: Stored}, ...}."""
-    parts, foreign = {part: {} for part in NAMES}, []
+    parts, foreign = {part: {} for part in NAMES.groupindex}, []
     for name in [name for name in stored if not re.fullmatch(IGNORED, name)]:
-        for part, pattern in NAMES.items():
-            if found := re.fullmatch(pattern, name):
-                first, dot, rest = found[1].partition(".")
-                parts[part][(ADAPTER.get(first, first) if part == "adapter" else first) + dot + rest] = stored[name]
-                break
+        if found := NAMES.fullmatch(name):
+            part, (first, dot, rest) = found.lastgroup, found[found.lastgroup].partition(".")
+            parts[part][(ADAPTER.get(first, first) if part == "adapter" else first) + dot + rest] = stored[name]
         else:
             foreign.append(name)
     if foreign:
@@ -167,25 +149,20 @@ class SkipInit(TorchFunctionMode):
 
 def build(make, stored, source, dtype=torch.float32, device="cpu"):
     """Make a module on the meta device with make(), and fill it from {name: Stored}, strictly: `source` names it in errors.
-
-    Memory: the module and a piece of a tensor. The device "meta" checks names and shapes, and reads no contents.
-    """
+    Memory: the module and a piece of a tensor. The device "meta" checks names and shapes, and reads no contents."""
     with torch.device("meta"), SkipInit():
         module = make()
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    missing, unexpected = sorted(shapes.keys() - stored.keys()), sorted(stored.keys() - shapes.keys())
     others = [name for name in sorted(shapes.keys() & stored.keys()) if stored[name].shape != shapes[name]]
-    for what, names in {
-        "missing": sorted(shapes.keys() - stored.keys()), "unexpected": sorted(stored.keys() - shapes.keys()),
-        "of another shape": [f"{name} {stored[name].shape}, expected {shapes[name]}" for name in others],
-    }.items():
+    others = [f"{name} {stored[name].shape}, expected {shapes[name]}" for name in others]
+    for what, names in {"missing": missing, "unexpected": unexpected, "of another shape": others}.items():
         if names:
             raise ValueError(f"{source}: {len(names)} tensors {what}: {some(names)}; does config.json belong to these weights?")
     if torch.device(device).type == "meta":
         return module
     filled = {}  # by Stored, for a tied head is one tensor under two names
-    for name, tensor in ((name, stored[name]) for name in shapes):
-        if tensor in filled:
-            continue
+    for tensor, name in {stored[name]: name for name in shapes}.items():
         whole = filled[tensor] = torch.empty(tensor.shape, dtype=dtype, device=device)
         rows = max(1, PIECE_BYTES // (4 * max(1, math.prod(tensor.shape[1:]))))
         for start in range(0, len(whole), rows):
@@ -209,10 +186,9 @@ def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
     weight_map, count = {}, len(shards)
     for number, shard in enumerate(shards, start=1):
         file = path if count == 1 else path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
-        copy = {name: tensor.cpu().contiguous() for name, tensor in shard.items()}
-        write_whole(file, partial(save_file, copy, metadata={"format": "pt"}))
+        write_whole(file, partial(save_file, {k: v.cpu().contiguous() for k, v in shard.items()}, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(shard, file.name)
     if count > 1:
-        size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-        write_json(index, {"metadata": size, "weight_map": weight_map})
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(index, {"metadata": {"total_size": size}, "weight_map": weight_map})
         path.unlink(missing_ok=True)

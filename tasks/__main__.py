@@ -17,7 +17,9 @@ from formats.files import read_json, require_file, run_command, sha256
 from formats.journal import start_processes
 from model import LocVLMConfig
 from tasks import TASKS
-from tasks.files import read_lines
+from tasks.files import Rows
+
+ANSWERS = Rows("rows as in NAME.jsonl", {"id": str, "answer": str})
 
 
 def parse(argv):
@@ -38,15 +40,11 @@ def parse(argv):
     either("--judge-url", help="ask it: https://host/v1, with the key in OPENAI_API_KEY")
     add("--judge-model", default="gpt-3.5-turbo", help="its name (default: gpt-3.5-turbo, the paper's)")
     args = parser.parse_args(argv)
-    return evaluate.check_options(parser, args, refused_options(args))
 
-
-def refused_options(args):
-    """List (is wrong, message) of options that do not go together."""
     name, task = args.task, TASKS.get(args.task)
     files, options = (task.files, task.options) if task else ("", ())
     options += ("answers",) if "answers:" in files else ()
-    return [
+    return evaluate.check_options(parser, args, [
         (args.score and int(os.environ.get("WORLD_SIZE", 1)) > 1, "--score runs in one process only"),
         (args.score and (args.blind or args.with_blind), "--score asks no model; leave out --blind and --with-blind"),
         (args.judgements and args.with_blind, "--judgements are about one run; leave out --with-blind"),
@@ -54,15 +52,15 @@ def refused_options(args):
         (task and not args.questions, f"{name} needs --questions FILE ({files})"),
         (task and not args.images, f"{name} needs --images, the folder or zip of its images, or the folder of its clips"),
         (not task and args.questions, f"{name} takes --coco, not --questions, which are for {', '.join(TASKS)}"),
-        (not task and args.images and not args.coco, "--images without --coco, the annotations"),
+        (not (task and task.after) and (args.judgements or args.judge_url), f"{name} takes no judge; leave out its options"),
         *((getattr(args, o) and o not in options, f"{name} has no --{o}") for o in ("answers", "split", "short")),
-    ]
+    ])
 
 
 def score(args, job, wording, about):
     """Judge answers in a file. A run's own rows stay its results; answers made elsewhere go to a folder beside them."""
     path, folders = Path(args.score), eval_folder.folders_of(args.run, args.into)
-    eval_folder.join(job.items, [(row["id"], row["answer"]) for row in read_lines(path, ("id", "answer"))], path)
+    eval_folder.join(job.items, [(name, row["answer"]) for name, row in ANSWERS.read(path).items()], path)
     folder, about = folders["scored"], about | {"scored": {"file": str(path), "sha256": sha256(path)}}
     own = [f for f in folders.values() if (f / f"{job.name}.jsonl").resolve() == path.resolve()]
     before = read_json(path.with_suffix(".json")) if own and path.with_suffix(".json").is_file() else {}
@@ -80,17 +78,13 @@ def score(args, job, wording, about):
 def main(argv=None):
     args = parse(argv)
     task = TASKS.get(args.task) or evaluate.TASKS[args.task]
-    if (args.judgements or args.judge_url) and not task.after:
-        raise ValueError(f"{args.task} takes no judge, only questions about clips do; leave out --judgements and --judge-url")
     if args.judgements:
         require_file(args.judgements, "the judge's replies")
     rank, world, wait = processes = start_processes()
-    if args.score and not (Path(args.run) / "config.json").is_file():
-        model, config = None, LocVLMConfig()
+    model = None if args.score and not (Path(args.run) / "config.json").is_file() else evaluate.Answerer(args, world)
+    config = model.config if model else LocVLMConfig()
+    if not model:
         print(f"{args.run} holds no model: boxes are read as {config.coord_format()}")
-    else:
-        model = evaluate.Answerer(args, world)
-        config = model.config
     wording = evaluate.wording_of(args, config)
     if rank > 0:
         wait()  # until rank 0 has written the shapes world, if it is missing

@@ -1,92 +1,73 @@
-"""Read the files of benchmarks: rows of JSON or JSON lines, joined by id, and images under the names that they go by."""
+"""Read the files of benchmarks: rows of JSON, JSON lines or tables, joined by id, and images under the names they go by."""
 
-import json
+import csv
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluate import paper_rows
-from formats.files import require_file, some
+from formats import files
+from formats.files import naming, read_text, require_file, some
 from formats.images import has_image
 from formats.schema import leaves_folder
 
-FOLDER = Path(__file__).parent  # also holds texts and the paper's figures
-
-
-def paper(task):
-    """Return the paper's figures for a benchmark, from paper.json: ((model, {metric: percent}), ...)."""
-    return paper_rows(*json.loads((FOLDER / "paper.json").read_text("utf-8"))[task])
+FOLDER = Path(__file__).parent  # also holds texts
+ROW_KEYS = {"question_id", "expression", "id", "custom_id"}  # one of them is in a row, none in a dictionary of rows
 
 
 def read_rows(path, expected):
-    """Read JSON or JSON lines, whatever the file's name ends in, as `expected` describes it. One row is a list of one."""
-    try:
-        content = json.loads(require_file(path, expected).read_text("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text ({error}); it should be {expected}") from None
-    except json.JSONDecodeError:
-        problem = "so the file is neither JSON nor JSON lines; was its download cut short?"
-        return read_lines(path, (), f"{problem} It should be {expected}")
-    is_row = isinstance(content, dict) and not {"question_id", "expression"}.isdisjoint(content)
-    return [content] if is_row else content
-
-
-def read_lines(path, keys, problem=None):
-    """Read JSON lines whose values under `keys` are strings. problem: what another line means, for the error message"""
-    rows, problem = [], problem or f"not JSON with strings under {', '.join(keys)}"
-    for number, line in enumerate(require_file(path, "JSON lines").read_text("utf-8").split("\n"), 1):
-        try:  # not splitlines: JSON text may hold U+2028
-            rows += [json.loads(line)] if line.strip() else []
-            is_valid = not line.strip() or all(isinstance(rows[-1][key], str) for key in keys)
-        except (json.JSONDecodeError, TypeError, KeyError):
-            is_valid = False
-        if not is_valid:
-            raise ValueError(f"{path}: line {number} is {line[:80]}, {problem}")
-    return rows
+    """Read JSON, JSON lines, or a table with a header (.csv, .tsv, .txt), as `expected` describes it. One row is a list of one."""
+    if Path(path).suffix.lower() in (".csv", ".tsv", ".txt"):
+        text = read_text(require_file(path, expected))
+        if text[:1] not in ("[", "{"):
+            with naming(path, csv.Error):
+                delimiter = "\t" if "\t" in text else ","
+                return list(csv.DictReader(text.split("\n"), delimiter=delimiter, quoting=csv.QUOTE_NONE))
+    content = files.read_rows(path, expected)
+    return [content] if isinstance(content, dict) and ROW_KEYS & content.keys() else content
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A kind of file with rows, and what is required of them."""
+    """A kind of file with rows, a list or a dictionary {id: row}, and what is required of them."""
     file: str  # its description, for error messages
-    needs: dict  # {key of a row: type of its value}; the first key has the row's id, unless the kind is a dictionary {id: row}
+    needs: dict  # {key of a row: type of its value}; in a list, the first key has the row's id
     under: str | None = None  # key of the rows, if they are a part of the file
-    kind: str = "list"  # or "dictionary"
 
-    def read(self, path):
-        return self.by_id(read_rows(path, self.file), path)
-
-    def by_id(self, rows, path):
-        """Return {id as text: row} of a file's content. Raise ValueError for rows of another schema or a repeated id."""
+    def read(self, path, content=None):
+        """Return {id as text: row} of a file (or its content). Raise ValueError for rows of another schema or a repeated id."""
+        rows = read_rows(path, self.file) if content is None else content
         if self.under:
             rows = rows.get(self.under) if isinstance(rows, dict) else None
-        if not rows or not isinstance(rows, list if self.kind == "list" else dict):
-            kind = f"{self.kind} {self.under!r}" if self.under else f"{self.kind} of rows"
-            raise ValueError(f"{path} has no {kind}, or it holds nothing; is this another file? It should be {self.file}")
+        if not rows or not isinstance(rows, list | dict):
+            where = f" under {self.under!r}" if self.under else ""
+            raise ValueError(f"{path} has no rows{where}; is this another file? It should be {self.file}")
         found, key, wanted = {}, next(iter(self.needs)), f"{self.file}: rows with {', '.join(self.needs)}"
-        for place, row in enumerate(rows) if self.kind == "list" else rows.items():
+        for place, row in enumerate(rows) if isinstance(rows, list) else rows.items():
             if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in self.needs.items()):
                 raise ValueError(f"{path}: row {place} is {str(row)[:120]}; is this another file? It should be {wanted}")
-            name = str(row[key] if self.kind == "list" else place)
+            name = str(row[key] if isinstance(rows, list) else place)
             if name in found:
                 raise ValueError(f"{path} has {key} {name} twice; are two files in one?")
             found[name] = row
         return found
 
 
-def match_answers(questions, answers, args, left_over="answers to questions that are not asked"):
-    """Return {id: answer} of all questions, which must each have one, and a Counter {left_over: answers without a question}."""
+def match_answers(questions, kind, args, left_over="answers to questions that are not asked"):
+    """Return {id: row with the answer} of all questions, from --answers if given, and a Counter {left_over: other rows}."""
+    if not args.answers and any("answer" not in row for row in questions.values()):
+        raise ValueError(f"{args.questions} holds no answers; pass {kind.file} as --answers")
+    answers = kind.read(args.answers) if args.answers else questions
     if missing := [name for name in questions if name not in answers]:
         problem = f"no answer to {len(missing)} of the {len(questions)} questions of {args.questions} ({some(missing)})"
         raise ValueError(f"{args.answers} has {problem}; do the two files belong together?")
     return {name: answers[name] for name in questions}, +Counter({left_over: len(answers) - len(questions)})  # + drops a 0
 
 
-def find_image(images, name, folder=".", *others):
+def find_image(images, name, folder="."):
     """Return an image's path in a folder or zip, by the first of its possible names that exists, else by its own."""
-    number = re.search(r"\d{12}\.jpg$", name)  # COCO's files of 2017 have no other name
-    names = (name, f"{folder}/{name}", number[0] if number else name, *others)
+    number = re.sub(r".*(?=\d{12}\.jpg$)", "", name)  # of a COCO image: its name since 2017
+    names = (name, f"{folder}/{name}", number, f"{Path(name).stem}.png")  # .png: the shapes world's
     if any(map(leaves_folder, names)):
         raise ValueError(f"the image name {name} leads out of {images}; correct the file of questions")
     paths = [Path(images) / name for name in names]

@@ -11,13 +11,12 @@ Run        python -m tasks gqa runs/l2 --questions testdev_balanced_questions.js
 """
 
 from collections import Counter
-from pathlib import Path
 
-from evaluate import Item, Task
-from tasks.files import Rows, find_image, match_answers, paper, read_rows
+from evaluate import Item, Task, paper_rows
+from tasks.files import Rows, find_image, match_answers, read_rows
 from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
 
-OFFICIAL = Rows("GQA's *_balanced_questions.json", {"question": str, "answer": str, "imageId": str}, kind="dictionary")
+OFFICIAL = Rows("GQA's *_balanced_questions.json", {"question": str, "answer": str, "imageId": str})
 LLAVA = Rows("LLaVA's llava_gqa_testdev_balanced.jsonl", {"question_id": str | int, "image": str, "text": str})
 
 
@@ -25,17 +24,15 @@ def read_gqa(args, wording):
     """Read balanced questions only, as the official evaluation does: 12,578 in testdev."""
     content, skipped, items = read_rows(args.questions, OFFICIAL.file), Counter(), []
     is_official = isinstance(content, dict)
-    rows = (OFFICIAL if is_official else LLAVA).by_id(content, args.questions)
-    if not is_official and not args.answers:
-        raise ValueError(f"{args.questions} holds no answers; pass {OFFICIAL.file} as --answers")
-    truth, left_over = match_answers(rows, OFFICIAL.read(args.answers) if args.answers else rows, args)
+    rows = (OFFICIAL if is_official else LLAVA).read(args.questions, content)
+    truth, left_over = match_answers(rows, OFFICIAL, args)
     for name, row in rows.items():
         if not truth[name].get("isBalanced", True):
             skipped["questions that are not balanced"] += 1
             continue
         text, image = (row["question"], f"{row['imageId']}.jpg") if is_official else (row["text"], row["image"])
-        path = find_image(args.images, image, "images", f"{Path(image).stem}.png")  # .png: the shapes world's
-        items.append(Item(name, path, None, add_short(text, args.short), {"answer": truth[name]["answer"]}))
+        path, facts = find_image(args.images, image, "images"), {"answer": truth[name]["answer"]}
+        items.append(Item(name, path, None, add_short(text, args.short), facts))
     return items, skipped + left_over
 
 
@@ -52,4 +49,4 @@ def submission(items):
 
 
 FILES = "questions: testdev_balanced_questions.json; or LLaVA's .jsonl, and answers: testdev_balanced_questions.json"
-TASKS = {"gqa": Task(read_gqa, judge_gqa, exact_metrics, PROMPTS, FILES, ("short",), paper("gqa"), submission=submission)}
+TASKS = {"gqa": Task(read_gqa, judge_gqa, exact_metrics, PROMPTS, FILES, ("short",), paper_rows("gqa"), submission=submission)}

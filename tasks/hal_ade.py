@@ -11,7 +11,6 @@ Run        python -m tasks hal-ade runs/b2 --questions ADE/objectInfo150.txt --i
     ('Is there a sky in the image?', True)
 """
 
-import csv
 import random
 import re
 from collections import Counter
@@ -20,35 +19,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluate import HAL_PROMPT, Item, Task, ask_presence, hal_metrics, judge_hal
-from formats.files import naming, require_file, some
-from tasks.files import FOLDER, find_image, paper
+from evaluate import HAL_PROMPT, Item, Task, ask_presence, hal_metrics, judge_hal, paper_rows
+from formats.files import naming, some
+from tasks.files import FOLDER, Rows, find_image
 
-COCO_NAMES = (FOLDER / "coco_categories.txt").read_text("utf-8").splitlines()
+OBJECTS = Rows("ADEChallengeData2016/objectInfo150.txt", {"Idx": str, "Name": str})
+COCO_NAMES = (FOLDER / "coco_names.txt").read_text("utf-8").splitlines()  # and from "motorbike" on, other words for them
 TAKEN = {*COCO_NAMES, *(name.split()[-1] for name in COCO_NAMES)}  # "hot dog" and "dog"
-TAKEN |= {"motorbike", "armchair", "bag", "animal", "food", "computer", "van", "ship"}  # other words for COCO's
-
-
-def read_names(path):
-    """Read objectInfo150: {object number: its names}."""
-    with naming(require_file(path, "ADEChallengeData2016/objectInfo150.txt"), UnicodeDecodeError):
-        text = Path(path).read_text("utf-8")
-    rows = csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in text else ",")
-    try:
-        names = {int(row["Idx"]): [n.strip() for n in re.split("[,;]", row["Name"]) if n.strip()] for row in rows}
-    except (KeyError, TypeError, ValueError, AttributeError, csv.Error):
-        names = {}
-    if not names or not all(names.values()):
-        raise ValueError(f"{path} lists no objects; it should be objectInfo150.txt, with columns Idx and Name")
-    return names
 
 
 def read_hal_ade(args, wording):
-    names, folder = read_names(args.questions), Path(args.questions).parent / "annotations/validation"
+    rows, folder = OBJECTS.read(args.questions), Path(args.questions).parent / "annotations/validation"
+    with naming(args.questions, ValueError):
+        names = {int(number): [n.strip() for n in re.split("[,;]", row["Name"]) if n.strip()] for number, row in rows.items()}
+    ours = {n for n in names if names[n] and not any({name, name.split()[-1]} & TAKEN for name in names[n])}
     masks, skipped, items = sorted(folder.glob("*.png")), Counter(), []
     if not masks:
         raise FileNotFoundError(f"no masks ADE_val_*.png in {folder}; unpack the whole archive")
-    ours = {number for number in names if not any({name, name.split()[-1]} & TAKEN for name in names[number])}
     for mask in masks:
         with naming(mask, OSError, SyntaxError), Image.open(mask) as image:
             pixels = np.asarray(image)
@@ -70,4 +57,4 @@ def read_hal_ade(args, wording):
 
 
 FILES = "questions: ADEChallengeData2016/objectInfo150.txt, its masks beside it in annotations/validation"
-TASKS = {"hal-ade": Task(read_hal_ade, judge_hal, hal_metrics, (HAL_PROMPT,), FILES, paper=paper("hal-ade"))}
+TASKS = {"hal-ade": Task(read_hal_ade, judge_hal, hal_metrics, (HAL_PROMPT,), FILES, paper=paper_rows("hal-ade"))}

@@ -21,11 +21,10 @@ from tqdm import tqdm
 from evaluate import mean
 from formats.files import write_rows
 from formats.journal import open_journal, read_journal, write_line
-from tasks.files import FOLDER, read_lines
+from tasks.files import FOLDER, read_rows
 from tasks.words import SHORT
 
 PROMPTS = {role: (FOLDER / f"judge_{role}.txt").read_text("utf-8").strip() for role in ("system", "user")}
-LONGEST_REPLY = 10_000  # characters; a longer reply is no dictionary
 
 
 def judge_answers(job, items, folder, args):
@@ -33,7 +32,7 @@ def judge_answers(job, items, folder, args):
     requests, journal_path = judge_requests(items, args.judge_model), folder / f"{job.name}.judgements.jsonl"
     write_rows(folder / f"{job.name}.requests.jsonl", requests)
     if args.judgements:
-        rows = read_lines(args.judgements, ("custom_id",))
+        rows = read_rows(args.judgements, "the judge's replies: JSON lines with custom_id and response")
         return read_judgements(rows, items), {"model": args.judge_model, "file": args.judgements}
     if not args.judge_url:
         return {}, None
@@ -71,10 +70,9 @@ def parse_judgement(reply):
     >>> [parse_judgement(reply) for reply in ("{'pred': 'yes', 'score': 4.8}", "Yes, 5", "{'pred': 'no', 'score': 9}")]
     [(True, 4), None, None]
     """
-    if len(reply) > LONGEST_REPLY:
-        return None
     try:
-        judgement = ast.literal_eval(reply[reply.find("{") : reply.rfind("}") + 1])
+        text = reply[reply.find("{") : reply.rfind("}") + 1] if len(reply) <= 10_000 else ""  # a longer one is no dictionary
+        judgement = ast.literal_eval(text)
         pred, score = judgement["pred"].lower(), int(judgement["score"])
     except (ValueError, SyntaxError, TypeError, KeyError, AttributeError, OverflowError, MemoryError, RecursionError):
         return None
@@ -85,9 +83,9 @@ def read_judgements(rows, items):
     """Join a judge's replies, rows of OpenAI's batch output, to items by id: {name: share of the valid replies, or count}."""
     by_id, replies = {item.id: item for item in items}, {}
     for index, row in enumerate(rows):
-        name, reply = row.get("custom_id") if isinstance(row, dict) else None, reply_of(row)
+        name, reply = str(row.get("custom_id") if isinstance(row, dict) else None), reply_of(row)
         if name not in by_id:
-            raise ValueError(f"judgement {index} has custom_id {str(name)[:80]!r}, which no question has; is it another run's?")
+            raise ValueError(f"judgement {index} has custom_id {name[:80]!r}, which no question has; is it another run's?")
         if reply is not None and name in replies:
             raise ValueError(f"custom_id {name} comes twice among the judgements; remove one of them")
         if reply is not None:  # else the request failed; another row may hold its reply
@@ -95,12 +93,11 @@ def read_judgements(rows, items):
     valid = {name: judgement for name, reply in replies.items() if (judgement := parse_judgement(reply))}
     for name, (is_right, score) in valid.items():
         by_id[name].truth["judged"] = {"right": is_right, "score": score}
-    count, points = len(valid), sum(score for _, score in valid.values())
     return {
         "judge accuracy": mean(is_right for is_right, _ in valid.values()),
-        "judge score, as a share of 5": points / 5 / count if count else float("nan"),
-        "judged": count, "judge unparsable": len(replies) - count, "judge missing": len(items) - len(replies),
-    }  # fmt: skip
+        "judge score, as a share of 5": sum(score for _, score in valid.values()) / 5 / len(valid) if valid else float("nan"),
+        "judged": len(valid), "judge unparsable": len(replies) - len(valid), "judge missing": len(items) - len(replies),
+    }
 
 
 class NoRedirect(HTTPRedirectHandler):
@@ -108,7 +105,7 @@ class NoRedirect(HTTPRedirectHandler):
         """Follow no redirection: it would carry the key elsewhere."""
 
 
-def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, timeout=60):
+def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0):
     """Ask an OpenAI-compatible endpoint to judge the items that no row of `done` replies to. Yield rows as they arrive."""
     if key and not re.fullmatch(r"[!-~]+", key):
         raise ValueError("OPENAI_API_KEY holds blanks, line ends or other characters outside ASCII; set it to the key alone")
@@ -118,7 +115,7 @@ def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, t
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     answered, failures, pool = {row["custom_id"] for row in done if reply_of(row) is not None}, [], ThreadPoolExecutor(workers)
     pending = [row for row in judge_requests(items, model) if row["custom_id"] not in answered]
-    send = partial(send_request, url=url, headers=headers, failures=failures, retries=retries, wait=wait, timeout=timeout)
+    send = partial(send_request, url=url, headers=headers, failures=failures, retries=retries, wait=wait)
     try:
         for future in as_completed([pool.submit(send, row) for row in pending]):
             if reply := future.result():  # also those that were under way when another failed
@@ -129,7 +126,7 @@ def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0, t
         raise failures[0]
 
 
-def send_request(row, url, headers, failures, retries, wait, timeout):
+def send_request(row, url, headers, failures, retries, wait):
     """Return a row of OpenAI's batch output, or add an error to `failures`. Once there is one, send nothing."""
     if failures:
         return None
@@ -137,7 +134,7 @@ def send_request(row, url, headers, failures, retries, wait, timeout):
     for attempt in range(retries):
         time.sleep(min(60, wait * 2 ** (attempt - 1)) if attempt else 0)  # longer after each try
         try:
-            with build_opener(NoRedirect).open(request, timeout=timeout) as response:
+            with build_opener(NoRedirect).open(request, timeout=60) as response:
                 reply = {"custom_id": row["custom_id"], "response": {"status_code": 200, "body": json.load(response)}}
             if reply_of(reply) is not None:
                 return reply

@@ -2,17 +2,16 @@
 
 Files      coco_pope_{random,popular,adversarial}.json (JSON lines or an array), from github.com/RUCAIBox/POPE, output/coco
 Questions  {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in ...?", "label": "yes"}
-Score      accuracy, precision, recall, F1 and share of yes. An answer is no if its first sentence holds No, no or not, else
-           yes. As in LLaVA, the mean F1 is printed once several files have results beside each other
+Score      accuracy, precision, recall, F1 and share of yes (evaluate.says_no), and the mean F1 of the files beside each other
 Run        python -m tasks pope runs/b2 --questions coco_pope_adversarial.json --images val2014 --with-blind
     >>> item = Item("1", None, None, "Is there a snowboard in the image?", {"label": "yes"}, "There is not.")
     >>> judge_hal(item, None); item.correct
     False
 """
 
-from evaluate import HAL_PROMPT, Item, Task, hal_metrics, judge_hal, mean
+from evaluate import HAL_PROMPT, Item, Task, hal_metrics, judge_hal, mean, paper_rows
 from formats.eval_folder import shown
-from tasks.files import Rows, find_image, paper
+from tasks.files import Rows, find_image
 from tasks.words import spaced
 
 ROWS = Rows("a file of POPE", {"question_id": int | str, "image": str, "text": str, "label": str})
@@ -24,8 +23,7 @@ def read_pope(args, wording):
     for name, row in ROWS.read(args.questions).items():
         if row["label"] not in ("yes", "no"):
             raise ValueError(f"{args.questions}: question {name} has label {row['label']!r}, neither yes nor no")
-        path = find_image(args.images, row["image"], "val2014")
-        items.append(Item(name, path, None, row["text"], {"label": row["label"]}))
+        items.append(Item(name, find_image(args.images, row["image"], "val2014"), None, row["text"], {"label": row["label"]}))
     return items, {}
 
 
@@ -42,4 +40,4 @@ def mean_f1(results, folder):
 
 
 FILES = "questions: coco_pope_{random,popular,adversarial}.json"
-TASKS = {"pope": Task(read_pope, judge_hal, pope_metrics, (HAL_PROMPT,), FILES, paper=paper("pope"), summary=mean_f1)}
+TASKS = {"pope": Task(read_pope, judge_hal, pope_metrics, (HAL_PROMPT,), FILES, paper=paper_rows("pope"), summary=mean_f1)}

@@ -18,13 +18,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from data import LOC_PROMPTS, REV_PROMPTS, judge_loc, loc_question, read_instances
-from evaluate import Item, Task, locpred_metrics
+from data import LOC_PROMPTS, REV_PROMPTS, judge_loc, loc_question
+from evaluate import Item, Task, locpred_metrics, paper_rows
 from formats.eval_folder import require_images
-from formats.files import naming, require_file
+from formats.files import naming, read_json, require_file
 from formats.images import image_size
-from formats.schema import box_from_xywh, box_problem
-from tasks.files import Rows, find_image, paper, read_rows
+from formats.schema import Problems, clip_box, owner_rows, require_lists
+from tasks.files import Rows, find_image, read_rows
 from tasks.words import meteor, require_meteor
 
 FILE = "refs(unc).p with instances.json, refs_*.json of the shapes, Shikra's JSON lines, or MDETR's finetune_*.json"
@@ -47,13 +47,12 @@ def make_ref(ref_id, file_name, size, split, bbox, sentences):
 
 def read_refs(path, instances=None):
     """Read refs from any of the four forms, or from MAttNet's sample of detections. instances: see `read_pickle`"""
-    if Path(path).suffix in (".p", ".pkl", ".pickle"):
-        return read_pickle(path, instances)
-    content, refs = read_rows(path, FILE), {}
+    is_pickle, refs = Path(path).suffix in (".p", ".pkl", ".pickle"), {}
+    content = {"refs": read_pickle(path, instances)} if is_pickle else read_rows(path, FILE)
     keys = content if isinstance(content, dict) else ()
     if "predictions" in keys:
         raise ValueError(f"{path} holds a model's descriptions, not questions; pass {FILE}")
-    rows = REFS.by_id(content, path) if "refs" in keys else {}
+    rows = REFS.read(path, content) if "refs" in keys else {}
     try:
         for name, row in rows.items():
             sentences = [(str(number), text) for number, text in row["sentences"]]
@@ -83,23 +82,22 @@ def read_sentences(content):
 
 
 def read_pickle(path, instances=None):
-    """Read RefCOCO's own pickle, and the boxes in COCO's instances.json (default: beside the pickle)."""
+    """Read RefCOCO's own pickle, and the boxes in COCO's instances.json (default: beside the pickle), as rows of REFS."""
     with naming(require_file(path, PICKLE.file), Exception), open(path, "rb") as file:
         content = PlainPickle(file, encoding="latin1").load()  # Python 2 wrote it
-    rows, instances = PICKLE.by_id(content, path), Path(instances or Path(path).with_name("instances.json"))
-    coco, refs = read_instances(instances), []
-    images = {i["id"]: (i["file_name"], (i["width"], i["height"])) for i in coco["images"]}
-    bboxes = {a["id"]: a.get("bbox") for a in coco["annotations"]}
+    rows, instances = PICKLE.read(path, content), Path(instances or Path(path).with_name("instances.json"))
+    coco, refs = read_json(require_file(instances, "RefCOCO's instances.json")), []
+    require_lists(coco, ("images", "annotations"), instances, "RefCOCO's instances.json")
+    images, bboxes = owner_rows(coco, instances, Problems())[0], {str(a.get("id")): a.get("bbox") for a in coco["annotations"]}
     for name, row in rows.items():
-        if row["image_id"] not in images or row["ann_id"] not in bboxes:
+        image_id, ann_id = str(row["image_id"]), str(row["ann_id"])
+        if image_id not in images or ann_id not in bboxes:
             problem = f"lacks image {row['image_id']} or annotation {row['ann_id']} of ref {name} in {path}"
             raise ValueError(f"{instances} {problem}; are they of one release?")
-        try:
+        with naming(path, KeyError, TypeError):
             sentences = [(str(s["sent_id"]), s["sent"]) for s in row["sentences"]]
-        except (KeyError, TypeError):
-            found = str(row["sentences"])[:120]
-            raise ValueError(f"{path}: ref {name} has sentences {found}, without sent_id and sent") from None
-        refs.append(make_ref(name, *images[row["image_id"]], row["split"], bboxes[row["ann_id"]], sentences))
+        about = {"split": row["split"], "bbox": bboxes[ann_id], "sentences": sentences}
+        refs.append({"ref_id": name, **dict(zip(("file_name", "size"), images[image_id], strict=True)), **about})
     return refs
 
 
@@ -115,13 +113,11 @@ def read_split(args):
     require_images(paths, args.questions, args.images)  # some sizes are read from them
     for ref, path in zip(refs, paths, strict=True):
         size = tuple(ref["size"] or image_size(path))
-        if problem := box_problem(ref["bbox"], size):
-            skipped[f"refs where the box {problem.split(' of size')[0]}"] += 1
-        elif not ref["sentences"] or not all(isinstance(text, str) for _, text in ref["sentences"]):
-            skipped["refs without a sentence"] += 1
-        else:
-            x1, y1, x2, y2 = box_from_xywh(ref["bbox"])
-            found.append((ref, path, size, (x1, y1, min(x2, size[0]), min(y2, size[1]))))
+        if box_px := clip_box(ref["bbox"], size, skipped, "refs"):
+            if ref["sentences"] and all(isinstance(text, str) for _, text in ref["sentences"]):
+                found.append((ref, path, size, box_px))
+            else:
+                skipped["refs without a sentence"] += 1
     return found, skipped
 
 
@@ -158,7 +154,7 @@ def refcoco_metrics(items):
         "METEOR 1.5": score, 'METEOR 1.5 without "There is a"': bare_score,
         "refs (meteor-1.5.jar and PTB tokens of pycocoevalcap)": len(items), "sentences": sum(map(len, sentences.values())),
         "empty answers": sum(not answer.strip() for answer in answers.values()),
-    }  # fmt: skip
+    }
 
 
 def submission(items):
@@ -168,9 +164,7 @@ def submission(items):
 
 FILES = f"questions: {FILE}; answers: instances.json, if it is not beside the pickle"
 TASKS = {
-    "refcoco": Task(
-        read_refcoco, lambda item, wording: None, refcoco_metrics,  # no single answer has a score
-        REV_PROMPTS, FILES, ("split",), paper("refcoco"), submission=submission,
-    ),
+    "refcoco": Task(read_refcoco, lambda item, wording: None, refcoco_metrics, REV_PROMPTS, FILES, ("split",),
+                    paper_rows("refcoco"), submission=submission),  # no single answer has a score
     "rec": Task(read_rec, judge_loc, locpred_metrics, LOC_PROMPTS, FILES, ("split",)),
-}  # fmt: skip
+}

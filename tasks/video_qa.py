@@ -2,8 +2,7 @@
 
 Files      activitynet-qa: test_q.json and test_a.json (github.com/MILVLG/activitynet-qa); msrvtt-qa, msvd-qa: val_qa.json or
            test_qa.json (github.com/xudejing/video-question-answering); tgif-qa: Test_frameqa_question.csv (github.com/
-           YunseokJANG/tgif-qa); or, for all four, Video-LLaVA's test_q.json and test_a.json. --images is a folder of video
-           files or folders of frames; questions about a missing one are skipped
+           YunseokJANG/tgif-qa); or, for all four, Video-LLaVA's test_q.json and test_a.json. Missing clips are skipped
 Questions  {"video_name": "1QIUV7WYKXg", "question": "is the athlete wearing trousers", "question_id": "1QIUV7WYKXg_3"}
 Score      a language model's judgement (judge.py), the paper's; exact match, ignoring case and punctuation; and `contains`
 Run        python -m tasks activitynet-qa runs/vid --questions test_q.json --answers test_a.json --images videos
@@ -12,15 +11,14 @@ Run        python -m tasks activitynet-qa runs/vid --questions test_q.json --ans
     True
 """
 
-import csv
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from evaluate import Item, Task
-from formats.annotations import find_clips
-from formats.files import naming, require_file, some
-from tasks.files import Rows, match_answers, paper, read_rows
+from evaluate import Item, Task, paper_rows
+from formats.clips import find_clips
+from formats.files import read_text, some
+from tasks.files import Rows, match_answers, read_rows
 from tasks.judge import judge_answers
 from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
 
@@ -31,30 +29,20 @@ TABLE = Rows("TGIF-QA's *_frameqa_question.csv", {"vid_id": str, "gif_name": str
 ANSWERS = Rows("[{answer, type, question_id}]", {"question_id": str | int, "answer": str | int})
 
 
-def read_questions(path, has_answers):
-    """Read the questions of any of the four sets by id. Each holds its answer, unless a file of answers follows."""
-    if Path(path).suffix == ".csv":
-        require_file(path, TABLE.file)
-        with naming(path, UnicodeDecodeError, csv.Error), open(path, encoding="utf-8", newline="") as file:
-            return TABLE.by_id(list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)), path)
+def read_questions(path):
+    """Read the questions of any of the four sets by id. ActivityNet-QA's hold no answers."""
     content = read_rows(path, FILE)
     first = content[0] if isinstance(content, list) and content and isinstance(content[0], dict) else {}
-    if "video_id" in first and "question_id" not in first:
-        return QA.by_id(content, path)
-    rows = QUESTIONS.by_id(content, path)
-    if not has_answers:
-        raise ValueError(f"{path} holds no answers; pass {ANSWERS.file} as --answers")
-    return rows
+    is_qa, is_table = "video_id" in first and "question_id" not in first, Path(path).suffix.lower() in (".csv", ".tsv")
+    return (TABLE if is_table else QA if is_qa else QUESTIONS).read(path, content)
 
 
 def read_video_qa(args, wording, types, prefix):
     """Read questions and answers, and find each clip. types, prefix: see SETS"""
-    truth = rows = read_questions(args.questions, bool(args.answers))
-    items, missing, skipped = [], Counter(), Counter()
-    if args.answers:
-        truth, skipped = match_answers(rows, ANSWERS.read(args.answers), args)
+    rows, items, missing = read_questions(args.questions), [], Counter()
+    truth, skipped = match_answers(rows, ANSWERS, args)
     clips, mapping = find_clips(args.images), Path(args.questions).with_name("youtube_mapping.txt")  # MSVD's other names
-    lines = [line.split() for line in mapping.read_text("utf-8").splitlines()] if mapping.is_file() else []
+    lines = [line.split() for line in read_text(mapping).splitlines()] if mapping.is_file() else []
     other = {line[1]: line[0] for line in lines if len(line) == 2}
     for name, row in rows.items():
         clip = row.get("video_name") or row.get("gif_name") or row.get("video") or f"{prefix}{row.get('video_id')}"
@@ -65,7 +53,7 @@ def read_video_qa(args, wording, types, prefix):
         facts, kind = {"answer": str(truth[name]["answer"])}, str(truth[name].get("type", ""))
         if types and kind.isdecimal():
             facts["type"] = types[int(kind)] if int(kind) < len(types) else f"type {int(kind)}"
-        items.append(Item(name, path, None, add_short(row["question"], args.short), facts))
+        items.append(Item(name, path, None, add_short(row["question"], args.short), facts, is_clip=True))
     where = f"in {args.images} ({some(list(missing))})"
     if not items:
         raise FileNotFoundError(f"none of the {len(missing)} clips of {args.questions} is {where}, as file or folder of frames")
@@ -74,14 +62,14 @@ def read_video_qa(args, wording, types, prefix):
 
 QA_FILES = "questions: val_qa.json, [{id, video_id, question, answer}]; or Video-LLaVA's test_q.json, and answers: test_a.json"
 ACTIVITYNET = "motion, spatial relationship, temporal relationship, yes/no, color, object, location, number, other".split(", ")
-TGIF = ("object", "number", "color", "location")
 SETS = {  # name: (files, names of the question types that the files number, text before a clip's number in its file name)
     "activitynet-qa": ("questions: test_q.json; answers: test_a.json", ACTIVITYNET, ""),
     "msrvtt-qa": (QA_FILES, (), "video"),  # video7010.mp4
     "msvd-qa": (QA_FILES, (), "vid"),  # vid1451.avi
-    "tgif-qa": ("questions: Test_frameqa_question.csv; or test_q.json, and answers: test_a.json", TGIF, ""),
+    "tgif-qa": ("questions: Test_frameqa_question.csv; or test_q.json, and answers: test_a.json",
+                ("object", "number", "color", "location"), ""),
 }
 TASKS = {}
 for name, (files, types, prefix) in SETS.items():
     read = partial(read_video_qa, types=types, prefix=prefix)
-    TASKS[name] = Task(read, judge_exact, exact_metrics, PROMPTS, files, ("short",), paper(name), after=judge_answers)
+    TASKS[name] = Task(read, judge_exact, exact_metrics, PROMPTS, files, ("short",), paper_rows(name), after=judge_answers)

@@ -11,10 +11,8 @@ Run        python -m tasks vqa runs/b2 --questions v2_..._questions.json --answe
     0.6
 """
 
-from collections import Counter
-
-from evaluate import Item, Task, mean
-from tasks.files import Rows, find_image, match_answers, paper, read_rows
+from evaluate import Item, Task, mean, paper_rows
+from tasks.files import Rows, find_image, match_answers, read_rows
 from tasks.words import PROMPTS, add_short, vqa_normal, vqa_scores
 
 QUESTIONS = Rows("v2_OpenEnded_mscoco_*_questions.json", {"question_id": int, "image_id": int, "question": str}, "questions")
@@ -23,12 +21,11 @@ ANNOTATIONS = Rows("v2_mscoco_*_annotations.json", NEEDS, "annotations")
 
 
 def read_vqa(args, wording):
-    content, items, truth, skipped = read_rows(args.questions, QUESTIONS.file), [], {}, Counter()
-    rows = QUESTIONS.by_id(content, args.questions)
+    content, items, truth, skipped = read_rows(args.questions, QUESTIONS.file), [], {}, {}
+    rows = QUESTIONS.read(args.questions, content)
     split = str(content.get("data_subtype", "val2014")).replace("-dev", "")  # test-dev2015 asks about test2015's images
     if args.answers:
-        annotations, left_over = ANNOTATIONS.read(args.answers), "annotations of questions that are not asked"
-        truth, skipped = match_answers(rows, annotations, args, left_over)
+        truth, skipped = match_answers(rows, ANNOTATIONS, args, "annotations of questions that are not asked")
     for name, row in rows.items():
         facts = {"question_id": row["question_id"]}
         if truth:
@@ -67,4 +64,4 @@ def submission(items):
 
 
 FILES = "questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json, none for test"
-TASKS = {"vqa": Task(read_vqa, judge_vqa, vqa_metrics, PROMPTS, FILES, ("short",), paper("vqa"), submission=submission)}
+TASKS = {"vqa": Task(read_vqa, judge_vqa, vqa_metrics, PROMPTS, FILES, ("short",), paper_rows("vqa"), submission=submission)}

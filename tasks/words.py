@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections import Counter
 from importlib.util import find_spec
 
 from evaluate import mean
@@ -12,11 +11,10 @@ SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's re
 PROMPTS = ("{question}",)  # the file's own text
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # and "." apart
 REPLACED = dict(line.split() for line in (FOLDER / "vqa_words.txt").read_text("utf-8").splitlines())  # two: 2, dont: don't
-LONGEST_ANSWER = 1000  # words that METEOR reads: its search for matches takes minutes over a book
 
 
 def add_short(question, short):
-    """Return a question with LLaVA-1.5's request for a short answer, or without."""
+    """Return a question with the request for a short answer, or without."""
     return question.removesuffix(SHORT) + SHORT * short
 
 
@@ -46,9 +44,9 @@ def judge_exact(item, wording, is_same=same_words):
 
 def exact_metrics(items):
     """Count exact match and `contains` over all items and, if questions have a type, over each type."""
-    kinds, metrics = sorted({item.truth["type"] for item in items if "type" in item.truth}), {}
-    groups = {"": items} | {f", {kind}": [i for i in items if i.truth.get("type") == kind] for kind in kinds}
-    for name, group in groups.items():
+    metrics = {}
+    for kind in [None, *sorted({item.truth["type"] for item in items if "type" in item.truth})]:
+        group, name = [item for item in items if kind in (None, item.truth.get("type"))], f", {kind}" if kind else ""
         metrics[f"exact match{name}"] = mean(item.correct for item in group)
         metrics[f"contains{name}"] = mean(item.truth["contains"] for item in group)
     return metrics | {"questions": len(items)}
@@ -75,34 +73,29 @@ def vqa_scores(answer, answers):
     answer, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *answers))
     if len(set(answers)) > 1:  # else nothing is normalised, not even case
         answer, answers = vqa_normal(answer), [vqa_normal(text) for text in answers]
-    count, words = Counter(answers), spaced(answer)
 
     def score(matching):
-        total = sum(count[text] for text in matching)
+        total = sum(text in matching for text in answers)
         return (total * min(1, (total - 1) / 3) + (len(answers) - total) * min(1, total / 3)) / len(answers)
-
-    return score({answer}), score(text for text in count if spaced(text) != " " and spaced(text) in words)
+    return score({answer}), score({text for text in set(answers) if contains(answer, text)})
 
 
 def require_meteor():
     """Raise ValueError, before any question is answered, if METEOR cannot be computed."""
-    found = {"pycocoevalcap": find_spec("pycocoevalcap"), "java": shutil.which("java")}
-    if missing := [name for name in found if not found[name]]:
+    if missing := ["pycocoevalcap"] * (not find_spec("pycocoevalcap")) + ["java"] * (not shutil.which("java")):
         fix = "pip install pycocoevalcap, and install Java 1.8 or later"
         raise ValueError(f"no {' and no '.join(missing)}: METEOR 1.5 is a Java program inside pycocoevalcap; {fix}")
 
 
 def meteor(answers, sentences):
     """Compute METEOR 1.5, 0..1, of all matches together, as RefCOCO's own evaluation does: PTB tokens, lower case, `-norm`.
-    Return a score for each {id: answer} in the list `answers`. sentences: {id: references}"""
-    require_meteor()
+    Return a score for each {id: answer} in the list `answers`. sentences: {id: references}. See `require_meteor`"""
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     def row(text):  # one line, or all that follow would shift; half of a surrogate pair, which no file can hold, becomes "?"
-        text = text.encode(errors="replace").decode().replace("|||", " ")
-        return {"caption": " ".join(text.split()[:LONGEST_ANSWER])}
-
+        words = text.encode(errors="replace").decode().replace("|||", " ").split()
+        return {"caption": " ".join(words[:1000])}  # METEOR's search for matches takes minutes over a book
     texts = {("reference", name): references for name, references in sentences.items()}
     texts |= {(i, name): [by_id[name]] for i, by_id in enumerate(answers) for name in sentences}
     tokens, java = PTBTokenizer().tokenize({key: list(map(row, texts[key])) for key in texts}), Meteor()

@@ -391,7 +391,7 @@ DAMAGE = {
         lambda f: rewrite(f, lambda t: t["model.norm.weight"].fill_(float("nan"))),
         "model.safetensors: norm.weight holds NaN",
     ),
-    "truncated safetensors": (lambda f: cut(f / "model.safetensors"), "not a whole safetensors file"),
+    "truncated safetensors": (lambda f: cut(f / "model.safetensors"), "model.safetensors cannot be read"),
     "pointer": (lambda f: pointer(f / "model.safetensors"), "Git LFS pointer.*git lfs pull"),
     "pointer for a config": (lambda f: pointer(f / "config.json"), "config.json is a Git LFS pointer"),
     "pickle that runs code": (lambda f: to_bin(f, pickle.dumps({"a": Harm()}, protocol=2)), "a pickle that wants"),

@@ -121,9 +121,9 @@ def test_answers_are_scored_without_a_model_in_any_order(run, tmp_path, monkeypa
     assert score(rows_of_them)["metrics"]["acc@0.5"] == 0
     for wrong, message in (
         (rows[1:], r"1 ids are missing"),
-        (rows + rows[:2], r"2 ids occur twice"),
+        (rows + rows[:2], r"elsewhere.jsonl has id .* twice"),
         ([*rows, {"id": "else", "answer": ""}], r"1 ids belong to no question \(else\)"),
-        ([{**rows[0], "answer": 5}, *rows[1:]], r"line 1 is .*, not JSON with strings under id, answer"),
+        ([{**rows[0], "answer": 5}, *rows[1:]], r"row 0 is .*; is this another file.*: rows with id, answer"),
     ):
         with pytest.raises(ValueError, match=message):
             score(wrong)
@@ -218,6 +218,8 @@ def test_only_the_first_images_of_a_benchmark_are_asked_about(run, tmp_path):
         (["hal", "--score", "x", "--blind"], "--score asks no model"),
         (["hal", "--score", "x", "--with-blind"], "--score asks no model"),
         (["hal", "--judgements", "x", "--with-blind"], "--judgements are about one run"),
+        (["hal", "--judgements", "x"], "hal takes no judge"),
+        (["fake", "--questions", "x", "--images", "y", "--judge-url", "z"], "fake takes no judge"),
         (["hal", "--judgements", "x", "--judge-url", "y"], "not allowed with"),
         (["hal", "--blind", "--with-blind"], "not allowed with"),
         (["hal", "--batch", "0"], "--batch below 1"),
@@ -238,8 +240,6 @@ def test_answers_are_scored_in_one_process(fake, monkeypatch, capsys):
 
 
 def test_what_is_missing_is_told_before_the_weights_are_read(run, fake, only_shapes):
-    with pytest.raises(ValueError, match="fake takes no judge"):
-        main([*fake, "--judgements", "x"])
     with pytest.raises(FileNotFoundError, match="no file x; expected the judge's replies"):
         main(["msvd-qa", *fake[1:], "--judgements", "x"])
     sorted((Path(run[3]).parent / "images").iterdir())[0].unlink()

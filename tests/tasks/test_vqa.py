@@ -92,8 +92,8 @@ def test_what_is_wrong_with_files_is_said_before_anything_is_asked(tmp_path):
     rows = json.loads(questions.read_text())["questions"]
     for content, error in {
         "{": "neither JSON nor JSON lines",
-        "[]": "no list 'questions'",
-        json.dumps({"questions": []}): "holds nothing",
+        "[]": "no rows under 'questions'",
+        json.dumps({"questions": []}): "no rows under 'questions'",
         json.dumps({"questions": rows * 2}): "question_id 0 twice",
         json.dumps({"questions": [{"question_id": "0"}]}): "is this another file",
         json.dumps({"questions": [rows[0] | {"question_id": 5}]}): "no answer to 1 of the 1",
@@ -104,7 +104,7 @@ def test_what_is_wrong_with_files_is_said_before_anything_is_asked(tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=error):
             read("vqa", path, answers, images)
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="not text"):
+    with pytest.raises(ValueError, match="bad.json cannot be read"):
         read("vqa", tmp_path / "bad.json", answers, images)
     with pytest.raises(FileNotFoundError, match="no .*absent.json"):
         read("vqa", tmp_path / "absent.json", answers, images)

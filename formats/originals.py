@@ -1,17 +1,20 @@
-"""Meta's own LLaMA files: consolidated.NN.pth beside params.json, in one shard or several."""
+"""Checkpoints as their authors released them, under HF's names: Meta's LLaMA (consolidated.NN.pth beside params.json, in one
+shard or several) and OpenAI's CLIP (`ViT-L-14.pt` as a state dict)."""
+
+from pathlib import Path
 
 import torch
 
-from formats.files import read_config
+from formats.files import read_config, read_json
 from formats.weights import Stored, open_file
 
-RENAMED = {
-    "tok_embeddings": "embed_tokens", "output": "lm_head",
-    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
-}
+NAMES = read_json(Path(__file__).with_name("originals.json"))  # whose names -> {theirs: ours}
+
+
+def renamed(name, author):
+    for theirs, ours in NAMES[author].items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def meta_tensors(folder):
@@ -28,9 +31,7 @@ def meta_tensors(folder):
         tensor = join(name, [shard[name] for shard in shards], params["dim"])
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
             tensor = split_halves(tensor, params["dim"] // params["n_heads"])
-        for theirs, ours in RENAMED.items():
-            name = name.replace(theirs + ".", ours + ".")
-        stored[name] = tensor
+        stored[renamed(name, "Meta")] = tensor
     norm_eps = params.get("norm_eps", 1e-6)
     return {
         "hidden_size": params["dim"], "intermediate_size": stored["layers.0.mlp.gate_proj.weight"].shape[0],
@@ -55,15 +56,26 @@ def join(name, parts, width):
         height = parts[0].shape[0]
         cuts = [(max(0, start - before), max(0, min(stop - before, height))) for before in range(0, shape[0], height)]
         return torch.cat([part.read_rows(*cut) for part, cut in zip(parts, cuts, strict=True)])
-
     return Stored(tuple(shape), read_rows, parts[0].path)
 
 
 def split_halves(stored, head_dim):
     """Reorder the rows of each head: Meta interleaves the pairs that the rotary positions turn, HF keeps halves apart."""
-
     def read_rows(start, stop):
         rows = stored.read().view(-1, head_dim // 2, 2, stored.shape[1])  # (heads, pair, half, width)
         return rows.transpose(1, 2).reshape(stored.shape)[start:stop]
-
     return Stored(stored.shape, read_rows, stored.path)
+
+
+def openai_tensors(stored, source):
+    """Select the vision tower of an OpenAI state dict, under our names: {name: Stored}."""
+    if "visual.conv1.weight" not in stored:
+        raise ValueError(f"{source} is not OpenAI's CLIP (no visual.conv1.weight); pass a folder with a config.json")
+    stored = {renamed(name.removeprefix("visual."), "OpenAI"): stored[name] for name in stored if name.startswith("visual.")}
+    stored.pop("proj", None)  # into the space that images share with texts
+    for name in [name for name in stored if ".in_proj_" in name]:  # query, key and value in one matrix
+        tensor = stored.pop(name)
+        width = tensor.shape[0] // 3
+        for number, part in enumerate(("q_proj.", "k_proj.", "v_proj.")):
+            stored[name.replace("in_proj_", part)] = tensor.rows(number * width, (number + 1) * width)
+    return stored
