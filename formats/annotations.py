@@ -31,11 +31,13 @@ def read_captions(path, images, content, problems):
 def read_file(path, images, problems=None):
     """Read an annotation file about images or clips, in any of the formats. problems: see read_coco"""
     content = read_rows(path, "an annotation file")
-    if images and not Path(images).is_dir() and not split_zip(Path(images) / "x")[0]:
-        raise FileNotFoundError(f"no folder or zip {images}, the images of {path}")
     is_coco = isinstance(content, dict)
     read = read_clips if schema.is_about_clips(content) else read_captions if schema.is_captions(content) else read_coco
-    return (read if is_coco else read_llava)(path, images, content, schema.Problems() if problems is None else problems)
+    problems = schema.Problems() if problems is None else problems
+    records, skipped = (read if is_coco else read_llava)(path, images, content, problems)
+    if any(record.image for record in records) and not Path(images).is_dir() and not split_zip(Path(images) / "x")[0]:
+        raise FileNotFoundError(f"no folder or zip {images}, the images of {path}")
+    return records, skipped
 
 
 def static_objects(boxes_by_frame, size):

@@ -16,6 +16,7 @@ EDGE = 2  # px that a box may reach over the edge of its image (annotation tools
 NOTES = (  # how kinds of problems begin that lose nothing
     "parts of boxes", "annotations that repeat", "entries of the same file", "categories that are", "categories with the name",
 )  # fmt: skip
+IMAGE_KEYS = {"id", "file_name", "width", "height"}
 HARMLESS = ("boxes where bbox has no area", "images that --exclude", *NOTES)  # these do not stop training; COCO has the first
 
 
@@ -84,10 +85,8 @@ def values(row, where, **readers):
     for key, read in readers.items():
         try:
             found.append(read(row[key]))
-        except (KeyError, TypeError, ValueError, OverflowError):
-            is_there = isinstance(row, dict) and key in row
-            what = f"{key} is {str(row[key])[:60]!r}, not" if is_there else f"{key} is missing, it should be"
-            raise ValueError(f"{where}: {what} {read.__doc__}") from None
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{where}: {key} is {str(row[key])[:60]!r}, not {read.__doc__}") from None
     return found
 
 
@@ -149,12 +148,13 @@ class Box(NamedTuple):
     frame: int | None
 
 
-def require_lists(content, names, path, expected):
-    """Raise ValueError if an annotation file is no dictionary with these lists."""
-    lacks = [name for name in names if not isinstance(content, dict) or not isinstance(content.get(name), list)]
-    if lacks:
-        keys = f"a dictionary of {', '.join(map(str, [*content][:5]))}" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} lacks the list {lacks[0]} (it is a {keys}); is it {expected}, or LLaVA's list of rows?")
+def require_lists(content, needs, path, expected):
+    """Raise ValueError if a file's content lacks a list, or a row one of its keys. needs: {name of a list: keys of its rows}"""
+    for name, keys in needs.items():
+        rows = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and keys <= row.keys() for row in rows):
+            what = f"a dictionary of {', '.join(map(str, [*content][:5]))}" if isinstance(content, dict) else f"a {type(content).__name__}"
+            raise ValueError(f"{path} lacks {name} with {sorted(keys)} (it is {what}); is it {expected}?")
 
 
 def is_captions(content):
@@ -177,15 +177,16 @@ def owner_rows(content, path, problems, key="images"):
     owners, alias, first_of = {}, {}, {}
     readers = {"id": identity, "file_name": file_name, "width": count, "height": count}
     readers |= {"frames": count} if key == "videos" else {}
-    for index, row in enumerate(content[key]):
-        who = f"{key[:-1]} {row.get('id', index) if isinstance(row, dict) else index}"
+    for row in content[key]:
+        who = f"{key[:-1]} {row['id']}"
         i, name, width, height, *frames = values(row, f"{path}: {who}", **readers)
         owner, first = (name, (width, height), *frames), first_of.setdefault(name, i)
-        if i in alias and owners[alias[i]][0] != name:
+        if i in alias and alias[i] in owners and owners[alias[i]][0] != name:
             both = f"{owners[alias[i]][0]} and {name}"
             raise ValueError(f"{path}: {who} is two files, {both}; give each {key[:-1]} an id of its own")
         if leaves_folder(name):
             problems.add(f"{key} whose path leaves their folder", f"{who}: {name} leaves the folder")
+            alias[i] = i  # so that its annotations are known, and dropped with it
         elif owners.setdefault(first, owner) != owner:
             problems.add("entries of one file with other sizes", f"{who}: {name} is {owner[1]} and {owners[first][1]}")
         else:
@@ -202,7 +203,7 @@ def category_rows(content, path, problems):
     """
     rows = [(*values(row, f"{path}: category {index}", id=identity, name=words), row.get("supercategory"))
             for index, row in enumerate(content["categories"])]  # fmt: skip
-    used = {str(a.get("category_id")) for a in content["annotations"] if isinstance(a, dict)}
+    used = {str(a["category_id"]) for a in content["annotations"]}
     parents = {str(parent) for _, name, parent in rows if parent != name}
     names, first_of = {}, {}
     for i, name, _ in rows:
@@ -225,16 +226,20 @@ def coco_rows(content, path, problems, key="images"):
     boxes   list of Box, identical ones once
     absent  the names that may be absent. Where annotations were lost, what they say may be there, and is not among them
     """
-    expected = "COCO's instances_*.json" if key == "images" else "a clips_*.json"
-    require_lists(content, (key, "annotations", "categories"), path, expected)
+    expected = "COCO's instances_*.json, or LLaVA's list of rows" if key == "images" else "a clips_*.json"
+    more = ({"frames"}, {"frame"}) if key == "videos" else (set(), set())
+    keys = {key: IMAGE_KEYS | more[0], "annotations": {f"{key[:-1]}_id", "category_id"} | more[1], "categories": {"id", "name"}}
+    require_lists(content, keys, path, expected)
     (owners, alias), names = owner_rows(content, path, problems, key), category_rows(content, path, problems)
     boxes, seen, unsure, unsure_everywhere = {i: [] for i in owners}, set(), set(), set()
     for index, a in enumerate(content["annotations"]):
-        where = f"annotation {a.get('id', index) if isinstance(a, dict) else index}"
+        where = f"annotation {a.get('id', index)}"
         owner, category = values(a, f"{path}: {where}", **{f"{key[:-1]}_id": identity, "category_id": identity})
         if (i := alias.get(owner)) is None:
             problems.add(f"annotations of unknown {key}", f"{where}: no {key[:-1]} {owner}")
             unsure_everywhere.update([names[category]] if category in names else names.values())
+        elif i not in owners:
+            continue
         elif category not in names:
             problems.add("annotations of unknown categories", f"{where}: no category {category}")
             unsure.add(i)
@@ -273,18 +278,18 @@ def box_row(a, name, size, where, problems):
 
 def caption_rows(content, path, problems):
     """Read COCO's captions_*.json: (owners, captions), each by image id."""
-    require_lists(content, ("images", "annotations"), path, "COCO's captions_*.json")
+    require_lists(content, {"images": IMAGE_KEYS, "annotations": {"image_id", "caption"}}, path, "COCO's captions_*.json")
     owners, alias = owner_rows(content, path, problems)
     captions = {i: [] for i in owners}
     for index, a in enumerate(content["annotations"]):
-        where = f"annotation {a.get('id', index) if isinstance(a, dict) else index}"
+        where = f"annotation {a.get('id', index)}"
         (owner,) = values(a, f"{path}: {where}", image_id=identity)
         text = a.get("caption")
         if owner not in alias:
             problems.add("captions of unknown images", f"{where}: no image {owner}")
         elif not isinstance(text, str) or not text.strip():
             problems.add("captions that are not text", f"{where}: caption {text!r} is not text")
-        else:
+        elif alias[owner] in owners:
             captions[alias[owner]].append(text.strip())
     return owners, captions
 
@@ -311,7 +316,7 @@ def llava_rows(content, path, problems):
     A row is about an image, about a clip ("video", or Video-ChatGPT's q, a and video_id), or text alone.
     """
     if not isinstance(content, list):
-        require_lists(content, ("images", "annotations", "categories"), path, "COCO's instances_*.json")
+        raise ValueError(f"{path} is a JSON {type(content).__name__}, not LLaVA's list of rows")
     rows = []
     for index, row in enumerate(content):
         try:
@@ -345,9 +350,10 @@ def llava_row(row, index):
     if not all(isinstance(name, str | None) for name in (medium, clip)) or (medium and clip):
         raise ValueError("names one image or clip in a way that is not a string", row.get("image", clip))
     if any(name and leaves_folder(name) for name in (medium, clip)):
-        raise ValueError("names a file that leaves the images folder", medium or clip)
-    if not (medium or clip) and any("<image>" in text for _, text in turns):
-        raise ValueError('contains <image> but has no "image" key')
+        raise ValueError("names a file that leaves its folder", medium or clip)
+    for name in ("image", "video"):
+        if not (medium or clip) and any(f"<{name}>" in text for _, text in turns):
+            raise ValueError(f'contains <{name}> but has no "{name}" key')
     name = str(row["id"] if isinstance(row.get("id"), str | int) else f"{clip}_{index}" if clip else index)
     size = tuple(row["size"]) if are_numbers(row.get("size"), 2) and min(row["size"]) > 0 else (0, 0)
     if "objective" in row:

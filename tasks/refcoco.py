@@ -23,7 +23,7 @@ from evaluate import Item, Task, locpred_metrics, paper_rows
 from formats.eval_folder import require_images
 from formats.files import naming, read_json, require_file
 from formats.images import image_size
-from formats.schema import Problems, clip_box, owner_rows, require_lists
+from formats.schema import IMAGE_KEYS, Problems, clip_box, owner_rows, require_lists
 from tasks.files import Rows, find_image, read_rows
 from tasks.words import meteor, require_meteor
 
@@ -87,7 +87,7 @@ def read_pickle(path, instances=None):
         content = PlainPickle(file, encoding="latin1").load()  # Python 2 wrote it
     rows, instances = PICKLE.read(path, content), Path(instances or Path(path).with_name("instances.json"))
     coco, refs = read_json(require_file(instances, "RefCOCO's instances.json")), []
-    require_lists(coco, ("images", "annotations"), instances, "RefCOCO's instances.json")
+    require_lists(coco, {"images": IMAGE_KEYS, "annotations": {"id", "bbox"}}, instances, "RefCOCO's instances.json")
     images, bboxes = owner_rows(coco, instances, Problems())[0], {str(a.get("id")): a.get("bbox") for a in coco["annotations"]}
     for name, row in rows.items():
         image_id, ann_id = str(row["image_id"]), str(row["ann_id"])

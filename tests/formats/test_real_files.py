@@ -254,7 +254,7 @@ def test_many_bad_rows_are_one_line_for_each_kind(coco):
     (coco / "x.json").write_text(json.dumps([*LLAVA, *bad]))
     _, skipped = read_llava(coco / "x.json", coco)
     assert sorted(skipped.values()) == [299, 300] and len("".join(skipped)) < 400
-    assert "row 2: it names a file that leaves the images folder: ../0.png" in min(skipped)
+    assert "row 2: it names a file that leaves its folder: ../0.png" in min(skipped)
 
 
 @pytest.mark.parametrize("empty", [None, "", []])
@@ -293,7 +293,7 @@ def test_an_empty_list_of_videos_and_a_caption_beside_a_box_leave_a_file_of_imag
 def test_a_value_of_another_kind_is_refused_by_file_row_and_key(instances, part, change, words):
     rows = {"images": IMAGES, "annotations": BOXES, "categories": CATEGORIES}
     path = instances(**{part: [changed(rows[part][0], **change), *rows[part][1:]]})
-    with pytest.raises(ValueError, match=f"{path}: {words}"):
+    with pytest.raises(ValueError, match=f"{path}: .*{words}"):
         read_file(path, path.parent)
     assert words.split(" ")[0] in check(path, path.parent)[-1]
 
@@ -323,7 +323,7 @@ def test_half_an_emoji_trains_as_a_replacement_character(coco, tokenizer):
 @pytest.mark.parametrize("content", [{"data": LLAVA}, {"0": LLAVA[0]}])
 def test_a_dictionary_of_rows_is_refused_with_what_it_holds(coco, content):
     (coco / "x.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"x.json lacks the list images .*a dictionary of {next(iter(content))}.*LLaVA's list"):
+    with pytest.raises(ValueError, match=f"x.json lacks images with .*a dictionary of {next(iter(content))}.*LLaVA's list"):
         read_file(coco / "x.json", coco)
 
 
@@ -334,7 +334,7 @@ def test_json_lines_are_read_and_gzip_is_named(coco):
     (coco / "x.jsonl").write_text("\n".join(map(json.dumps, LLAVA)) + "\n\n")
     assert [record.id for record in read_file(coco / "x.jsonl", coco)[0]] == ["a", "b"]
     (coco / "cut.jsonl").write_text(json.dumps(LLAVA[0]) + '\n{"id": "b", "conv')
-    with pytest.raises(ValueError, match="cut.jsonl is neither JSON nor JSON lines .line 2"):
+    with pytest.raises(ValueError, match="cut.jsonl: line 2 .*neither JSON nor JSON lines"):
         read_file(coco / "cut.jsonl", coco)
     (coco / "x.json").write_bytes(gzip.compress(json.dumps(LLAVA).encode()))
     with pytest.raises(ValueError, match="x.json is a gzip file; unpack it first"):
