@@ -90,10 +90,8 @@ class UnseekableError(Exception):
 
 def open_video(path, decode_all=False):
     """Open a video file with PyAV, without decoding it: its packets' timestamps, sorted, are its frames in display order.
-
     `read` decodes from the key frame before each requested frame; it raises UnseekableError if decoded timestamps differ from
-    the packets'. With `decode_all`, or if the packets say too little, everything is decoded, once to count and once to read.
-    """
+    the packets'. With `decode_all`, or if the packets say too little, everything is decoded, once to count and once to read."""
     try:
         import av
     except ImportError:

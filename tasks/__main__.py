@@ -40,7 +40,6 @@ def parse(argv):
     either("--judge-url", help="ask it: https://host/v1, with the key in OPENAI_API_KEY")
     add("--judge-model", default="gpt-3.5-turbo", help="its name (default: gpt-3.5-turbo, the paper's)")
     args = parser.parse_args(argv)
-
     name, task = args.task, TASKS.get(args.task)
     files, options = (task.files, task.options) if task else ("", ())
     options += ("answers",) if "answers:" in files else ()

@@ -29,7 +29,7 @@ PROMPTS = {role: (FOLDER / f"judge_{role}.txt").read_text("utf-8").strip() for r
 
 def judge_answers(job, items, folder, args):
     """Judge all answers of a job, as the options say: (figures, who judged), or ({}, None) without a judge."""
-    requests, journal_path = judge_requests(items, args.judge_model), folder / f"{job.name}.judgements.jsonl"
+    requests, journal_path = list(judge_requests(items, args.judge_model)), folder / f"{job.name}.judgements.jsonl"
     write_rows(folder / f"{job.name}.requests.jsonl", requests)
     if args.judgements:
         rows = read_rows(args.judgements, "the judge's replies: JSON lines with custom_id and response")
@@ -47,13 +47,11 @@ def judge_answers(job, items, folder, args):
 
 
 def judge_requests(items, model="gpt-3.5-turbo"):
-    """Make a request per answered item: rows of OpenAI's batch format."""
-    rows = []
+    """Yield a request per answered item, rows of OpenAI's batch format."""
     for item in items:
         facts = {"question": item.question.removesuffix(SHORT), "truth": item.truth["answer"], "answer": item.answer}
         body = {"model": model, "messages": [{"role": role, "content": PROMPTS[role].format(**facts)} for role in PROMPTS]}
-        rows.append({"custom_id": item.id, "method": "POST", "url": "/v1/chat/completions", "body": body})
-    return rows
+        yield {"custom_id": item.id, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
 def reply_of(row):
