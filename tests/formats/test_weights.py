@@ -506,7 +506,7 @@ def test_a_head_that_the_file_holds_is_used_whatever_the_config_says(model, tmp_
 
 
 def test_a_single_file_goes_before_an_index_that_was_left_over(model, tmp_path):
-    folder = write_folder(tmp_path / "llama", named(model.language_model, LLAMA_PREFIX), text_config(), "two shards")
+    folder = write_folder(tmp_path / "llama", named(model.language_model, LLAMA_PREFIX), text_config(), "sharded")
     (index,) = folder.glob("*.index.json")
     for shard in folder.glob("*-of-*"):
         save_file({name: torch.zeros_like(t) for name, t in load_file(shard).items()}, shard)
