@@ -303,7 +303,7 @@ def build_records(config, processes):
     sources = config.sources or world_sources(config, processes)
     records, skipped = read_records(sources, image_ids_of(config.exclude))
     bad = unreadable(records)
-    records = [record for record in records if record.id not in bad]
+    records = [record for record in records if record.image not in bad]
     wrong = {reason: count for reason, count in skipped.items() if not reason.startswith(HARMLESS)}
     if clips := [] if config.is_about_clips else [record.id for record in records if record.is_clip]:
         raise ValueError(f"{len(clips)} records are about clips ({some(clips)}), and stages 1 and 2 read images; use --stages 3")

@@ -160,11 +160,17 @@ def split_source(text):
 
 
 def unreadable(records):
-    """Look at every image file without decoding it: {record id: its problem}. Clips are not opened."""
-    looked = [record for record in records if record.image and not record.is_clip]
+    """Look at every image file without decoding it: {image: its problem}. Clips are not opened."""
+    sizes = {record.image: record.size for record in records if record.image and not record.is_clip}
     with ThreadPoolExecutor(8) as pool:
-        problems = list(pool.map(lambda record: image_problem(record.image, record.size), looked))
-    return {record.id: problem for record, problem in zip(looked, problems, strict=True) if problem}
+        problems = list(pool.map(image_problem, sizes, sizes.values()))
+    return {image: problem for image, problem in zip(sizes, problems, strict=True) if problem}
+
+
+def require_usable(records, source, kind=""):
+    """Raise ValueError if images cannot be read, or have other sizes than the file `source` states. kind: words of a problem"""
+    if problems := [problem for problem in unreadable(records).values() if kind in problem]:
+        raise ValueError(f"{len(problems)} images of {source} cannot be used: {'; '.join(problems[:3])}")
 
 
 def coco_id(image):

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from formats.files import naming, require_file, some
-from formats.images import ANIMATIONS, CLIP_SUFFIXES, IMAGES, PIL_ERRORS, open_image, split_zip
+from formats.images import ANIMATIONS, CLIP_SUFFIXES, IMAGES, PIL_ERRORS, is_hidden, open_image, split_zip
 
 CLIP_KINDS = f"a {' '.join(CLIP_SUFFIXES)} or a folder of frames"
 
@@ -51,7 +51,7 @@ def open_clip(path, decode_all=False):
 
 def open_folder(folder):
     """Open a folder of frames: image files in the order of the numbers in their names, 2 before 10."""
-    names = [p.name for p in folder.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
+    names = [p.name for p in folder.iterdir() if p.suffix.lower() in IMAGES and not is_hidden(p.name)]
     names.sort(key=lambda name: (re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name), name))
     if not names:
         raise ValueError(f"{folder} holds no image file; its frames must be {', '.join(IMAGES)}")

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from data import NEG_ANSWER
-from formats.annotations import coco_id, image_ids, image_ids_of, parse_sources
+from formats.annotations import coco_id, image_ids, image_ids_of, parse_sources, require_usable
 from formats.files import read_json, remove_temporary, sha256, some, write_json, write_rows
-from formats.images import has_image, image_problem
+from formats.images import has_image, is_hidden
 from formats.journal import work_in_parts
 from formats.pictures import overlay
 
@@ -77,7 +77,7 @@ def read_jobs(tasks, args, wording):
         raise ValueError(f"{files[0]} yields no question for {', '.join(tasks)}; {hint}")
     items = [item for job in jobs for item in job.items]
     require_images([item.image for item in items], files[0], args.images)
-    require_sizes(items, files[0])
+    require_usable([item for item in items if item.size], files[0])
     return jobs
 
 
@@ -87,13 +87,6 @@ def require_images(paths, source, images):
     missing = [path.name for path in paths if not (path.exists() or has_image(path))]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of the {len(paths)} images of {source} are not in {images} ({some(missing)})")
-
-
-def require_sizes(items, source):
-    """Raise ValueError if an image cannot be read, or has another size than the file `source` states."""
-    sized = {item.image: item.size for item in items if item.image and item.size and not item.is_clip}
-    if problems := [problem for image, size in sized.items() if (problem := image_problem(image, size))]:
-        raise ValueError(f"{len(problems)} of {len(sized)} images of {source} cannot be used: {'; '.join(problems[:3])}")
 
 
 def by_picture(items):
@@ -281,7 +274,7 @@ def paper_of(job):
 def read_results(folder, order=()):
     """Read the results in a folder: {name: result}; tasks of `order` come first."""
     found, place = {}, {task: number for number, task in enumerate(order)}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(path for path in folder.glob("*.json") if not is_hidden(path.name)):
         result = read_json(path)
         if isinstance(result, dict) and "metrics" in result:  # else a submission file, or a list of requests
             found[path.stem] = {**result, "task": str(result.get("task", path.stem))}

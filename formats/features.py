@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from clip_vit import preprocess
+from formats.annotations import unreadable
 from formats.files import read_config, require_file, some, write_json
 from formats.images import open_image
 from formats.journal import require_new, work_in_parts
@@ -48,12 +49,19 @@ class Features:
 def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_bad=False, processes=(0, 1, lambda: None)):
     """Write the features of all records' images. A killed run continues where it stopped.
 
-    skip_bad   an unreadable image or clip gets a row of zeros and is listed in features.json; else it ends the run
+    skip_bad   an unreadable image or clip, or one of another size, gets a row of zeros and is listed in features.json; else it
+               ends the run
     processes  of journal.start_processes
     """
     config, device, out, batch = tower.config, next(tower.parameters()).device, Path(out), 1 if frames else batch
     parts, file = out / "features.parts", out / "features.npy"
     images = sorted({os.path.abspath(record.image) for record in records if record.image})
+    bad = {os.path.abspath(image): problem for image, problem in unreadable(records).items()}
+    if bad and not skip_bad:
+        some_problems = "; ".join([*bad.values()][:3])
+        raise ValueError(f"{len(bad)} of {len(images)} images cannot be used: {some_problems}; --skip-bad skips them")
+    if processes[0] == 0 and bad:
+        print(*(f"skipped: {problem}" for problem in bad.values()), sep="\n")
     about = {"tower": fingerprint(tower), "side": config.image_size, "geometry": geometry, "frames": frames, "images": images}
     if processes[0] == 0 and not parts.exists():
         require_new(out)
@@ -65,7 +73,8 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
         """Write the chosen rows. Return the images that cannot be read."""
         rows, read = np.load(file, mmap_mode="r+"), {}
         for row in chosen:
-            if (pixels := read_input(images[row], tower, geometry, frames, skip_bad)) is not None:
+            pixels = None if images[row] in bad else read_input(images[row], tower, geometry, frames, skip_bad)
+            if pixels is not None:
                 read[row] = pixels
         if read and frames:  # one clip
             rows[chosen[0]] = encode(tower, read[chosen[0]], geometry).half().cpu().numpy()

@@ -21,6 +21,11 @@ NO_IMAGES = {b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull`"
 BLUR_MANIFEST = "blurred.json"  # tools.blur writes it into its output folder
 
 
+def is_hidden(name):
+    """Return True for what systems put beside files: names that begin with a dot, macOS's __MACOSX, a NAS's @eaDir."""
+    return any((part[0] == "." and part != "..") or part in ("__MACOSX", "@eaDir") for part in Path(name).parts)
+
+
 def is_clip(path):
     """Return True for a path that is opened as a clip where no annotation decides: a folder, or one of CLIP_SUFFIXES."""
     return Path(path).suffix.lower() in CLIP_SUFFIXES or Path(path).is_dir()
@@ -73,7 +78,7 @@ def split_zip(path):
     for parent in Path(path).parents if ".zip" in str(path).lower() else ():
         if parent.suffix.lower() == ".zip" and parent.is_file():
             name, names = Path(path).relative_to(parent).as_posix(), open_zip(parent).NameToInfo
-            top = next(iter(names), "").partition("/")[0]
+            top = next((inside for inside in names if not is_hidden(inside)), "").partition("/")[0]
             is_inside = name not in names and f"{top}/{name}" in names
             return parent, f"{top}/{name}" if is_inside else name
     return None, None

@@ -79,7 +79,7 @@ class RunFolder:
 
     def complete(self):
         """List (stage, step) of the complete checkpoints, the newest last."""
-        names = [path.name.split("-") for path in (self.folder / "state").glob("*-*") if path.suffix != ".tmp"]
+        names = [path.name.split("-") for path in (self.folder / "state").glob("[0-9]*-*") if path.suffix != ".tmp"]
         return sorted((int(stage), int(step)) for stage, step in names)
 
     def newest(self):

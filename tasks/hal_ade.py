@@ -21,6 +21,7 @@ from PIL import Image
 
 from evaluate import HAL_PROMPT, Item, Task, ask_presence, hal_metrics, judge_hal, paper_rows
 from formats.files import naming, some
+from formats.images import is_hidden
 from tasks.files import FOLDER, Rows, find_image
 
 OBJECTS = Rows("ADEChallengeData2016/objectInfo150.txt", {"Idx": str, "Name": str})
@@ -33,7 +34,7 @@ def read_hal_ade(args, wording):
     with naming(args.questions, ValueError):
         names = {int(number): [n.strip() for n in re.split("[,;]", row["Name"]) if n.strip()] for number, row in rows.items()}
     ours = {n for n in names if names[n] and not any({name, name.split()[-1]} & TAKEN for name in names[n])}
-    masks, skipped, items = sorted(folder.glob("*.png")), Counter(), []
+    masks, skipped, items = sorted(p for p in folder.glob("*.png") if not is_hidden(p.name)), Counter(), []
     if not masks:
         raise FileNotFoundError(f"no masks ADE_val_*.png in {folder}; unpack the whole archive")
     for mask in masks:

@@ -443,6 +443,16 @@ def test_features_of_what_cannot_be_read_are_left_out_by_name(parts, tmp_path, m
     damaged = damage(monkeypatch, formats.features, parts, 3)
     with pytest.raises(ValueError, match=f"{damaged} cannot be read.*--skip-bad"):
         features(source, tmp_path / "features", parts["vision"], batch=2)
+    whole = read_json(source.partition("@")[0])
+    whole["images"][0]["width"] += 1
+    (tmp_path / "other.json").write_text(json.dumps(whole))
+    other = f"{tmp_path}/other.json@{parts['images']}"
+    with pytest.raises(ValueError, match="1 of .* images cannot be used: .* but the annotations say.*--skip-bad"):
+        features(other, tmp_path / "sizes", parts["vision"], batch=2)
+    assert not (tmp_path / "sizes").exists()
+    features(other, tmp_path / "sizes", parts["vision"], batch=2, skip_bad=True)
+    named = {damaged, whole["images"][0]["file_name"]}
+    assert {Path(name).name for name in read_json(tmp_path / "sizes/features.json")["skipped"]} == named
     features(source, tmp_path / "features", parts["vision"], batch=2, skip_bad=True)
     assert [Path(name).name for name in read_json(tmp_path / "features/features.json")["skipped"]] == [damaged]
     own = {**parts, "stages": "2", "steps": 7, "features": str(tmp_path / "features")}

@@ -15,8 +15,10 @@ processes  processes at a time (default: as many as cores)
 
 import io
 import math
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json, write_whole
-from formats.images import BLUR_MANIFEST, blur_manifest, image_file, open_image, open_zip, split_zip
+from formats.images import BLUR_MANIFEST, blur_manifest, image_file, is_hidden, open_image, open_zip, split_zip
 from formats.journal import end_with_parent, open_journal, read_journal, require_same_options, write_line
 from formats.schema import are_numbers, leaves_folder
 from tools import command, positive
@@ -85,11 +87,15 @@ def image_names(images, out):
     if images.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(images.resolve()):
         raise ValueError(f"--images {images} and --out {out} overlap; choose an --out outside of --images")
     if images.is_dir():
-        files = [path.relative_to(images).as_posix() for path in images.rglob("*") if path.is_file()]
+        found = glob("**", root_dir=images, recursive=True, include_hidden=True)  # into linked folders too
+        files = [name for name in found if not (images / name).is_dir()]
     else:
         files = [info.filename for info in open_zip(images).infolist() if not info.is_dir()]
         open_zip.cache_clear()  # processes that share an open zip would share its position
-    names = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES)
+    names = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES and not is_hidden(name))
+    folders = Counter((images / folder).resolve() for folder in {Path(name).parent for name in names})
+    if twice := [str(folder) for folder in folders if folders[folder] > 1]:
+        raise ValueError(f"{images} holds folders twice, by links: {some(twice)}; remove those links")
     if outside := [name for name in names if leaves_folder(name)]:
         raise ValueError(f"{images} holds paths that lead outside of it: {some(outside)}")
     if not names:
@@ -147,7 +153,7 @@ def blur_image(job):
     name, images, out, faces, model, threshold = job
     try:
         image = open_image(images / name)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:  # the latter: a link that leads nowhere
         return name, 0, str(error)
     faces = detect_faces(image, model, threshold) if faces is None else faces
     with image_file(images / name) as file:

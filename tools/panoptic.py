@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from formats.files import read_json, require_file, some, write_json
-from formats.images import open_image
+from formats.images import is_hidden, open_image
 from formats.journal import require_new
 from formats.schema import require_lists
 from tools import command
@@ -61,7 +61,7 @@ def panoptic(json, out, masks=None, stuff=False, check=False):
 
 def clips_from_panoptic(folder, stuff=False):
     """Make the content of a clips_*.json (see formats.annotations.read_clips) from a folder of panoptic files."""
-    paths = sorted(Path(folder).glob("*.json"))
+    paths = sorted(path for path in Path(folder).glob("*.json") if not is_hidden(path.name))
     if not paths:
         raise FileNotFoundError(f"no panoptic JSON in {folder}; each clip needs one")
     categories, videos, annotations = {}, [], []

@@ -10,7 +10,7 @@ run resumes with the same command, on any number of processes, and ends in the s
 model           run, llava-hf or LLaVA folder
 vision          CLIP, for an original LLaVA that does not hold its tower
 coco            instances_*.json, the same one for both
-images          folder of its images, faces blurred
+images          folder of its images, faces blurred; localize only compares their sizes
 max_new_tokens  longest caption
 temperature     0 is greedy
 limit           use the first so many images only
@@ -33,10 +33,11 @@ from PIL import Image
 
 from coords import GEOMETRIES, KINDS, CoordFormat
 from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, read_coco, targets_of
-from formats.annotations import image_ids_of, read_records
+from formats.annotations import image_ids_of, read_records, require_usable
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json
-from formats.images import open_image
+from formats.images import has_image, open_image
 from formats.journal import require_new, require_same_options, start_processes, work_in_parts
+from formats.schema import are_numbers
 from formats.weights import weights_sha256
 from model import LocVLM
 from tools import command, positive
@@ -56,10 +57,11 @@ def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     records, skipped = read_records([(coco, images, 1.0)], image_ids_of(exclude))
     records = [record for record in records if record.objects][:limit]
-    if missing := [record.image.name for record in records if not record.image.is_file()]:
+    if missing := [record.image.name for record in records if not has_image(record.image)]:
         raise FileNotFoundError(f"{len(missing)} of {len(records)} images are not in {images} ({some(missing)})")
     if not records:
         raise ValueError(f"{coco} leaves no image with an object whose category occurs once; check --exclude")
+    require_usable(records, coco, "the annotations say")  # a damaged one is a rejected row
     options = {}
     if processes[0] == 0:
         print("".join(f"skipped: {count} {reason}\n" for reason, count in skipped.items()), end="")
@@ -175,16 +177,18 @@ def caption_fault(text, named):
     return next((fault for fault, is_found in faults.items() if is_found), None)
 
 
-def localize(prefcoco, coco, out, kind: Literal[KINDS] = "ivb", location: Literal[*REPR] = "box", neg_ratio=1.0, seed=0,
-             side=224, geometry: Literal[GEOMETRIES] = "squash"):  # fmt: skip
+def localize(prefcoco, coco, out, images="", kind: Literal[KINDS] = "ivb", location: Literal[*REPR] = "box", neg_ratio=1.0,
+             seed=0, side=224, geometry: Literal[GEOMETRIES] = "squash"):  # fmt: skip
     """Make Localize-Instruct-200K from PRefCOCO: one conversation of LLaVA's per image and objective (Sec. 3.4, App. B).
 
     NegPred asks about categories that are not in the image, half of them under a description from another image.
     """
     require_new(out)
     described, descriptions = {}, {}  # by image, by category
-    for row in read_json(require_file(prefcoco, "a file that `tools.prefcoco caption` wrote")):
-        if not isinstance(row, dict) or not {"image", "name", "description", "box_px"} <= row.keys():
+    content = read_json(require_file(prefcoco, "a file that `tools.prefcoco caption` wrote"))
+    for row in content if isinstance(content, list) else [content]:
+        is_row = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("image", "name", "description"))
+        if not is_row or not are_numbers(row.get("box_px"), 4):
             raise ValueError(f"{prefcoco}: a row is {str(row)[:80]}, not one that `tools.prefcoco caption` wrote")
         described.setdefault(row["image"], []).append(Object(row["name"], tuple(row["box_px"]), row["description"]))
     for o in (o for objects in described.values() for o in objects):
@@ -193,6 +197,8 @@ def localize(prefcoco, coco, out, kind: Literal[KINDS] = "ivb", location: Litera
     records = {record.image.as_posix(): record for record in read_coco(coco, "")[0]}
     if unknown := sorted(described.keys() - records.keys()):
         raise ValueError(f"{prefcoco} describes {some(unknown)}, which {coco} lacks; pass the --coco it was made from")
+    if images:
+        require_usable([replace(records[name], image=Path(images) / name) for name in described], coco)
     rows = []
     for image, objects in described.items():
         rng, record = random.Random(f"{seed} {image}"), replace(records[image], objects=tuple(objects))
@@ -200,6 +206,8 @@ def localize(prefcoco, coco, out, kind: Literal[KINDS] = "ivb", location: Litera
             questions = draw_questions(record, wording, rng, descriptions)
             turns = {name: [turn for objective, *turn in questions if objective == name] for name in OBJECTIVES}
             rows += [conversation(name, record, turns[name]) for name in OBJECTIVES if turns[name]]
+    if not rows:
+        raise ValueError(f"{prefcoco} describes no object that the model's square shows; check its rows, and --geometry")
     write_json(out, rows)
     print(f"{out}: {len(rows)} conversations about {len(described)} images (the paper: 200K, 95,899)")
     for objective in OBJECTIVES:

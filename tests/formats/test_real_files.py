@@ -229,10 +229,10 @@ def test_in_a_file_of_images_a_name_is_an_image(coco, name):
     (record,), _ = read_file(coco / "x.json", coco)
     assert not record.is_clip and not unreadable([record]) and check(coco / "x.json", coco) == []
     (coco / name).write_bytes(b"damaged")
-    assert "cannot be read" in unreadable([record])["a"]
+    assert "cannot be read" in unreadable([record])[coco / name]
     (coco / name).unlink()
     (coco / name).mkdir()
-    assert "no image file" in unreadable([record])["a"]
+    assert "no image file" in unreadable([record])[coco / name]
 
 
 def test_rows_about_images_clips_and_text_are_decided_row_by_row(coco):

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from formats.files import read_json
-from formats.images import blur_manifest
+from formats.images import blur_manifest, open_image
 from tools.blur import blur, detect_faces, main
 
 
@@ -74,6 +74,38 @@ def test_a_zip_is_blurred_into_a_folder_as_its_images_would_be(photos, tmp_path)
         archive.writestr("../x.png", b"")
     with pytest.raises(ValueError, match="outside of it"):
         blur(tmp_path / "leaving.zip", tmp_path / "three", faces=faces)
+
+def test_what_systems_put_beside_images_is_none(photos, tmp_path):
+    """macOS's ._ files and __MACOSX, Jupyter's checkpoints: in a folder, and in a zip, even as its first member."""
+    junk = ["__MACOSX/._00.jpg", "__MACOSX/more/a.png", "._00.jpg", "more/._01.png", ".ipynb_checkpoints/a.png", "more/@eaDir/a.jpg"]
+    names = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.*"))
+    with zipfile.ZipFile(tmp_path / "IMAGES.ZIP", "w") as archive:
+        for name in junk:
+            archive.writestr(name, b"junk")
+        for name in names:
+            archive.write(photos / name, f"photos/{name}")
+    for name in junk:
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"junk")
+    faces = read_json(tmp_path / "faces.json")
+    (tmp_path / "inside.json").write_text(json.dumps({f"photos/{name}": boxes for name, boxes in faces.items()}))
+    blur(photos, tmp_path / "one", faces=tmp_path / "faces.json")
+    blur(tmp_path / "IMAGES.ZIP", tmp_path / "two", faces=tmp_path / "inside.json", processes=1)
+    assert [*blur_manifest(tmp_path / "one")["images"]] == names
+    assert [*blur_manifest(tmp_path / "two")["images"]] == [f"photos/{name}" for name in names]
+    assert open_image(tmp_path / "IMAGES.ZIP/00.jpg").size == (120, 90), "its one folder need not be named"
+
+def test_linked_folders_are_followed_and_circles_refused(photos, tmp_path):
+    blur(photos, tmp_path / "one", faces=tmp_path / "faces.json")
+    (photos / "more").rename(tmp_path / "elsewhere")
+    (photos / "more").symlink_to(tmp_path / "elsewhere")
+    blur(photos, tmp_path / "two", faces=tmp_path / "faces.json")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    (photos / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "faces.json").write_text(json.dumps(read_json(tmp_path / "faces.json") | {"lost.png": []}))
+    refused("no image file .*lost.png(.|\n)*1 of 25 images", blur, photos, tmp_path / "three", faces=tmp_path / "faces.json")
+    (photos / "again").symlink_to(photos)
+    refused("folders twice, by links: .*photos", blur, photos, tmp_path / "four", faces=tmp_path / "faces.json")
 
 def test_a_face_of_any_size_is_lost(tmp_path):
     """The same pattern, drawn 8 times as large, is as flat after: a tenth of its contrast is left."""

@@ -103,8 +103,8 @@ def coco(tmp_path):
         Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).save(tmp_path / name)
         images.append({"id": 50 + number, "file_name": name, "width": 80, "height": 60})
         for category, box in [(1, [10.1, 20.2, 30.3, 10.4]), (2, [40, 5, 20, 50])] * (number != 3) + [
-            (3, [1, 1, 9, 9])
-        ] * (1 + number % 2) * (number != 3):
+            (3, [x, 1, 9, 9]) for x in (1, 30)[: 1 + number % 2]
+        ] * (number != 3):
             annotations.append({"id": len(annotations), "image_id": 50 + number, "category_id": category, "bbox": box})
     names = ("dog", "cat", "cup", "kite", "bus")
     categories = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
@@ -270,14 +270,27 @@ def test_ids_are_excluded_and_missing_images_told_before_any_work(coco, tmp_path
         "08",
     }
     assert "skipped: 2 images that --exclude lists" in capsys.readouterr().out
-    refused("7 of 7 images are not in", caption, **common, images=tmp_path / "gone", out=tmp_path / "b.json")
+    refused("no folder or zip .*gone", caption, **common, images=tmp_path / "gone", out=tmp_path / "b.json")
     (tmp_path / "ids.txt").write_text("\n".join(map(str, range(10))))
     refused("leaves no image", caption, **common, images=coco, out=tmp_path / "b.json")
     assert not list(tmp_path.glob("b.json*"))
 
 
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_an_image_of_another_size_is_refused_before_any_work(prefcoco, coco, tmp_path, turn):
+    """A photo stored turned, annotated upright. localize looks where it is told the images."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.new("RGB", (60, 80)).save(coco / "000000000002.png", exif=exif)
+    words = "1 images of .*000000000002.png is 60 x 80, but the annotations say 80 x 60" + f".*EXIF orientation is {turn}" * (turn > 1)
+    refused(words, caption, "m", coco / "instances.json", coco, tmp_path / "b.json")
+    refused(words, localize, prefcoco, coco / "instances.json", tmp_path / "b.json", images=str(coco))
+    assert not [*tmp_path.glob("b.*")]
+    localize(prefcoco, coco / "instances.json", tmp_path / "b.json")
+
+
 def test_a_folder_without_a_model_is_named(coco, tmp_path):
-    refused("no .*config.json", caption, tmp_path, coco / "instances.json", coco, tmp_path / "out.json")
+    refused("no weights in .*; it needs model.safetensors", caption, tmp_path, coco / "instances.json", coco, tmp_path / "out.json")
 
 
 # ----- localize
@@ -363,9 +376,20 @@ def test_an_objective_of_ones_own_is_written_under_its_name(prefcoco, coco, tmp_
 def test_other_files_are_refused_by_localize(prefcoco, coco, tmp_path):
     instances = coco / "instances.json"
     refused("no .*gone.json", localize, tmp_path / "gone.json", instances, tmp_path / "l.json")
-    refused("a row is images", localize, instances, instances, tmp_path / "l.json")
+    refused("a row is .*images", localize, instances, instances, tmp_path / "l.json")
     rows = read_json(prefcoco)
     prefcoco.write_text(json.dumps([{**rows[0], "image": "other.jpg"}]))
     refused("describes other.jpg", localize, prefcoco, instances, tmp_path / "l.json")
+    for damage in ({"description": None}, {"box_px": "1 2 3 4"}, {"box_px": None}):
+        prefcoco.write_text(json.dumps([{**rows[0], **damage}]))
+        refused("a row is .*50-dog", localize, prefcoco, instances, tmp_path / "l.json")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "3", '[{"image": "000000000000.png", "name": "dog", "description": "x", "box_px": [0, 20, 8, 30]}]'])
+def test_descriptions_that_leave_nothing_to_ask_are_an_error(coco, tmp_path, content):
+    """None at all, or of an object at the edge, which the middle square does not show."""
+    (tmp_path / "p.json").write_text(content)
+    refused("p.json", localize, tmp_path / "p.json", coco / "instances.json", tmp_path / "l.json", geometry="crop")
+    assert not (tmp_path / "l.json").exists()
 
 
