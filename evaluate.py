@@ -546,4 +546,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command("evaluate.py", main)
+    run_command("evaluate.py", main, "--into, or with --out for --ask")

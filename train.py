@@ -413,7 +413,7 @@ def evaluate_held_out(config, sources):
             data = ["--coco", held_out[0], "--images", held_out[1]] if config.sources else []  # none: the shapes world
             try:
                 evaluate.main([config.out, "--task", "all", *data, "--limit", "200"])
-            except (ValueError, FileNotFoundError) as error:
+            except (ValueError, OSError) as error:
                 print(f"not evaluated: {error}")
 
 
@@ -441,8 +441,10 @@ def main(config):
     for stage in [stage for stage in config.stage_list if stage >= run.newest()[0]]:  # those before it are done
         try:
             train_stage(config, stage, model, examples[stage], run, processes)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("add --resume to continue from the last checkpoint") from None
         finally:
-            run.finish()
+            run.close()
         weights = whole_state_dict(model) if processes.is_fsdp else model.state_dict()
         if processes.rank == 0:
             model.save_pretrained(run.folder, weights, stage=stage, trained_with=dataclasses.asdict(config))

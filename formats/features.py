@@ -5,6 +5,7 @@ features.json  which tower, image side, geometry and number of frames made it, t
 """
 
 import hashlib
+import math
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from clip_vit import preprocess
 from formats.annotations import unreadable
-from formats.files import read_config, require_file, some, write_json
+from formats.files import read_config, require_file, some, write_json, writing
 from formats.images import open_image
 from formats.journal import require_new, work_in_parts
 from video import encode, read_frames
@@ -65,8 +66,13 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
     about = {"tower": fingerprint(tower), "side": config.image_size, "geometry": geometry, "frames": frames, "images": images}
     if processes[0] == 0 and not parts.exists():
         require_new(out)
-        out.mkdir(parents=True)
         shape = (len(images), frames + config.num_patches, config.hidden_size)
+        with writing(out):
+            out.mkdir(parents=True)
+        size, free = 2 * math.prod(shape) / 2**30, shutil.disk_usage(out).free / 2**30
+        if free < size:  # later it would be a bus error: the file is mapped
+            out.rmdir()
+            raise ValueError(f"{file} needs {size:.1f} GiB, and {free:.1f} are free; choose another --out")
         np.lib.format.open_memmap(file, "w+", np.float16, shape).flush()
 
     def write(chosen):

@@ -20,6 +20,21 @@ def require_file(path, expected):
     return path
 
 
+class WriteError(OSError):
+    """Raised if a file cannot be written. run_command adds which option chooses another place."""
+
+
+@contextmanager
+def writing(path, *errors):
+    """Turn OSError, and a writer's own exceptions, into a WriteError that names the file."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, *errors) as error:
+        raise WriteError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error})") from None
+
+
 @contextmanager
 def naming(path, *errors):
     """Turn a reader's exceptions into a ValueError that names the file."""
@@ -91,17 +106,18 @@ def some(names):
 def write_whole(path, write):
     """Call write(temporary path), then rename: the file at `path` is either the old one or the complete new one."""
     temporary = Path(f"{path}.tmp{os.getpid()}")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # as any new file; safetensors makes its own private
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # as any new file; safetensors makes its own private
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -122,9 +138,23 @@ def remove_temporary(paths):
         path.unlink()
 
 
-def run_command(name, main):
-    """Run a program's main function. An error that a user can cause ends the program in one line."""
+def run_command(name, main, place="--out"):
+    """Run a program's main function. What a user or the system can cause ends it in one line, a closed pipe in silence.
+
+    place  the option that chooses where the program writes
+    """
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # not at exit, where nobody could catch the error
+    except KeyboardInterrupt as error:
+        print(f"{name}: interrupted; {str(error) or 'the same command continues, or starts again'}", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"{name}: {error}")
+        try:
+            sys.stdout.flush()
+        except OSError:  # a closed pipe, or a full disk; Python would try again at exit, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hint = f"; make room, or choose another place with {place}" if isinstance(error, WriteError) else ""
+        sys.exit(141 if isinstance(error, BrokenPipeError) else f"{name}: {error}{hint}")  # 141, 130: as a shell counts

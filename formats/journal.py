@@ -8,6 +8,7 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from datetime import timedelta
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from formats.files import read_json, write_json
+from formats.files import read_json, write_json, writing
 
 
 def read_journal(path):
@@ -28,7 +29,8 @@ def read_journal(path):
 def open_journal(path):
     """Open a journal to append to, for this process alone, without a half-written last line."""
     import fcntl  # not on Windows
-    file = open(path, "ab")
+    with writing(path):
+        file = open(path, "ab", buffering=0)  # without a buffer that would be written when a full disk ends the run
     for _ in range(50):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,9 +43,11 @@ def open_journal(path):
 
 def write_line(file, row):
     """Append a row and flush it to disk."""
-    file.write(json.dumps(row).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
+    line = json.dumps(row).encode() + b"\n"
+    with writing(file.name):
+        while line:
+            line = line[file.write(line) :]
+        os.fsync(file.fileno())
 
 
 def require_same_options(before, now, where):
@@ -103,9 +107,11 @@ def begin(parts, options, restarts, fresh):
         write_json(parts / "options.json", options)
 
 
-def end_with_parent():
-    """Let this process end when its parent ends, even if the parent is killed."""
+def end_with_parent(leaves_interrupt=False):
+    """Let this process end when its parent ends, even if the parent is killed. leaves_interrupt: the parent handles Ctrl-C"""
     parent = os.getppid()
+    if leaves_interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
         while os.getppid() == parent:

@@ -106,7 +106,6 @@ def geometry_of(folder, config):
 
 def write_checkpoint(model, folder, state_dict, notes):
     """Write a llava-hf folder, see LocVLM.save_pretrained."""
-    folder.mkdir(parents=True, exist_ok=True)
     config, tokenizer = model.config, model.tokenizer
     # <image> takes the first id that is no piece of the tokenizer; rows are padded to a multiple of 64, as llava-hf's
     image_id, vocab_size = len(tokenizer), config.text_config.vocab_size

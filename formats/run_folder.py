@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from formats.files import read_json, require_file, write_json, write_rows
+from formats.files import read_json, require_file, write_json, write_rows, writing
 from formats.journal import read_journal, require_same_options
 
 KEEP = 2  # checkpoints; older ones are deleted
@@ -65,8 +65,9 @@ class RunFolder:
     def log(self, row):
         """Append a step's row to log.jsonl."""
         if self.rank == 0:
-            self.log_file.write(json.dumps(row) + "\n")
-            self.log_file.flush()
+            with writing(self.log_file.name):
+                self.log_file.write(json.dumps(row) + "\n")
+                self.log_file.flush()
             self.bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
             self.bar.update()
 
@@ -92,6 +93,12 @@ class RunFolder:
         path = self.folder / f"state/{stage}-{step}.tmp"
         path.parent.mkdir(parents=True, exist_ok=True)
         self.pending = path, dcp.async_save(state_of(model, optimizer), checkpoint_id=path, process_group=self.group)
+
+    def close(self):
+        """Finish, and leave the bar's line to what is printed next."""
+        self.finish()
+        if self.bar:
+            self.bar.close()
 
     def finish(self):
         """Wait for the checkpoint being written, rename it, and delete the oldest beyond KEEP."""

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
-from formats.files import naming, read_json, require_file, sha256, some, write_json, write_whole
+from formats.files import naming, read_json, require_file, sha256, some, write_json, write_whole, writing
 
 PIECE_BYTES = 2**24  # read at once, in float32
 SHARD_BYTES = 5 * 10**9  # larger checkpoints are written in shards, as the hub's are
@@ -202,11 +202,14 @@ def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
             shards.append({})
         shards[-1][name] = tensor.detach()
     index = path.with_name(path.name + ".index.json")
-    index.unlink(missing_ok=True)  # first: find_weights refuses shards without an index, so old and new ones do not mix
+    with writing(index):
+        index.unlink(missing_ok=True)  # first: find_weights refuses shards without an index, so old and new ones do not mix
     weight_map, count = {}, len(shards)
     for number, shard in enumerate(shards, start=1):
         file = path if count == 1 else path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
-        write_whole(file, partial(save_file, {k: v.cpu().contiguous() for k, v in shard.items()}, metadata={"format": "pt"}))
+        contents = {k: v.cpu().contiguous() for k, v in shard.items()}
+        with writing(file, SafetensorError):
+            write_whole(file, partial(save_file, contents, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(shard, file.name)
     if count > 1:
         path.unlink(missing_ok=True)  # before the index, for a single file goes first

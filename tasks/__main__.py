@@ -102,4 +102,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command("python -m tasks", main)
+    run_command("python -m tasks", main, "--into")

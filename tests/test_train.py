@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,9 +240,9 @@ def test_a_checkpoint_cut_short_is_not_one(parts, tmp_path, monkeypatch):
         assert all(torch.equal(whole[key], again[key]) for key in whole), name
 
 
-@pytest.mark.parametrize("kill_after", [3, 6])
-def test_a_killed_run_resumes_to_the_same_bits(parts, tmp_path, kill_after):
-    """kill -9 in stage 1 and in stage 2; then --resume: weights, losses and steps equal those of a run left alone."""
+@pytest.mark.parametrize("kill_after, how", [(3, signal.SIGKILL), (6, signal.SIGKILL), (4, signal.SIGINT)])
+def test_a_killed_run_resumes_to_the_same_bits(parts, tmp_path, kill_after, how):
+    """kill -9 in stage 1 and in stage 2, or Ctrl-C; then --resume: weights, losses and steps equal those of a run left alone."""
     train.main(TrainConfig(**parts, out=str(tmp_path / "whole"), save_every=2))
     options = {**parts, "out": tmp_path / "killed", "save_every": 2}
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in the same order
@@ -249,7 +250,8 @@ def test_a_killed_run_resumes_to_the_same_bits(parts, tmp_path, kill_after):
         [sys.executable, str(ROOT / "train.py"), *flags(options)],
         env=environment,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     log = tmp_path / "killed" / "log.jsonl"
     deadline = time.time() + 120
@@ -259,8 +261,10 @@ def test_a_killed_run_resumes_to_the_same_bits(parts, tmp_path, kill_after):
         and not (log.exists() and log.read_text().count("\n") >= kill_after)
     ):
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(how)
+    *_, last = process.communicate()[1].splitlines()
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and last == "train.py: interrupted; add --resume to continue from the last checkpoint"
     train.main(TrainConfig(**parts, out=str(tmp_path / "killed"), save_every=2, resume=True))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
@@ -283,12 +287,12 @@ def test_a_run_killed_twice_in_stage_two_keeps_what_stage_one_made(parts, tmp_pa
 
     own = {**parts, "out": str(tmp_path / "run"), "save_every": 2}
     killing(after=5 + 3)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="add --resume"):
         train.main(TrainConfig(**own))
     stage_one = (tmp_path / "run/model.safetensors").read_bytes()
     assert read_json(tmp_path / "run/config.json")["locvlm"]["stage"] == 1
     killing(after=1)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="add --resume"):
         train.main(TrainConfig(**own, resume=True))
     assert (tmp_path / "run/model.safetensors").read_bytes() == stage_one
     assert [path.name for path in (tmp_path / "run/state").iterdir()].count("2-2") == 1
@@ -449,6 +453,9 @@ def test_features_of_what_cannot_be_read_are_left_out_by_name(parts, tmp_path, m
     other = f"{tmp_path}/other.json@{parts['images']}"
     with pytest.raises(ValueError, match="1 of .* images cannot be used: .* but the annotations say.*--skip-bad"):
         features(other, tmp_path / "sizes", parts["vision"], batch=2)
+    with monkeypatch.context() as full, pytest.raises(ValueError, match="features.npy needs 0.0 GiB, and 0.0 are free"):
+        full.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=999))
+        features(other, tmp_path / "sizes", parts["vision"], batch=2, skip_bad=True)
     assert not (tmp_path / "sizes").exists()
     features(other, tmp_path / "sizes", parts["vision"], batch=2, skip_bad=True)
     named = {damaged, whole["images"][0]["file_name"]}

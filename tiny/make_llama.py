@@ -26,6 +26,7 @@ import data
 from coords import iou
 from data import Object, article, ask_loc, ask_neg, ask_rev, encode_segment
 from formats.fast_cpu import keep_freed_memory
+from formats.files import run_command
 from llama import Llama, Tokenizer
 from model import VARIANTS, answer_loss, packed_mask
 from tiny.make_vision import save, update
@@ -251,4 +252,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command("tiny.make_llama", main)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from clip_vit import CLIPVisionTower, preprocess
 from coords import iou
-from formats.files import write_json
+from formats.files import run_command, write_json
 from formats.weights import write_tensors
 from model import VARIANTS
 from tiny.shapes import COLOURS, NAMES, draw_scene
@@ -163,4 +163,4 @@ def main(steps=STEPS):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    run_command("tiny.make_vision", lambda: main(*map(int, sys.argv[1:])))

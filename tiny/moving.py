@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from formats.files import write_json
+from formats.files import run_command, write_json
 from tiny import shapes as world
 
 CLIPS = {"train": 600, "val": 100}
@@ -184,4 +184,4 @@ def ensure_clips(folder="data/moving"):
 
 
 if __name__ == "__main__":
-    world.run(write_clips)
+    run_command("tiny.moving", lambda: world.run(write_clips), "FOLDER")

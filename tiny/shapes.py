@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from data import article
-from formats.files import write_json
+from formats.files import run_command, write_json, writing
 
 COLOURS = {"red": (210, 45, 45), "green": (45, 150, 65), "blue": (50, 85, 205), "yellow": (228, 198, 50),
            "purple": (140, 60, 165), "orange": (238, 130, 40)}  # fmt: skip
@@ -239,10 +239,11 @@ def ensure_world(folder="data/shapes"):
 def run(write):
     """Write a world to the folder named on the command line, and print the sizes of its JSON files."""
     if len(sys.argv) != 2:
-        sys.exit(f"usage: python -m tiny.{Path(sys.argv[0]).stem} FOLDER")
-    write(sys.argv[1])
+        raise ValueError("usage: python -m tiny.shapes FOLDER, or tiny.moving")
+    with writing(sys.argv[1]):
+        write(sys.argv[1])
     print(json.dumps({path.name: path.stat().st_size for path in sorted(Path(sys.argv[1]).glob("*.json"))}, indent=1))
 
 
 if __name__ == "__main__":
-    run(write_world)
+    run_command("tiny.shapes", lambda: run(write_world), "FOLDER")

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json, write_whole
+from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json, write_whole, writing
 from formats.images import BLUR_MANIFEST, blur_manifest, image_file, is_hidden, open_image, open_zip, split_zip
 from formats.journal import end_with_parent, open_journal, read_journal, require_same_options, write_line
 from formats.schema import are_numbers, leaves_folder
@@ -57,18 +57,22 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes: posit
         (out / JOURNAL).unlink(missing_ok=True)
         return print(f"{out} is complete: {len(names)} images")
     done = {row["image"]: row["faces"] for row in rows[1:] if (out / row["image"]).is_file()}
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     jobs = [(name, images, out, boxes.get(name), model, threshold) for name in names if name not in done]
     problems = []
-    with open_journal(out / JOURNAL) as journal, ProcessPoolExecutor(processes, initializer=end_with_parent) as pool:
+    with open_journal(out / JOURNAL) as journal, ProcessPoolExecutor(processes, None, end_with_parent, (True,)) as pool:
         if not rows:
             write_line(journal, options)
-        for name, number, problem in tqdm(pool.map(blur_image, jobs), total=len(jobs), disable=None):
-            if problem:
-                problems.append(problem)
-            else:
-                done[name] = number
-                write_line(journal, {"image": name, "faces": number})
+        try:
+            for name, number, problem in tqdm(pool.map(blur_image, jobs), total=len(jobs), disable=None):
+                if problem:
+                    problems.append(problem)
+                else:
+                    done[name] = number
+                    write_line(journal, {"image": name, "faces": number})
+        finally:
+            pool.shutdown(cancel_futures=True)
     if problems:
         counts = f"{len(problems)} of {len(names)} images were not blurred; replace or remove them, then run this again"
         raise ValueError("\n".join([*problems, counts]))

@@ -38,7 +38,7 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]
 def read_lines(path):
     """Read a JSONL file: (its objects, the number of other lines). A killed process may leave half a line."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").split("\n") if path.is_file() else ():
         try:
             rows += [json.loads(line)] if line.strip() else []
         except (ValueError, RecursionError):

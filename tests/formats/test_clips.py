@@ -274,6 +274,7 @@ def test_check_opens_every_clip(moving, tmp_path):
 def test_masks_make_the_records_that_boxes_make(moving):
     """Pseudo-ActNet's way: a folder of panoptic JSONs, through the masks, gives the same objects, present and absent."""
     of_boxes = {r.id: r for r in read_file(moving / "clips_train.json", moving / "clips")[0]}
+    (moving / "panoptic_train/._000000000001.json").write_bytes(b"a Mac was here")
     panoptic(moving / "panoptic_train", moving / "masks.json")
     of_masks, skipped = read_file(moving / "masks.json", moving / "clips")
     assert [r.id for r in of_masks] == [f"{i:012d}" for i in (1, 5, 9, 13)] and not skipped

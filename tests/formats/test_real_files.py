@@ -17,7 +17,9 @@ from formats.annotations import image_ids, parse_sources, read_file, read_record
 from formats.images import image_problem
 from formats.schema import HARMLESS, read_box
 from model import LocVLMConfig
+from tasks.files import read_rows
 from tools.check import check
+from tools.report import read_lines
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "cup"}]
 IMAGES = [{"id": 1, "file_name": "a.png", "width": 100, "height": 80}, {"id": 2, "file_name": "b.png", "width": 64, "height": 64}]
@@ -216,6 +218,11 @@ def test_a_byte_order_mark_is_no_content(instances, tmp_path):
     for name, content in (("bom.json", plain.read_text()), ("ids.txt", "000000000007.jpg\n9\n"), ("ids.json", "[7, 9]")):
         (tmp_path / name).write_text(content, encoding="utf-8-sig")
     assert read(tmp_path / "bom.json") == read(plain)
+    (tmp_path / "rows.jsonl").write_text('{"id": 1}\n{"id": 2}\n', encoding="utf-8-sig")
+    (tmp_path / "rows.csv").write_text("id,a\n1,b\n", encoding="utf-8-sig")
+    assert read_lines(tmp_path / "rows.jsonl") == ([{"id": 1}, {"id": 2}], 0)
+    assert read_rows(tmp_path / "rows.jsonl", "rows") == [{"id": 1}, {"id": 2}]
+    assert read_rows(tmp_path / "rows.csv", "rows") == [{"id": "1", "a": "b"}]
     assert image_ids(tmp_path / "ids.txt") == image_ids(tmp_path / "ids.json") == {7, 9}
 
 

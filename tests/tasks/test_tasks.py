@@ -241,6 +241,7 @@ def test_hal_ade_asks_for_two_that_are_there_and_two_that_are_not_none_of_cocos(
     (tmp_path / "objectInfo150.txt").write_text(ADE)
     for number, values in enumerate(([0, 1, 3, 8, 13], [13, 65], [59]), 1):
         Image.fromarray(np.array([values], np.uint8)).save(folder / f"ADE_val_{number:08d}.png")
+    (folder / "._ADE_val_00000001.png").write_bytes(b"a Mac was here")
     images = touch(tmp_path / "images", *[f"ADE_val_{n:08d}.jpg" for n in (1, 2, 3)])
     items, skipped = read("hal-ade", tmp_path / "objectInfo150.txt", None, images)
     asked = {(i.id[:16], i.truth["label"]): {} for i in items}

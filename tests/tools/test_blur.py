@@ -4,8 +4,11 @@ import fcntl
 import io
 import json
 import multiprocessing
+import os
 import random
+import signal
 import struct
+import subprocess
 import sys
 import time
 import zipfile
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from formats.files import read_json
@@ -211,6 +215,26 @@ def test_a_killed_blur_ends_in_the_same_files(photos, tmp_path):
     rng = random.Random(0)
     kill_blurs(photos, tmp_path / "faces.json", tmp_path / "killed", [rng.uniform(0.02, 0.12) for _ in range(3)])
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+def test_ctrl_c_ends_in_one_line_and_the_same_command_continues(tmp_path):
+    """As a terminal sends it: to the parent and to its workers, which finish their image."""
+    (tmp_path / "in").mkdir()
+    Image.effect_noise((1200, 900), 90).save(tmp_path / "in/0.jpg")
+    for number in range(1, 80):
+        (tmp_path / f"in/{number}.jpg").symlink_to(tmp_path / "in/0.jpg")
+    (tmp_path / "faces.json").write_text(json.dumps({f"{number}.jpg": [[0, 0, 900, 900]] for number in range(80)}))
+    words = ["--images", tmp_path / "in", "--faces", tmp_path / "faces.json", "--out", tmp_path / "out", "--processes", "2"]
+    words, how = [sys.executable, "-m", "tools.blur", *map(str, words)], {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    process, journal = subprocess.Popen(words, **how, start_new_session=True), tmp_path / "out/.blur.jsonl"
+    deadline = time.time() + 60
+    while time.time() < deadline and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    printed = process.communicate()[1]
+    assert process.returncode == 130 and printed == "tools.blur: interrupted; the same command continues, or starts again\n"
+    assert 3 < journal.read_bytes().count(b"\n") < 80
+    main(words[3:])
+    assert len(blur_manifest(tmp_path / "out")["images"]) == 80
 
 def test_a_torn_journal_line_is_done_again(photos, tmp_path, monkeypatch):
     """So is an image that is in the journal but not on disk. A journal that another run holds, or with other options, is refused."""

@@ -52,6 +52,7 @@ def run(tmp_path, picture):
         rows = [row(picture, correct=i % 2 == 0, id=f"{task}{i}", truth={"label": "yes"}) for i in range(20)]
         write(run, task, rows, paper={"accuracy": 88.3, "F1": 70} if task == "hal" else None, weights_sha256={"a": "f"})
     write(run, "hal", [], "eval_blind", metrics={"accuracy": 0.25}, questions=20, blind=True)
+    (run / "eval/._hal.json").write_bytes(b"a Mac was here\0\xff")
     steps = [{"stage": s, "step": i, "loss": 4 / (i + 1), "lr": 1e-3} for s in (1, 2) for i in range(300)]
     (run / "log.jsonl").write_text("\n".join(map(json.dumps, steps)))
     return run
