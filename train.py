@@ -459,4 +459,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run_command("train.py", lambda: main(parse_config(TrainConfig)))
+    run_command("train.py", lambda: main(parse_config(TrainConfig)), "--out; --resume continues a run")

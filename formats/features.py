@@ -50,8 +50,7 @@ class Features:
 def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_bad=False, processes=(0, 1, lambda: None)):
     """Write the features of all records' images. A killed run continues where it stopped.
 
-    skip_bad   an unreadable image or clip, or one of another size, gets a row of zeros and is listed in features.json; else it
-               ends the run
+    skip_bad   an image or clip that cannot be used gets a row of zeros and is listed in features.json; else it ends the run
     processes  of journal.start_processes
     """
     config, device, out, batch = tower.config, next(tower.parameters()).device, Path(out), 1 if frames else batch

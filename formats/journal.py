@@ -30,6 +30,7 @@ def open_journal(path):
     """Open a journal to append to, for this process alone, without a half-written last line."""
     import fcntl  # not on Windows
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab", buffering=0)  # without a buffer that would be written when a full disk ends the run
     for _ in range(50):
         try:

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json, write_whole, writing
+from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json, write_whole
 from formats.images import BLUR_MANIFEST, blur_manifest, image_file, is_hidden, open_image, open_zip, split_zip
 from formats.journal import end_with_parent, open_journal, read_journal, require_same_options, write_line
 from formats.schema import are_numbers, leaves_folder
@@ -49,7 +49,7 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes: posit
     rows, finished = read_journal(out / JOURNAL), blur_manifest(out)  # of an earlier run
     if finished or rows:
         require_same_options(finished or rows[0], options, out)
-    elif out.exists() and {path.name for path in out.iterdir()} - {JOURNAL}:
+    elif out.exists() and not all(is_hidden(path.name) for path in out.iterdir()):
         raise ValueError(f"{out} holds other files; choose a new folder as --out")
     if finished:
         if finished["images"].keys() != set(names):
@@ -57,8 +57,6 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes: posit
         (out / JOURNAL).unlink(missing_ok=True)
         return print(f"{out} is complete: {len(names)} images")
     done = {row["image"]: row["faces"] for row in rows[1:] if (out / row["image"]).is_file()}
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
     jobs = [(name, images, out, boxes.get(name), model, threshold) for name in names if name not in done]
     problems = []
     with open_journal(out / JOURNAL) as journal, ProcessPoolExecutor(processes, None, end_with_parent, (True,)) as pool:

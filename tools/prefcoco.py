@@ -34,8 +34,9 @@ from PIL import Image
 from coords import GEOMETRIES, KINDS, CoordFormat
 from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, read_coco, targets_of
 from formats.annotations import image_ids_of, read_records, require_usable
+from formats.eval_folder import require_images
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json
-from formats.images import has_image, open_image
+from formats.images import open_image
 from formats.journal import require_new, require_same_options, start_processes, work_in_parts
 from formats.schema import are_numbers
 from formats.weights import weights_sha256
@@ -57,10 +58,9 @@ def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     records, skipped = read_records([(coco, images, 1.0)], image_ids_of(exclude))
     records = [record for record in records if record.objects][:limit]
-    if missing := [record.image.name for record in records if not has_image(record.image)]:
-        raise FileNotFoundError(f"{len(missing)} of {len(records)} images are not in {images} ({some(missing)})")
     if not records:
         raise ValueError(f"{coco} leaves no image with an object whose category occurs once; check --exclude")
+    require_images([record.image for record in records], coco, images)
     require_usable(records, coco, "the annotations say")  # a damaged one is a rejected row
     options = {}
     if processes[0] == 0:

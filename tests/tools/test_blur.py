@@ -81,7 +81,8 @@ def test_a_zip_is_blurred_into_a_folder_as_its_images_would_be(photos, tmp_path)
 
 def test_what_systems_put_beside_images_is_none(photos, tmp_path):
     """macOS's ._ files and __MACOSX, Jupyter's checkpoints: in a folder, and in a zip, even as its first member."""
-    junk = ["__MACOSX/._00.jpg", "__MACOSX/more/a.png", "._00.jpg", "more/._01.png", ".ipynb_checkpoints/a.png", "more/@eaDir/a.jpg"]
+    junk = ["__MACOSX/._00.jpg", "__MACOSX/more/a.png", "._00.jpg", "more/._01.png", ".ipynb_checkpoints/a.png",
+            "more/@eaDir/a.jpg"]  # fmt: skip
     names = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.*"))
     with zipfile.ZipFile(tmp_path / "IMAGES.ZIP", "w") as archive:
         for name in junk:

@@ -125,7 +125,7 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, monkeypatch):
         ("tiny/shapes.py {file}/x", "FOLDER"),
         ("tiny/moving.py {file}/x", "FOLDER"),
         ("tools/blur.py --images {world}/images --faces {world}/faces.json --out {file}/x", "--out"),
-        ("tools/prefcoco.py localize --prefcoco {world}/p.json --coco {world}/instances_val.json --out {file}/x/l.json", "--out"),
+        ("tools/prefcoco.py localize --prefcoco {world}/p.json --coco {world}/instances_val.json --out {file}/x", "--out"),
     ],
 )
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, make_model, monkeypatch, words, place):

@@ -271,6 +271,8 @@ def test_ids_are_excluded_and_missing_images_told_before_any_work(coco, tmp_path
     }
     assert "skipped: 2 images that --exclude lists" in capsys.readouterr().out
     refused("no folder or zip .*gone", caption, **common, images=tmp_path / "gone", out=tmp_path / "b.json")
+    (tmp_path / "gone").mkdir()
+    refused("7 of the 7 images of .* are not in .*gone", caption, **common, images=tmp_path / "gone", out=tmp_path / "b.json")
     (tmp_path / "ids.txt").write_text("\n".join(map(str, range(10))))
     refused("leaves no image", caption, **common, images=coco, out=tmp_path / "b.json")
     assert not list(tmp_path.glob("b.json*"))
@@ -282,7 +284,8 @@ def test_an_image_of_another_size_is_refused_before_any_work(prefcoco, coco, tmp
     exif = Image.Exif()
     exif[0x0112] = turn
     Image.new("RGB", (60, 80)).save(coco / "000000000002.png", exif=exif)
-    words = "1 images of .*000000000002.png is 60 x 80, but the annotations say 80 x 60" + f".*EXIF orientation is {turn}" * (turn > 1)
+    words = "1 images of .*000000000002.png is 60 x 80, but the annotations say 80 x 60"
+    words += f".*EXIF orientation is {turn}" * (turn > 1)
     refused(words, caption, "m", coco / "instances.json", coco, tmp_path / "b.json")
     refused(words, localize, prefcoco, coco / "instances.json", tmp_path / "b.json", images=str(coco))
     assert not [*tmp_path.glob("b.*")]
@@ -290,7 +293,7 @@ def test_an_image_of_another_size_is_refused_before_any_work(prefcoco, coco, tmp
 
 
 def test_a_folder_without_a_model_is_named(coco, tmp_path):
-    refused("no weights in .*; it needs model.safetensors", caption, tmp_path, coco / "instances.json", coco, tmp_path / "out.json")
+    refused("no weights in .*; it needs", caption, tmp_path, coco / "instances.json", coco, tmp_path / "out.json")
 
 
 # ----- localize
@@ -385,10 +388,13 @@ def test_other_files_are_refused_by_localize(prefcoco, coco, tmp_path):
         refused("a row is .*50-dog", localize, prefcoco, instances, tmp_path / "l.json")
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "3", '[{"image": "000000000000.png", "name": "dog", "description": "x", "box_px": [0, 20, 8, 30]}]'])
+AT_EDGE = {"image": "000000000000.png", "name": "dog", "description": "x", "box_px": [0, 20, 8, 30]}
+
+
+@pytest.mark.parametrize("content", [[], {}, 3, [AT_EDGE]])
 def test_descriptions_that_leave_nothing_to_ask_are_an_error(coco, tmp_path, content):
     """None at all, or of an object at the edge, which the middle square does not show."""
-    (tmp_path / "p.json").write_text(content)
+    (tmp_path / "p.json").write_text(json.dumps(content))
     refused("p.json", localize, tmp_path / "p.json", coco / "instances.json", tmp_path / "l.json", geometry="crop")
     assert not (tmp_path / "l.json").exists()
 
