@@ -70,7 +70,7 @@ def read_clips(path, folder, content, problems):
     """Read a clips_*.json of tiny.moving or tools.panoptic: COCO's format, but of videos, with a box per frame."""
     records, missing = [], []
     owners, boxes, absent = schema.coco_rows(content, path, problems, "videos")
-    clips = find_clips(folder)
+    clips = find_clips(folder) if str(folder) else {name: Path(name) for name, *_ in owners.values()}  # --score opens none
     for clip, (name, size, count) in owners.items():
         if name not in clips:
             missing.append(name)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import zipfile
 import zlib
 from functools import lru_cache
@@ -23,7 +24,8 @@ BLUR_MANIFEST = "blurred.json"  # tools.blur writes it into its output folder
 
 def is_clip(path):
     """Return True for a path that is opened as a clip where no annotation decides: a folder, or one of CLIP_SUFFIXES."""
-    return Path(path).suffix.lower() in CLIP_SUFFIXES or Path(path).is_dir()
+    suffix = Path(path).suffix.lower()
+    return suffix in CLIP_SUFFIXES or suffix not in IMAGES and bool(names_in(path))
 
 
 def open_image(path):
@@ -77,6 +79,24 @@ def split_zip(path):
             is_inside = name not in names and f"{top}/{name}" in names
             return parent, f"{top}/{name}" if is_inside else name
     return None, None
+
+
+def names_in(folder):
+    """Return the names of the files in a folder, which may lie in a zip; none if there is no such folder."""
+    if Path(folder).is_dir():
+        return [path.name for path in Path(folder).iterdir()]
+    zip_path, member = split_zip(Path(folder) / "_")
+    return zip_folders(zip_path).get(member.removesuffix("_"), []) if zip_path else []
+
+
+@lru_cache(maxsize=8)
+def zip_folders(path):
+    """Return the folders in a zip that hold files: {path that ends in /: names of the files}. macOS's companions are none."""
+    folders = {}
+    for folder, name in (re.fullmatch("(.*/)?(.*)", name, re.DOTALL).groups("") for name in open_zip(path).namelist()):
+        if name and not name.startswith("._") and not folder.startswith("__MACOSX/"):
+            folders.setdefault(folder, []).append(name)
+    return folders
 
 
 @lru_cache(maxsize=8)

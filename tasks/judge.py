@@ -22,7 +22,7 @@ from evaluate import mean
 from formats.files import write_rows
 from formats.journal import open_journal, read_journal, write_line
 from tasks.files import FOLDER, read_rows
-from tasks.words import SHORT
+from tasks.words import bare
 
 PROMPTS = {role: (FOLDER / f"judge_{role}.txt").read_text("utf-8").strip() for role in ("system", "user")}
 
@@ -49,7 +49,7 @@ def judge_answers(job, items, folder, args):
 def judge_requests(items, model="gpt-3.5-turbo"):
     """Yield a request per answered item, rows of OpenAI's batch format."""
     for item in items:
-        facts = {"question": item.question.removesuffix(SHORT), "truth": item.truth["answer"], "answer": item.answer}
+        facts = {"question": bare(item.question), "truth": item.truth["answer"], "answer": item.answer}
         body = {"model": model, "messages": [{"role": role, "content": PROMPTS[role].format(**facts)} for role in PROMPTS]}
         yield {"custom_id": item.id, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
