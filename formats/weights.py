@@ -189,6 +189,5 @@ def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
         write_whole(file, partial(save_file, {k: v.cpu().contiguous() for k, v in shard.items()}, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(shard, file.name)
     if count > 1:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(index, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(index, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map})
         path.unlink(missing_ok=True)

@@ -19,8 +19,6 @@ from model import LocVLMConfig
 from tasks import TASKS
 from tasks.files import Rows
 
-ANSWERS = Rows("rows as in NAME.jsonl", {"id": str, "answer": str})
-
 
 def parse(argv):
     files = "\n".join(f"  {name:15} {task.files}" for name, task in TASKS.items())
@@ -59,7 +57,8 @@ def parse(argv):
 def score(args, job, wording, about):
     """Judge answers in a file. A run's own rows stay its results; answers made elsewhere go to a folder beside them."""
     path, folders = Path(args.score), eval_folder.folders_of(args.run, args.into)
-    eval_folder.join(job.items, [(name, row["answer"]) for name, row in ANSWERS.read(path).items()], path)
+    answers = Rows("rows as in NAME.jsonl", {"id": str, "answer": str}).read(path)
+    eval_folder.join(job.items, [(name, row["answer"]) for name, row in answers.items()], path)
     folder, about = folders["scored"], about | {"scored": {"file": str(path), "sha256": sha256(path)}}
     own = [f for f in folders.values() if (f / f"{job.name}.jsonl").resolve() == path.resolve()]
     before = read_json(path.with_suffix(".json")) if own and path.with_suffix(".json").is_file() else {}
