@@ -10,7 +10,7 @@ without `post_layernorm`. The last block is kept, so that a checkpoint can be wr
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from coords import resized
-from formats.files import read_config
+from formats.files import known_fields, read_config
 from formats.images import open_image  # noqa: F401 (the first arrow above)
 from formats.originals import openai_tensors
 from formats.weights import build, open_tensors, sort_tensors
@@ -66,7 +66,7 @@ class CLIPVisionConfig:
             "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
             "image_size": 224, "patch_size": 32,
         }  # fmt: skip
-        return cls(**{**defaults, **{f.name: config[f.name] for f in fields(cls) if f.name in config}})
+        return cls(**{**defaults, **known_fields(cls, config)})
 
     @classmethod
     def from_shapes(cls, stored):

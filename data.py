@@ -27,8 +27,9 @@ import torch
 
 from clip_vit import open_image, preprocess
 from coords import CoordFormat, iou
+from formats.clips import find_clips, missing_clips
 from formats.files import read_json, require_file
-from formats.schema import COCO_KEYS, clip_box, leaves_folder, llava_problem, require_rows
+from formats.schema import Problems, coco_rows, llava_rows
 
 IMAGE_ID = -200  # placeholder id, one per visual token (LLaVA's choice: no vocabulary has it)
 IGNORE = -100  # label of a token without loss
@@ -105,87 +106,55 @@ class Record:
     captions: tuple = ()
     conversations: tuple = ()  # each a tuple of (question, answer) turns
     weight: float = 1.0  # how often an epoch draws it
+    is_clip: bool = False
 
 
 # ----- readers
 
 
-def read_instances(path, content=None):
-    """Read a COCO instances JSON (or check `content`, already read). Raise ValueError if it has another schema."""
-    coco = read_json(require_file(path, "COCO's instances_*.json")) if content is None else content
-    require_rows(coco, COCO_KEYS, path, "COCO's instances_*.json")
-    return coco
-
-
-def read_coco(instances, images, content=None):
+def read_coco(instances, images, content=None, problems=None):
     """Read a COCO folder: a list of Records in the order of the file, and a Counter {reason: rows skipped}.
 
-    instances  instances_*.json; an annotation may carry our extra key "description"
+    instances  instances_*.json: images [{id, file_name, width, height}], categories [{id, name}], annotations [{image_id,
+               category_id, bbox [x, y, width, height] in px}], perhaps with iscrowd, and with our own "description"
     images     folder of the image files, or a zip
-    content    the JSON of `instances`, if it was read already
-    Annotations without a usable box are skipped and counted. A crowd (iscrowd=1) counts as several of its category.
+    content    the JSON of `instances`, if it was read already; `problems` of its rows are added to a schema.Problems
+    A crowd, or an invalid box, counts as several of its category: it is present, and not asked for.
     """
-    coco = read_instances(instances, content)
-    names = {category["id"]: category["name"] for category in coco["categories"]}
-    skipped, by_image = Counter(), {image["id"]: [] for image in coco["images"]}
-    for annotation in coco["annotations"]:
-        if annotation["image_id"] not in by_image:
-            skipped["annotations of unknown images"] += 1
-        elif annotation["category_id"] not in names:
-            skipped["annotations of unknown categories"] += 1
-        else:
-            by_image[annotation["image_id"]].append(annotation)
-    records = []
-    for image in coco["images"]:
-        if leaves_folder(image["file_name"]):
-            skipped["images whose path leaves their folder"] += 1
-            continue
-        size, annotations = (image["width"], image["height"]), by_image[image["id"]]
-        count = Counter(a["category_id"] for a in annotations)
-        count.update(a["category_id"] for a in annotations if a.get("iscrowd"))
-        objects = []
-        for a in annotations:
-            box_px = clip_box(a.get("bbox"), size, skipped)
-            if box_px and count[a["category_id"]] == 1:
-                objects.append(Object(names[a["category_id"]], box_px, a.get("description")))
-        present = tuple(sorted({names[c] for c in count}))
-        absent = tuple(name for name in names.values() if name not in present)
-        path = Path(images) / image["file_name"]
-        records.append(Record(str(image["id"]), path, size, tuple(objects), present, absent))
-    return records, skipped
+    problems, records = Problems() if problems is None else problems, []
+    content = read_json(require_file(instances, "COCO's instances_*.json")) if content is None else content
+    owners, boxes, absent = coco_rows(content, instances, problems)
+    for image_id, (file_name, size) in owners.items():
+        count = Counter(box.name for box in boxes[image_id])
+        count.update(box.name for box in boxes[image_id] if box.is_crowd)
+        objects = [Object(b.name, b.box_px, b.description) for b in boxes[image_id] if b.box_px and count[b.name] == 1]
+        names = tuple(name for name in absent[image_id] if name not in count)
+        records.append(Record(image_id, Path(images) / file_name, size, tuple(objects), tuple(sorted(count)), names))
+    return records, problems.count()
 
 
-def read_llava(path, images, content=None):
+def read_llava(path, images, content=None, problems=None):
     """Read a LLaVA-format JSON: a list of Records, one per row, and a Counter {reason: rows skipped}.
 
-    Rows without an image are text-only. Rows that tools.prefcoco wrote (key `objective`) become objects and absent
+    A row {id, image, conversations [{from, value}]} is about an image; one with "video" about a clip; else it is text alone.
+    Video-ChatGPT's {q, a, video_id} is read too. Rows that tools.prefcoco wrote (key `objective`) become objects and absent
     categories, so that this run writes their text in its own representation.
     """
-    rows = read_json(require_file(path, "a LLaVA-format JSON")) if content is None else content
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} is a JSON {type(rows).__name__}, not LLaVA's list of rows")
-    records, skipped = [], Counter()
-    for index, row in enumerate(rows):
-        if problem := llava_problem(row):
-            skipped[f"rows of {path} (the first: row {index}, it {problem})"] += 1
+    problems, records, missing = Problems() if problems is None else problems, [], []
+    content = read_json(require_file(path, "a LLaVA-format JSON")) if content is None else content
+    rows = llava_rows(content, path, problems)
+    clips = find_clips(images) if any(row.clip for row in rows) else {}
+    for row in rows:
+        if row.clip and row.clip not in clips:
+            missing.append(row.clip)
             continue
-        image = Path(images) / row["image"] if "image" in row else None
-        record = Record(str(row.get("id", index)), image, tuple(row.get("size", (0, 0))))
-        if "objective" not in row:
-            texts = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
-            record = replace(record, conversations=(tuple(zip(texts[0::2], texts[1::2], strict=True)),))
-        elif row["objective"] == "caption":
-            objects = (Object(row["name"], tuple(row["box_px"]), row["description"]),)
-            record = replace(record, objects=objects, present=(row["name"],))
-        elif row["objective"] == "neg":
-            record = replace(record, absent=tuple(row["names"]))
-        else:
-            objects = zip(row["names"], map(tuple, row["box_px"]), row["descriptions"], strict=True)
-            record = replace(record, objects=tuple(Object(*o) for o in objects), present=tuple(row["names"]))
-        records.append(record)
-    if skipped.total() == len(rows):
-        raise ValueError(f"{path}: no usable row: {next(iter(skipped), 'the list is empty')}")
-    return records, skipped
+        image = clips[row.clip] if row.clip else Path(images) / row.image if row.image else None
+        record = Record(row.id, image, row.size, conversations=(row.turns,) if row.turns else (), is_clip=bool(row.clip))
+        if row.boxes_px is not None:
+            objects = map(Object, row.names, row.boxes_px, row.descriptions)
+            record = replace(record, objects=tuple(objects), present=row.names)
+        records.append(replace(record, absent=row.names) if row.names and row.boxes_px is None else record)
+    return records, problems.count() + missing_clips(missing, len(records), path, images)
 
 
 # ----- objectives: questions, answers, and when an answer is right
@@ -507,6 +476,13 @@ class Examples:
                 f"{max_length} tokens; skip them with --skip-bad"
             )
         self.records = [record for record in fitting if self.draw_segments(record, random.Random(0))]
+        is_asked = {OBJECTIVES[name].about for name in wording.objectives} & {"object", "pair"} and template != "plain"
+        has_boxes = [record for record in records if record.present or record.absent] if is_asked else []
+        if has_boxes and not any(targets_of(record, "object", wording, random.Random(0)) for record in has_boxes):
+            raise ValueError(
+                f"no box to ask for in {len(has_boxes)} images: none has an object alone of its category with a valid box; "
+                "list the problems with `python -m tools.check`, or train without loc and rev: --objectives neg"
+            )
         if not self.records:
             raise ValueError(
                 f"none of {len(records)} records yields an example for template {template!r} and objectives "

@@ -39,7 +39,6 @@ from data import OBJECTIVES, SIDE_ANSWERS, SIDE_PROMPTS, Object, Wording, articl
 from formats.annotations import read_file
 from formats.eval_folder import by_picture, folders_of, read_jobs, run_jobs
 from formats.files import read_json, run_command, sha256, write_whole
-from formats.images import is_clip
 from formats.journal import start_processes
 from formats.pictures import card, sheet, still
 from formats.weights import weights_sha256
@@ -67,6 +66,7 @@ class Item:
     correct: bool | float | None = None  # a score 0..1 if the metric is graded, None if only all answers together count
     boxes_px: list = field(default_factory=list)  # locations in the answer, original pixels
     mirrored: bool = False  # asked about the image mirrored left to right; boxes are then in the mirrored image
+    is_clip: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Task:
 
     @staticmethod
     def is_about_clips(items):
-        return all(item.image and is_clip(item.image) for item in items)
+        return all(item.is_clip for item in items)
 
 
 def paper_rows(task):
@@ -114,7 +114,7 @@ def mean(values):
 
 def item_of(record, name, question, truth):
     """Make a question about an annotated image."""
-    return Item(f"{record.id}:{name}", record.image, record.size, question, truth)
+    return Item(f"{record.id}:{name}", record.image, record.size, question, truth, is_clip=record.is_clip)
 
 
 def mirror(item):
@@ -301,7 +301,7 @@ def hal_items(records, wording, rng):
     """Ask for two categories present in an image and two absent ones (as many of each). About clips, this is Hal-Act."""
     items = []
     for r in records:
-        medium = "video" if wording.medium == "video" and r.image and is_clip(r.image) else "image"
+        medium = "video" if wording.medium == "video" and r.is_clip else "image"
         count = min(2, len(r.present), len(r.absent))
         for label, names in (("yes", rng.sample(r.present, count)), ("no", rng.sample(r.absent, count))):
             items += [item_of(r, name, ask_presence(name, medium), {"label": label, "name": name}) for name in names]
@@ -381,13 +381,13 @@ class Answerer:
     def answer(self, model, is_blind, batch):
         """Answer a batch of items: {id: answer}. Blind: an image without content, CLIP's mean colour."""
         pictures, images, frames = by_picture(batch), [], self.config.frames
-        for path, mirrored in pictures:
+        for (path, mirrored), group in pictures.items():
             if is_blind or not path:
                 images.append(Image.new("RGB", (224, 224), mean_colour(self.config.vision_config)))
             elif frames:
                 images.append([ImageOps.mirror(f) if mirrored else f for f in frames_of(path, frames)])
             else:
-                images.append(still(path, mirrored))
+                images.append(still(path, mirrored, group[0].is_clip))
         questions = [[item.question for item in group] for group in pictures.values()]
         answers = model.generate(images, questions, **self.decoding)
         pairs = zip(sum(pictures.values(), []), sum(answers, []), strict=True)

@@ -10,9 +10,10 @@ Read `Llama.forward` first. `Llama.generate` is the same path with a cache. This
 """
 
 import math
+import re
 import zlib
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from formats.fast_cpu import pack_linears
-from formats.files import read_config, require_file
+from formats.files import known_fields, read_config, require_file
 from formats.originals import meta_tensors
 from formats.weights import build, open_tensors, sort_tensors
 
@@ -76,7 +77,10 @@ class LlamaConfig:
             if is_unsupported:
                 value = rope if key == "rope_scaling" else config.get(key)
                 raise ValueError(f"unsupported {key} {value!r}; this decoder is a plain LLaMA")
-        known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        needs = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}.get(rope_type, ())
+        if absent := [key for key in needs if not isinstance(rope.get(key), int | float)]:
+            raise ValueError(f"rope_scaling {rope} lacks the number {absent[0]}; correct config.json")
+        known = known_fields(cls, config)
         known["rope_scaling"] = None if rope_type == "default" else {**rope, "rope_type": rope_type}
         known["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
         return cls(**known)
@@ -351,6 +355,9 @@ class Llama(nn.Module):
         stored = dict(stored)
         if "embed_tokens.weight" in stored:
             config = replace(config, vocab_size=stored["embed_tokens.weight"].shape[0])
+            if config.tie_word_embeddings and "lm_head.weight" in stored:  # some configs claim a tie that the file breaks
+                is_tied = stored["lm_head.weight"].equals(stored["embed_tokens.weight"])
+                config = replace(config, tie_word_embeddings=is_tied)
             if config.tie_word_embeddings:
                 stored["lm_head.weight"] = stored["embed_tokens.weight"]
         llama = build(lambda: cls(config), stored, source, dtype, device)
@@ -385,11 +392,13 @@ class Tokenizer:
         self.path = Path(folder) / "tokenizer.model"
         if not self.path.is_file() and (Path(folder) / "params.json").is_file():
             self.path = Path(folder).parent / "tokenizer.model"  # Meta keeps it beside the models' folders
-        require_file(self.path, "the tokenizer that belongs to the weights")
+        require_file(self.path, "the tokenizer that belongs to the weights; a tokenizer.json alone is not read")
         try:
             self._model = SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{self.path} is not a sentencepiece model ({error}); copy it again") from None
+            is_tiktoken = re.match(rb"[\w+/=]+ \d+\n", self.path.read_bytes()[:99])
+            what = "LLaMA-3's tiktoken file, which TOKENIZERS has no reader for" if is_tiktoken else f"damaged ({error}); copy it again"
+            raise ValueError(f"{self.path} is not a sentencepiece model: it is {what}") from None
         self.bos_token_id, self.eos_token_id = self._model.bos_id(), self._model.eos_id()
         self.unk_token_id = self._model.unk_id()
 

@@ -240,7 +240,10 @@ class LocVLM(nn.Module):
 
     @classmethod
     def join(cls, tower, adapter, llama, tokenizer, **settings):
-        """Make a model from its parts."""
+        """Make a model from its parts. Raise ValueError if the tokenizer has ids that the LLaMA has no embedding for."""
+        if len(tokenizer) > llama.config.vocab_size:
+            rows = f"{len(tokenizer)} pieces, more than the {llama.config.vocab_size} rows of the embedding"
+            raise ValueError(f"{tokenizer.path} has {rows}; pass the tokenizer that belongs to these weights")
         name = next(name for name, adapter_class in ADAPTERS.items() if adapter_class is type(adapter))
         with torch.device("meta"), SkipInit():
             model = cls(LocVLMConfig(tower.config, llama.config, name, **settings))

@@ -33,11 +33,12 @@ from data import OBJECTIVES, Examples, Wording, marked
 from formats.annotations import image_ids_of, parse_sources, read_records, unreadable
 from formats.fast_cpu import keep_freed_memory
 from formats.features import open_features
-from formats.files import run_command
+from formats.files import run_command, some
 from formats.images import are_faces_blurred
 from formats.meter import Meter
 from formats.processes import Processes, prefetched, shard, whole_state_dict
 from formats.run_folder import RunFolder
+from formats.schema import HARMLESS
 from model import ADAPTERS, LocVLM
 from tiny.moving import ensure_clips
 from tiny.shapes import ensure_world, write_world
@@ -278,7 +279,7 @@ def train_stage(config, stage, model, examples, run, processes):
         run.log(row)  # rank 0 writes it
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             run.save(stage, step + 1, model, optimizer)
-    run.end_stage(meter.summary(stage))
+    run.end_stage(meter.summary())
 
 
 def stop_run(row, micro_batches, run, processes):
@@ -303,8 +304,9 @@ def build_records(config, processes):
     records, skipped = read_records(sources, image_ids_of(config.exclude))
     bad = unreadable(records)
     records = [record for record in records if record.id not in bad]
-    expected = ("images that --exclude", "boxes where the box has no area")  # COCO itself has some of the second
-    wrong = {reason: count for reason, count in skipped.items() if not reason.startswith(expected)}
+    wrong = {reason: count for reason, count in skipped.items() if not reason.startswith(HARMLESS)}
+    if clips := [] if config.is_about_clips else [record.id for record in records if record.is_clip]:
+        raise ValueError(f"{len(clips)} records are about clips ({some(clips)}), and stages 1 and 2 read images; use --stages 3")
     if (bad or wrong) and not config.skip_bad:
         examples = [*bad.values()][:3] + [f"{count} {reason}" for reason, count in wrong.items()]
         raise ValueError(

@@ -4,6 +4,7 @@ Readers return a list of data.Record and a Counter {reason: rows skipped}. A fil
 """
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -13,45 +14,30 @@ from pathlib import Path
 
 from data import Object, Record, read_coco, read_llava
 from formats import schema
-from formats.files import read_json, require_file, some
-from formats.images import image_size, is_clip
+from formats.clips import find_clips, missing_clips
+from formats.files import naming, read_rows, read_text, require_file
+from formats.images import image_problem, split_zip
 
-CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".npy")
-CLIP_KINDS = f"a {' '.join(CLIP_SUFFIXES)} or a folder of frames"
 STATIC, STATIC_SIDE = 5, 224  # at most 5 px from the mean, in a square of 224 px (App. D does not say in which pixels)
 
 
-def read_captions(coco, images, path):
-    """Read the content of COCO's captions_*.json: a Record for each image that has captions."""
-    schema.require_rows(coco, schema.CAPTION_KEYS, path, "COCO's captions_*.json")
-    records, skipped, captions_of = [], Counter(), {image["id"]: [] for image in coco["images"]}
-    for annotation in coco["annotations"]:
-        caption = annotation["caption"]
-        if annotation["image_id"] not in captions_of:
-            skipped["captions of unknown images"] += 1
-        elif not isinstance(caption, str) or not caption.strip():
-            skipped["captions that are not text"] += 1
-        else:
-            captions_of[annotation["image_id"]].append(caption.strip())
-    for image in coco["images"]:
-        if schema.leaves_folder(image["file_name"]):
-            skipped["images whose path leaves their folder"] += 1
-        elif captions := tuple(captions_of[image["id"]]):
-            path, size = Path(images) / image["file_name"], (image["width"], image["height"])
-            records.append(Record(str(image["id"]), path, size, captions=captions))
+def read_captions(path, images, content, problems):
+    """Read COCO's captions_*.json: a Record for each image that has captions."""
+    owners, captions = schema.caption_rows(content, path, problems)
+    records = [Record(i, Path(images) / name, size, captions=tuple(captions[i])) for i, (name, size) in owners.items()]
+    return [record for record in records if record.captions], problems.count()
+
+
+def read_file(path, images, problems=None):
+    """Read an annotation file about images or clips, in any of the formats. problems: see read_coco"""
+    content = read_rows(path, "an annotation file")
+    is_coco = isinstance(content, dict)
+    read = read_clips if schema.is_about_clips(content) else read_captions if schema.is_captions(content) else read_coco
+    problems = schema.Problems() if problems is None else problems
+    records, skipped = (read if is_coco else read_llava)(path, images, content, problems)
+    if any(record.image for record in records) and not Path(images).is_dir() and not split_zip(Path(images) / "x")[0]:
+        raise FileNotFoundError(f"no folder or zip {images}, the images of {path}")
     return records, skipped
-
-
-def read_file(path, images):
-    """Read an annotation file about images or clips, in any of the formats."""
-    content = read_json(require_file(path, "an annotation file"))
-    if schema.is_about_clips(content):
-        return read_clips(path, images, content=content)
-    if isinstance(content, list):
-        return read_llava(path, images, content)
-    if schema.is_captions(content):
-        return read_captions(content, images, path)
-    return read_coco(path, images, content)
 
 
 def static_objects(boxes_by_frame, size):
@@ -80,101 +66,49 @@ def static_objects(boxes_by_frame, size):
     return objects
 
 
-def find_clips(folder):
-    """Find the clips in a folder: {file name, with and without its suffix: path}. A folder of frames has priority."""
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"no folder {folder} of clips, each {CLIP_KINDS}")
-    paths = sorted(Path(folder).iterdir(), reverse=True)
-    files = [path for path in paths if path.suffix.lower() in CLIP_SUFFIXES and not path.is_dir()]
-    files.sort(key=lambda path: CLIP_SUFFIXES.index(path.suffix.lower()), reverse=True)  # the first suffix overwrites
-    return {path.stem: path for path in files} | {path.name: path for path in [*files, *filter(Path.is_dir, paths)]}
-
-
-def read_clips(path, folder, content=None):
-    """Read annotations of clips, which lie in `folder` under any suffix. They have one of two formats:
-
-    clips_*.json                    of tiny.moving and tools.panoptic: videos, categories, annotations with a box per frame
-    VideoInstruct_Dataset.json      Video-ChatGPT's [{q, a, video_id}], or its converter's [{id, video, conversations}]
-    """
-    content = read_json(require_file(path, "annotations of clips")) if content is None else content
-    records, skipped = clip_rows(content, path) if isinstance(content, list) else clip_records(content, path)
-    clips, names = find_clips(folder), {record.image for record in records}
-    missing = sorted(names - clips.keys())
-    if missing and len(missing) == len(names):
-        raise FileNotFoundError(f"none of the {len(missing)} clips of {path} is in {folder} ({some(missing)}), as {CLIP_KINDS}")
-    if missing:
-        skipped[f"clips of {path} that are not in {folder} ({some(missing)})"] = len(missing)
-    return [replace(record, image=clips[record.image]) for record in records if record.image in clips], skipped
-
-
-def clip_records(content, path):
-    """Make Records of a clips_*.json. Invalid boxes are counted; their category is present, but not asked for."""
-    schema.require_rows(content, schema.CLIP_KEYS, path, "a clips_*.json")
-    names = {category["id"]: category["name"] for category in content["categories"]}
-    sizes = {v["id"]: (v["width"], v["height"]) for v in content["videos"]}
-    frames = {v["id"]: [[] for _ in range(v["frames"])] for v in content["videos"]}
-    records, skipped = [], Counter()
-    for a in content["annotations"]:
-        clip = a["video_id"]
-        if clip not in frames:
-            skipped["annotations of unknown clips"] += 1
-        elif a["category_id"] not in names:
-            skipped["annotations of unknown categories"] += 1
-        elif not isinstance(a["frame"], int) or not 0 <= a["frame"] < len(frames[clip]):
-            skipped["annotations of frames beyond their clip's last"] += 1
-        else:
-            box_px = schema.clip_box(a.get("bbox"), sizes[clip], skipped)
-            frames[clip][a["frame"]].append((names[a["category_id"]], None if a.get("iscrowd") else box_px))
-    for v in content["videos"]:
-        if schema.leaves_folder(v["file_name"]):
-            skipped["clips whose path leaves their folder"] += 1
+def read_clips(path, folder, content, problems):
+    """Read a clips_*.json of tiny.moving or tools.panoptic: COCO's format, but of videos, with a box per frame."""
+    records, missing = [], []
+    owners, boxes, absent = schema.coco_rows(content, path, problems, "videos")
+    clips = find_clips(folder)
+    for clip, (name, size, count) in owners.items():
+        if name not in clips:
+            missing.append(name)
             continue
-        boxes, size = frames[v["id"]], sizes[v["id"]]
-        present = {name for frame in boxes for name, _ in frame}
-        absent = tuple(name for name in names.values() if name not in present)
-        objects = tuple(static_objects(boxes, size))
-        records.append(Record(str(v["id"]), v["file_name"], size, objects, tuple(sorted(present)), absent))
-    return records, skipped
-
-
-def clip_rows(rows, path):
-    """Make a Record of each row of Video-ChatGPT's. Its converter names feature files, v_ID.pkl; we look for the clip v_ID."""
-    records, skipped = [], Counter()
-    for index, row in enumerate(rows):
-        if problem := schema.clip_row_problem(row):
-            skipped[f"rows of {path} (the first: row {index}, it {problem})"] += 1
-            continue
-        if "q" in row:
-            clip, texts = row["video_id"], [row["q"], row["a"]]
-        else:
-            clip, texts = row["video"].removesuffix(".pkl"), [turn["value"] for turn in row["conversations"]]
-        texts = [text.replace("<video>", "").strip() for text in texts]
-        turns = tuple(zip(texts[0::2], texts[1::2], strict=True))
-        records.append(Record(str(row.get("id", f"{clip}_{index}")), clip, (0, 0), conversations=(turns,)))
-    if not records:
-        raise ValueError(f"{path}: no usable row: {next(iter(skipped), 'the list is empty')}")
-    return records, skipped
+        frames, present = [[] for _ in range(count)], {box.name for box in boxes[clip]}
+        for box in boxes[clip]:
+            frames[box.frame].append((box.name, None if box.is_crowd else box.box_px))
+        names, objects = tuple(name for name in absent[clip] if name not in present), tuple(static_objects(frames, size))
+        records.append(Record(clip, clips[name], size, objects, tuple(sorted(present)), names, is_clip=True))
+    return records, problems.count() + missing_clips(missing, len(records), path, folder)
 
 
 def merge(records):
-    """Join the Records about one image file, so that its questions share a prefix. The largest weight counts."""
+    """Join the Records about one image file, so that its questions share a prefix. The largest weight counts.
+
+    An object is alone of its category only if it is so in every record that has the category, with the same box.
+    """
     merged = {}
     for record in records:
         key = os.path.abspath(record.image) if record.image else len(merged)
         first = merged.setdefault(key, record)
         if first is record:
             continue
-        objects = {o.name: o for o in first.objects}
-        for o in record.objects:  # the description comes from whichever file has one
-            if objects.setdefault(o.name, o).description is None:
-                objects[o.name] = replace(objects[o.name], description=o.description)
-        present = dict.fromkeys(first.present + record.present)
-        absent = tuple(name for name in dict.fromkeys(first.absent + record.absent) if name not in present)
+        objects, others = ({o.name: o for o in r.objects} for r in (first, record))
+        for name, o in others.items():
+            same = objects.setdefault(name, o)  # the description comes from whichever file has one
+            objects[name] = same if same.description or not o.description else replace(same, description=o.description)
+        for name in [name for name in objects if any(name in r.present for r in (first, record))]:
+            boxes = [{o.name: o.box_px for o in r.objects}.get(name) for r in (first, record) if name in r.present]
+            if None in boxes or any(abs(a - b) > 0.02 for a, b in zip(boxes[0], boxes[-1], strict=True)):
+                del objects[name]
+        present = tuple(dict.fromkeys(first.present + record.present))
         merged[key] = replace(
             first, size=first.size if any(first.size) else record.size, weight=max(first.weight, record.weight),
-            objects=tuple(objects.values()), present=tuple(present), absent=absent,
+            objects=tuple(objects.values()), present=present,
+            absent=tuple(name for name in dict.fromkeys(first.absent + record.absent) if name not in present),
             captions=first.captions + record.captions, conversations=first.conversations + record.conversations,
-        )
+        )  # fmt: skip
     return list(merged.values())
 
 
@@ -189,43 +123,48 @@ def read_records(sources, exclude=()):
         records += [replace(record, weight=weight) for record in of_file]
         skipped += reasons
     merged = merge(records)
-    kept = [record for record in merged if coco_id(record.image) not in exclude or is_clip(record.image)]
+    kept = [record for record in merged if record.is_clip or coco_id(record.image) not in exclude]
     if len(kept) < len(merged):
         skipped["images that --exclude lists"] = len(merged) - len(kept)
     return kept, skipped
 
 
 def parse_sources(text, images=""):
-    """Split "FILE@IMAGES*WEIGHT, ..." into (file, images, weight). Without @IMAGES, `images` is the folder; the weight is 1.
+    """Read --data: a list of (file, images, weight). Without @IMAGES, `images` is the folder; the weight is 1.
+
+    FILE@IMAGES*WEIGHT,...              an @ inside a name of a file that exists does not split it
+    [["FILE", "IMAGES", WEIGHT], ...]   the same as JSON, for names with other signs
 
     >>> parse_sources("coco.json, chat.json@photos*0.5", "train2017")
     [('coco.json', 'train2017', 1.0), ('chat.json', 'photos', 0.5)]
     """
-    sources = []
-    for part in text.split(",") if text else ():
-        match = re.fullmatch(r"([^@]+)(?:@([^*]+)(?:\*(\d+\.?\d*|\.\d+))?)?", part.strip())
-        if not match or float(match[3] or 1) <= 0:
-            raise ValueError(f"--data {part.strip()}: write FILE or FILE@IMAGES or FILE@IMAGES*WEIGHT, separated by commas")
-        if not (match[2] or images):
-            raise ValueError(f"--data {match[1]} without --images, the folder or zip of its images")
-        sources.append((match[1], str(match[2] or images), float(match[3] or 1)))
+    sources, is_json = [], text.startswith("[")
+    with naming("--data", json.JSONDecodeError):
+        parts = json.loads(text) if is_json else text.split(",") if text else []
+    for part in parts:
+        file, folder, weight = [*part, *(None, 1.0)[len(part) - 1 :]] if is_json else split_source(part.strip())
+        if not 0 < weight < math.inf:
+            raise ValueError(f"--data {part}: write FILE or FILE@IMAGES or FILE@IMAGES*WEIGHT, separated by commas")
+        if not (folder or images):
+            raise ValueError(f"--data {file} without --images, the folder or zip of its images")
+        sources.append((file, str(folder or images), float(weight)))
     return sources
+
+
+def split_source(text):
+    """Split FILE@IMAGES*WEIGHT: (file, images or None, weight; 0 if the text has another form)."""
+    cuts = [match.start() for match in re.finditer("@|$", text)]
+    cut = next((cut for cut in cuts if Path(text[:cut]).is_file()), cuts[0])
+    match = re.fullmatch(r"(?:@([^*]+)(?:\*(\d+\.?\d*|\.\d+))?)?", text[cut:])
+    return text[:cut], match and match[1], float(match[2] or 1) if match and text[:cut] else 0
 
 
 def unreadable(records):
     """Look at every image file without decoding it: {record id: its problem}. Clips are not opened."""
-
-    def look(record):
-        if not record.image or is_clip(record.image):
-            return None
-        try:
-            size = image_size(record.image)
-        except (FileNotFoundError, ValueError) as error:
-            return str(error)
-        is_wrong = any(record.size) and size != record.size
-        return f"{record.image} is {size}, but the annotations say {record.size}" if is_wrong else None
+    looked = [record for record in records if record.image and not record.is_clip]
     with ThreadPoolExecutor(8) as pool:
-        return {record.id: problem for record, problem in zip(records, pool.map(look, records), strict=True) if problem}
+        problems = list(pool.map(lambda record: image_problem(record.image, record.size), looked))
+    return {record.id: problem for record, problem in zip(looked, problems, strict=True) if problem}
 
 
 def coco_id(image):
@@ -241,21 +180,21 @@ def image_ids_of(files):
 
 def image_ids(path):
     """Read the COCO image ids in a benchmark's file: JSON or JSON lines of any schema, or one id or file name per line."""
-    text = require_file(path, "a list of images, or a benchmark's file").read_text(encoding="utf-8")
+    text = read_text(require_file(path, "a list of images, or a benchmark's file"))
     try:
         content = json.loads(text)
-        if not isinstance(content, dict | list):
-            content = {"image_id": content}
     except json.JSONDecodeError:
-        lines = [line for line in text.splitlines() if line.strip()]
-        content = [json.loads(line) if line.lstrip()[:1] in "{[" else {"image_id": line.strip()} for line in lines]
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        with naming(path, json.JSONDecodeError):
+            content = [json.loads(line) if line[0] in "{[" else line for line in lines]
 
-    def visit(value, key=None):
+    def visit(value, key="image_id"):
         if isinstance(value, dict | list):
             for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
                 yield from visit(inner, name)
         elif key in ("image_id", "image", "file_name") and value is not None:
             yield coco_id(value) if isinstance(value, str) and not value.isdigit() else int(value)
+
     found = set(visit(content)) - {None}
     if not found:
         raise ValueError(f"{path} names no COCO image (keys image_id, image or file_name)")

@@ -5,6 +5,7 @@ Each open_* function returns (format, number of frames, read), and read(places) 
 
 import re
 from bisect import bisect_right
+from collections import Counter
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -12,8 +13,28 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-from formats.files import naming, require_file
-from formats.images import ANIMATIONS, IMAGES, PIL_ERRORS, open_image, split_zip
+from formats.files import naming, require_file, some
+from formats.images import ANIMATIONS, CLIP_SUFFIXES, IMAGES, PIL_ERRORS, open_image, split_zip
+
+CLIP_KINDS = f"a {' '.join(CLIP_SUFFIXES)} or a folder of frames"
+
+
+def find_clips(folder):
+    """Find the clips in a folder: {file name, with and without its suffix: path}. A folder of frames has priority."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no folder {folder} of clips, each {CLIP_KINDS}")
+    paths = sorted(Path(folder).iterdir(), reverse=True)
+    files = [path for path in paths if path.suffix.lower() in CLIP_SUFFIXES and not path.is_dir()]
+    files.sort(key=lambda path: CLIP_SUFFIXES.index(path.suffix.lower()), reverse=True)  # the first suffix overwrites
+    return {path.stem: path for path in files} | {path.name: path for path in [*files, *filter(Path.is_dir, paths)]}
+
+
+def missing_clips(names, found, path, folder):
+    """Count the clips of an annotation file that are not in their folder. Raise FileNotFoundError if none was found."""
+    names = sorted(set(names))
+    if names and not found:
+        raise FileNotFoundError(f"none of the {len(names)} clips of {path} is in {folder} ({some(names)}), as {CLIP_KINDS}")
+    return Counter({f"clips of {path} that are not in {folder} ({some(names)})": len(names)} if names else {})
 
 
 def open_clip(path, decode_all=False):

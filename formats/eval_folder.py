@@ -15,20 +15,18 @@ import json
 import math
 import shutil
 import subprocess
-import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data import NEG_ANSWER
 from formats.annotations import coco_id, image_ids, image_ids_of, parse_sources
 from formats.files import read_json, remove_temporary, sha256, some, write_json, write_rows
-from formats.images import has_image, is_clip
-from formats.journal import open_journal, read_journal, write_line
+from formats.images import has_image, image_problem
+from formats.journal import work_in_parts
 from formats.pictures import overlay
 
 COMPARED = ("questions", "images", "weights_sha256", "data_sha256", "seed", "split", "decoding", "location", "template")
@@ -77,16 +75,25 @@ def read_jobs(tasks, args, wording):
     if not jobs:
         hint = "is it the right file, or split?" if task.files else "it needs boxes and absent categories"
         raise ValueError(f"{files[0]} yields no question for {', '.join(tasks)}; {hint}")
-    require_images([item.image for job in jobs for item in job.items], files[0], args.images)
+    items = [item for job in jobs for item in job.items]
+    require_images([item.image for item in items], files[0], args.images)
+    require_sizes(items, files[0])
     return jobs
 
 
 def require_images(paths, source, images):
     """Raise FileNotFoundError if an image or clip that the file `source` asks about is not in the folder or zip `images`."""
     paths = dict.fromkeys(path for path in paths if path)
-    missing = [path.name for path in paths if not (path.exists() if is_clip(path) else has_image(path))]
+    missing = [path.name for path in paths if not (path.exists() or has_image(path))]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of the {len(paths)} images of {source} are not in {images} ({some(missing)})")
+
+
+def require_sizes(items, source):
+    """Raise ValueError if an image cannot be read, or has another size than the file `source` states."""
+    sized = {item.image: item.size for item in items if item.image and item.size and not item.is_clip}
+    if problems := [problem for image, size in sized.items() if (problem := image_problem(image, size))]:
+        raise ValueError(f"{len(problems)} of {len(sized)} images of {source} cannot be used: {'; '.join(problems[:3])}")
 
 
 def by_picture(items):
@@ -113,57 +120,27 @@ def batches(items, size):
 
 
 def answer_all(items, size, make_answerer, parts, options, processes, fresh=False):
-    """Answer all items on rank 0, this process every world-th batch. Return (how many were answered now, in how many seconds).
+    """Answer all items on rank 0 (see journal.work_in_parts). Return (how many were answered now, in how many seconds).
 
-    make_answerer() returns the function batch -> {id: answer}. The folder `parts` keeps journals, which a killed run continues
-    if its `options`, all that answers depend on, were the same (rank 0's count). processes: of journal.start_processes.
+    make_answerer() returns the function batch -> {id: answer}.
     """
-    rank, world, wait = processes
-    if rank == 0:
-        begin(parts, options, fresh)
-    wait()
-    done = {i for path in parts.glob("part-*.jsonl") for row in read_journal(path) for i in row["answers"]}
-    wait()  # all have read what is done before any adds to it
-    pending = [batch for batch in batches(items, size) if batch[0].id not in done]
-    if rank == 0 and done:
-        print(f"{len(done)} of {len(items)} questions are already answered in {parts}; resuming")
-    mine = pending[rank::world]
-    with open_journal(parts / f"part-{rank}.jsonl") as journal:
-        answer, began = make_answerer() if mine else None, time.perf_counter()
-        for batch in tqdm(mine, desc=parts.stem, disable=None if rank == 0 else True):
-            write_line(journal, {"answers": answer(batch)})
-    wait()
-    if rank == 0:
-        rows = [row["answers"] for path in parts.glob("part-*.jsonl") for row in read_journal(path)]
-        join(items, [pair for row in rows for pair in row.items()], parts)
-    return sum(map(len, pending)), time.perf_counter() - began
-
-
-def begin(parts, options, fresh):
-    """Make the folder of journals; start over if it was begun with other options."""
-    before = read_json(parts / "options.json") if (parts / "options.json").is_file() else None
-    if before == options and not fresh:
-        return
-    for journal in parts.glob("part-*.jsonl"):
-        open_journal(journal).close()  # raises if another run is writing it
-    if before and not fresh:
-        changed = [key for key in options if before.get(key) != options[key]]
-        print(f"{parts} was begun with other {', '.join(changed)}: starting over")
-    shutil.rmtree(parts, ignore_errors=True)
-    write_json(parts / "options.json", options)
+    pieces = {batch[0].id: batch for batch in batches(items, size)}
+    rows, now, seconds = work_in_parts(pieces, make_answerer, parts, options, processes, restarts=True, fresh=fresh)
+    if processes[0] == 0:
+        join(items, [pair for _, answers in rows for pair in answers.items()], parts)
+    return sum(len(pieces[key]) for key in now), seconds
 
 
 def join(items, pairs, source):
     """Give each item its answer, by id. Raise ValueError for missing, unknown or repeated ids. pairs: (id, answer)"""
-    count, wanted, answers = Counter(i for i, _ in pairs), {item.id for item in items}, dict(pairs)
-    fix = "pass the file that these answers were made for, or answer again with --fresh"
-    doubled, unknown = [i for i in count if count[i] > 1], [i for i in count if i not in wanted]
-    missing = [item.id for item in items if item.id not in count]
+    count, asked = Counter(i for i, _ in pairs), {item.id: item for item in items}
+    doubled, unknown = [i for i in count if count[i] > 1], [i for i in count if i not in asked]
+    missing, fix = [i for i in asked if i not in count], "pass the file that was answered, or answer again with --fresh"
     for what, ids in {"occur twice": doubled, "belong to no question": unknown, "are missing": missing}.items():
         if ids:
             raise ValueError(f"{source}: {len(ids)} ids {what} ({some(ids)}), of {len(items)} questions; {fix}")
-    for item in items:
-        item.answer = answers[item.id]
+    for i, answer in pairs:
+        asked[i].answer = answer
 
 
 def git_commit():
@@ -199,11 +176,9 @@ def trained_on(run, files=""):
         notes = read_json(path).get("locvlm", {}).get("trained_with") if path.is_file() else None
         if not notes:
             break
-        if notes["data"]:
-            own = [path for path, _, _ in parse_sources(notes["data"], notes["images"])]
-        else:
-            world = "data/moving" if notes["stages"] in ("3", "4") else "data/shapes"
-            own = sorted(map(str, Path(world).glob("*_train.json")))
+        world = Path("data/moving" if notes["stages"] in ("3", "4") else "data/shapes")  # the default data
+        own = [path for path, _, _ in parse_sources(notes["data"], notes["images"])]
+        own = own or sorted(map(str, world.glob("*_train.json")))
         needed = own + [path for path in notes["exclude"].split(",") if path]
         if not own or not all(Path(path).is_file() for path in needed):
             return None
@@ -219,12 +194,6 @@ def ids_in(path):
         return image_ids(path)
     except ValueError:
         return set()
-
-
-def contamination(items, seen):
-    """Count the evaluated images that were trained on (at most: some may have been skipped), or return "unknown"."""
-    ours = {coco_id(item.image) for item in items} - {None}
-    return {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]} if seen and ours else "unknown"
 
 
 def require_own(job, folder, data_sha256):
@@ -268,7 +237,9 @@ def run_jobs(args, jobs, wording, model, processes):
             answerer = partial(model.answerer, title == "blind")
             count, seconds = answer_all(items, args.batch, answerer, parts, options, processes, args.fresh)
             if rank == 0:
-                trained = contamination(items, seen)
+                ours, trained = {coco_id(item.image) for item in items} - {None}, "unknown"
+                if seen and ours:  # at most so many: some may have been skipped in training
+                    trained = {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]}
                 ran = {"contamination": trained, "world_size": world, "asked": count}
                 ran |= {"seconds": round(seconds, 2), "questions_per_second": round(count / seconds, 2)}
                 write_results(job, items, folder, wording, {**about, **how, **ran}, args)
@@ -325,12 +296,10 @@ def differences(result, blind):
 def print_table(job, folders):
     """Print a task's figures: a column for each result about the same questions, and the paper's."""
     pin, paper, images = questions_sha256(job.items), paper_of(job), len({item.image for item in job.items})
-    paths = {title: folder / f"{job.name}.json" for title, folder in folders.items()}
-    results = {title: read_json(path) for title, path in paths.items() if path.is_file()}
+    results = {title: read_results(folder).get(job.name, {}) for title, folder in folders.items()}
     results = {title: result for title, result in results.items() if result.get("questions_sha256") == pin}
     columns = {title: result["metrics"] for title, result in results.items()}
-    if paper:
-        columns["paper"] = {name: value / 100 for name, value in paper.items()}
+    columns |= {"paper": {name: value / 100 for name, value in paper.items()}} if paper else {}
     note = f" (paper: LocVLM-B{'' if job.rules.files else ' on COCO'})" if paper else ""
     print(f"\n{job.name}: {len(job.items)} questions about {images} images{note}")
     print("".join(f"  skipped: {count} {reason}\n" for reason, count in job.skipped.items()), end="")

@@ -6,16 +6,16 @@ features.json  which tower, image side, geometry and number of frames made it, t
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from clip_vit import preprocess
-from formats.files import read_config, read_json, require_file, write_json
+from formats.files import read_config, require_file, some, write_json
 from formats.images import open_image
-from formats.journal import require_new
+from formats.journal import require_new, work_in_parts
 from video import encode, read_frames
 
 
@@ -36,25 +36,12 @@ class Features:
         for key, value in ({"side": side, "geometry": geometry, "frames": frames} | tower).items():
             if about[key] != value:
                 raise ValueError(f"{folder} has {key} {about[key]}, this run has {value}; remake it: python -m tools.features")
-        self.folder, self.rows_of = folder, {name: row for row, name in enumerate(about["images"])}
-        self.skipped = set(about.get("skipped", ()))
+        self.rows_of, self.skipped = {image: row for row, image in enumerate(about["images"])}, set(about.get("skipped", ()))
         self.rows = np.load(require_file(Path(folder) / "features.npy", "the features"), mmap_mode="r")
-
-    def row_of(self, image):
-        """Return the row index of an image file, or None without an image."""
-        row = image and self.rows_of.get(os.path.abspath(image))
-        if image and row is None:
-            raise ValueError(f"{self.folder} lacks {image}; add it: python -m tools.features")
-        return row
-
-    def holds(self, image):
-        """Return False if an image could not be read when the features were made. Text-only records pass."""
-        self.row_of(image)
-        return not image or os.path.abspath(image) not in self.skipped
 
     def read(self, image):
         """Return the features (P, Dv) of an image file, float32."""
-        return torch.from_numpy(self.rows[self.row_of(image)].astype(np.float32))
+        return torch.from_numpy(self.rows[self.rows_of[os.path.abspath(image)]].astype(np.float32))
 
 
 @torch.inference_mode()
@@ -62,50 +49,38 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
     """Write the features of all records' images. A killed run continues where it stopped.
 
     skip_bad   an unreadable image or clip gets a row of zeros and is listed in features.json; else it ends the run
-    processes  of journal.start_processes; this process writes every world-th image
+    processes  of journal.start_processes
     """
-    rank, world, wait = processes
-    out, device = Path(out), next(tower.parameters()).device
+    config, device, out, batch = tower.config, next(tower.parameters()).device, Path(out), 1 if frames else batch
+    parts, file = out / "features.parts", out / "features.npy"
     images = sorted({os.path.abspath(record.image) for record in records if record.image})
-    if rank == 0:
-        begin(out, images, tower, geometry, frames)
-    wait()
-    rows, done = (np.load(out / f"{name}.npy", mmap_mode="r+") for name in ("features", "done"))
-    mine = [row for row in range(rank, len(images), world) if not done[row]]
-    batch = 1 if frames else batch
-    for start in tqdm(range(0, len(mine), batch), desc="features", disable=None if rank == 0 else True):
-        read = {row: read_input(images[row], tower, geometry, frames, skip_bad) for row in mine[start : start + batch]}
-        readable = [row for row, pixels in read.items() if pixels is not None]
-        if readable and frames:
-            rows[readable[0]] = encode(tower, read[readable[0]], geometry).half().cpu().numpy()
-        elif readable:  # (B, 3, S, S) -> (B, P, Dv)
-            rows[readable] = tower(torch.stack([read[row] for row in readable]).to(device)).half().cpu().numpy()
-        rows.flush()  # before they count as done
-        done[list(read)] = [1 if row in readable else 2 for row in read]
-    wait()
-    begun = out / "begun.json"
-    if rank == 0 and begun.is_file():
-        skipped = [images[row] for row in np.flatnonzero(np.asarray(done) == 2)]
-        write_json(out / "features.json", read_json(begun) | {"skipped": skipped})
-        begun.unlink()
-        print(f"{out}: {len(images)} images or clips, {len(skipped)} of them skipped, {rows.nbytes / 2**30:.2f} GiB")
-
-
-def begin(out, images, tower, geometry, frames):
-    """Allocate the files of a features folder, or check that one begun earlier is of the same images and tower."""
-    config = tower.config
     about = {"tower": fingerprint(tower), "side": config.image_size, "geometry": geometry, "frames": frames, "images": images}
-    earlier = [read_json(path) for path in (out / "begun.json", out / "features.json") if path.is_file()]
-    if earlier and not earlier[0].items() >= about.items():
-        raise ValueError(f"{out} was begun with another tower or other images; change --out")
-    if earlier:
-        return
-    require_new(out)
-    out.mkdir(parents=True)
-    shape = (len(images), frames + config.num_patches, config.hidden_size)
-    np.lib.format.open_memmap(out / "features.npy", "w+", np.float16, shape).flush()
-    np.lib.format.open_memmap(out / "done.npy", "w+", np.uint8, shape[:1]).flush()  # 0 not yet, 1 written, 2 unreadable
-    write_json(out / "begun.json", about)
+    if processes[0] == 0 and not parts.exists():
+        require_new(out)
+        out.mkdir(parents=True)
+        shape = (len(images), frames + config.num_patches, config.hidden_size)
+        np.lib.format.open_memmap(file, "w+", np.float16, shape).flush()
+
+    def write(chosen):
+        """Write the chosen rows. Return the images that cannot be read."""
+        rows, read = np.load(file, mmap_mode="r+"), {}
+        for row in chosen:
+            if (pixels := read_input(images[row], tower, geometry, frames, skip_bad)) is not None:
+                read[row] = pixels
+        if read and frames:  # one clip
+            rows[chosen[0]] = encode(tower, read[chosen[0]], geometry).half().cpu().numpy()
+        elif read:  # (B, 3, S, S) -> (B, P, Dv)
+            rows[list(read)] = tower(torch.stack([*read.values()]).to(device)).half().cpu().numpy()
+        rows.flush()  # before they count as done
+        return [images[row] for row in chosen if row not in read]
+
+    pieces = {first: range(len(images))[first : first + batch] for first in range(0, len(images), batch)}
+    done, *_ = work_in_parts(pieces, lambda: write, parts, about | {"batch": batch}, processes)
+    if processes[0] == 0:
+        skipped = sorted(image for _, unreadable in done for image in unreadable)
+        write_json(out / "features.json", about | {"skipped": skipped})
+        shutil.rmtree(parts)
+        print(f"{out}: {len(images)} images or clips, {len(skipped)} of them skipped, {file.stat().st_size / 2**30:.2f} GiB")
 
 
 def read_input(image, tower, geometry, frames, skip_bad):
@@ -120,16 +95,16 @@ def read_input(image, tower, geometry, frames, skip_bad):
 
 def open_features(config, records, model, processes):
     """Open the features of a run, written first for clips without --features: (the records that they hold, Features)."""
-    c, folder = model.config, config.features
-    tower = model.vision_tower if processes.rank == 0 else None
-    if not folder:  # clips are always read as features
-        folder = f"{config.out}-features"
-        if processes.world == 1:
-            write_features(records, folder, tower, c.geometry, frames=c.frames, skip_bad=config.skip_bad)
-        elif not Path(folder, "features.json").is_file():
+    c, tower, folder = model.config, model.vision_tower, config.features or f"{config.out}-features"
+    if not config.features and not Path(folder, "features.json").is_file():  # clips are always read as features
+        if processes.world > 1:
             raise ValueError("training on clips in several processes needs --features; make them with python -m tools.features")
-    features = Features(folder, c.vision_config.image_size, c.geometry, c.frames, tower)
-    kept = [record for record in records if features.holds(record.image)]  # raises for an image that it lacks
+        write_features(records, folder, tower, c.geometry, frames=c.frames, skip_bad=config.skip_bad)
+    features = Features(folder, c.vision_config.image_size, c.geometry, c.frames, tower if processes.rank == 0 else None)
+    paths = [record.image and os.path.abspath(record.image) for record in records]
+    if lacking := [path for path in paths if path and path not in features.rows_of]:
+        raise ValueError(f"{folder} lacks {some(lacking)}; make them all: python -m tools.features")
+    kept = [record for record, path in zip(records, paths, strict=True) if path not in features.skipped]
     if lost := len(records) - len(kept):
         message = f"{lost} images or clips could not be read when {folder} was made"
         if not config.skip_bad:

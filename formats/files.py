@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 
 
@@ -33,12 +34,48 @@ def read_config(folder, name="config.json"):
     return read_json(require_file(Path(folder) / name, "a checkpoint folder: its config beside its weights"))
 
 
+def known_fields(cls, config):
+    """Return the values of a HF config that the dataclass `cls` has fields for. Raise ValueError for a text in place of a number."""
+    known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+    for field in fields(cls):
+        value = known.get(field.name, field.default)
+        if field.type in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"config.json has {field.name} {value!r}, which is not a number; correct it")
+    return known
+
+
 def read_json(path):
     """Read a JSON file; the error of a damaged one names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); was its download or copy cut short?") from None
+
+
+def read_text(path):
+    """Read a text file in UTF-8, with or without a byte-order mark."""
+    content = Path(path).read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        raise ValueError(f"{path} is a gzip file; unpack it first")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error})") from None
+
+
+def read_rows(path, expected):
+    """Read JSON, or JSON lines whose rows are all objects: then a list of them. expected: what the file should be"""
+    text, rows = read_text(require_file(path, expected)), []
+    with suppress(json.JSONDecodeError, RecursionError):
+        return json.loads(text)
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON text may hold U+2028
+        with suppress(json.JSONDecodeError, RecursionError):
+            rows += [json.loads(line)] if line.strip() else []
+            if not line.strip() or isinstance(rows[-1], dict):
+                continue
+        problem = "so the file is neither JSON nor JSON lines; was its download cut short?"
+        raise ValueError(f"{path}: line {number} is {line[:80]}, {problem} It should be {expected}")
+    return rows
 
 
 def sha256(path):

@@ -14,14 +14,16 @@ from formats.files import naming, read_json
 
 ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 IMAGES = (*ANIMATIONS, ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff")
+CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".npy")
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError)  # damaged; RuntimeError: encrypted
 PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, *ZIP_ERRORS)
+NO_IMAGES = {b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull`", b"<svg": "an SVG drawing", b"<?xml": "an SVG drawing"}
 BLUR_MANIFEST = "blurred.json"  # tools.blur writes it into its output folder
 
 
 def is_clip(path):
-    """Return True for a clip's path (a folder, or a file named like one), False for a still image's."""
-    return Path(path).is_dir() or Path(path).suffix.lower() not in IMAGES or Path(path).suffix.lower() == ".gif"
+    """Return True for a path that is opened as a clip where no annotation decides: a folder, or one of CLIP_SUFFIXES."""
+    return Path(path).suffix.lower() in CLIP_SUFFIXES or Path(path).is_dir()
 
 
 def open_image(path):
@@ -32,14 +34,26 @@ def open_image(path):
     """
     if not has_image(path):
         raise FileNotFoundError(f"no image file {path}")
-    with naming(path, *PIL_ERRORS), image_file(path) as file, Image.open(file) as image:
-        image.load()
-        if image.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion would clip it to white
-            grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-            return Image.fromarray(grey).convert("RGB")
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers, not 8 or 16 bit")
-        return image.convert("RGB")
+    with naming(path, *PIL_ERRORS), image_file(path) as file:
+        head = file.read(24).lstrip()
+        file.seek(0)
+        for begins, what in NO_IMAGES.items():
+            if head.startswith(begins):
+                raise ValueError(f"it is {what}")
+        with Image.open(file) as image:
+            return to_rgb(image)
+
+
+def to_rgb(image):
+    """Convert a PIL image to 8-bit RGB."""
+    image.load()
+    if image.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion would clip it to white
+        grey = np.asarray(image).astype(np.int64)
+        is_byte = image.mode == "I" and grey.max() < 256  # 32 bits that hold 8
+        return Image.fromarray((grey if is_byte else grey >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, not 8 or 16 bit")
+    return image.convert("RGB")
 
 
 def image_file(path):
@@ -55,10 +69,13 @@ def has_image(path):
 
 
 def split_zip(path):
-    """Split a path that leads into a zip: (zip, name inside), or (None, None)."""
-    for parent in Path(path).parents if ".zip" in str(path) else ():
-        if parent.suffix == ".zip" and parent.is_file():
-            return parent, Path(path).relative_to(parent).as_posix()
+    """Split a path that leads into a zip: (zip, name inside), or (None, None). A zip's one folder need not be named."""
+    for parent in Path(path).parents if ".zip" in str(path).lower() else ():
+        if parent.suffix.lower() == ".zip" and parent.is_file():
+            name, names = Path(path).relative_to(parent).as_posix(), open_zip(parent).NameToInfo
+            top = next(iter(names), "").partition("/")[0]
+            is_inside = name not in names and f"{top}/{name}" in names
+            return parent, f"{top}/{name}" if is_inside else name
     return None, None
 
 
@@ -83,6 +100,25 @@ def image_size(path):
     except (*PIL_ERRORS, KeyError):  # KeyError: not in its zip
         pass
     return open_image(path).size
+
+
+def image_problem(path, size=(), decode=False):
+    """Return what is wrong with an image file, or None. size: (width, height) that annotations state, if they do"""
+    try:
+        found = open_image(path).size if decode else image_size(path)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    if not any(size) or found == tuple(size):
+        return None
+    turn = orientation(path)
+    fix = f"; its EXIF orientation is {turn}: save it upright, or annotate the pixels as they are stored" if turn != 1 else ""
+    return f"{path} is {found[0]} x {found[1]}, but the annotations say {size[0]} x {size[1]}{fix}"
+
+
+def orientation(path):
+    """Return an image's EXIF orientation: 1 is upright, 3 upside down, 6 and 8 turned by 90 degrees."""
+    with image_file(path) as file, Image.open(file) as image:
+        return image.getexif().get(0x0112, 1)
 
 
 def blur_manifest(images):

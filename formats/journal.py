@@ -1,17 +1,22 @@
 """Work that takes hours and may be killed at any moment: journals of JSON lines, options that must match, processes.
 
 A journal gets a line per piece of work, flushed to disk. After a kill, the same command reads the journal and continues.
+`work_in_parts` does this for several processes, on any number of which it may continue.
 """
 
 import atexit
 import json
 import os
+import shutil
 import threading
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+from tqdm import tqdm
+
+from formats.files import read_json, write_json
 
 
 def read_journal(path):
@@ -43,7 +48,7 @@ def write_line(file, row):
 
 def require_same_options(before, now, where):
     """Raise ValueError if work was begun with other options than it is to be continued with."""
-    changed = [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
+    changed = [f"{key} was {before.get(key)!r:.200}, is {now[key]!r:.200}" for key in now if before.get(key) != now[key]]
     if changed:
         raise ValueError(f"{where} was made with other options: {'; '.join(changed)}; repeat those, or change --out")
 
@@ -51,6 +56,51 @@ def require_same_options(before, now, where):
 def require_new(path):
     if Path(path).exists():
         raise ValueError(f"{path} exists already; choose another --out")
+
+
+def work_in_parts(pieces, make_worker, parts, options, processes, *, restarts=False, fresh=False):
+    """Do the pieces {key: piece} that earlier runs have left, this process every world-th of them.
+
+    make_worker()  returns the function piece -> result, in JSON; called by processes with something to do
+    parts          folder with a journal per process, and `options`, all that results depend on (rank 0's count). If it was
+                   begun with others, raise ValueError or, with `restarts`, start over; `fresh` starts over anyway
+    processes      of start_processes
+    Return ([(key, result), ...] of all runs and processes, on rank 0; keys of the pieces done now; seconds that this took).
+    """
+    rank, world, wait = processes
+    if rank == 0:
+        begin(parts, options, restarts, fresh)
+    wait()
+    done = {key for key, _ in read_parts(parts)}
+    wait()  # all have read what is done before any adds to it
+    pending = [key for key in pieces if key not in done]
+    if rank == 0 and done:
+        print(f"{len(pieces) - len(pending)} of {len(pieces)} parts are done already in {parts}; resuming")
+    mine = pending[rank::world]
+    with open_journal(parts / f"part-{rank}.jsonl") as journal:
+        work, began = make_worker() if mine else None, time.perf_counter()
+        for key in tqdm(mine, desc=parts.stem, disable=None if rank == 0 else True):
+            write_line(journal, (key, work(pieces[key])))
+    wait()
+    return read_parts(parts) if rank == 0 else [], pending, time.perf_counter() - began
+
+
+def read_parts(parts):
+    return [row for path in sorted(parts.glob("part-*.jsonl")) for row in read_journal(path)]
+
+
+def begin(parts, options, restarts, fresh):
+    """Make the folder of journals, or keep the one of an earlier run."""
+    before = read_json(parts / "options.json") if (parts / "options.json").is_file() else {}
+    if before and not (restarts or fresh):
+        require_same_options(before, options, parts)
+    elif before != options or fresh:
+        for journal in parts.glob("part-*.jsonl"):
+            open_journal(journal).close()  # raises if another run is writing it
+        if changed := [key for key in options if before and not fresh and before.get(key) != options[key]]:
+            print(f"{parts} was begun with other {', '.join(changed)}: starting over")
+        shutil.rmtree(parts, ignore_errors=True)
+        write_json(parts / "options.json", options)
 
 
 def end_with_parent():

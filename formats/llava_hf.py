@@ -87,13 +87,17 @@ def build_adapter(stored, ours, adapters, sizes, source, dtype, device):
 
 def geometry_of(folder, config):
     """Return how a LLaVA that is not ours makes its square: from its image processor, or its image_aspect_ratio."""
-    path, ratios = folder / "preprocessor_config.json", {"square": "crop", "pad": "pad"}
-    if "vision_config" in config and path.is_file():
-        processor = read_json(path)
+    if "vision_config" in config:  # llava-hf's; transformers 5 writes the image processor into the processor's file
+        found = [read_json(folder / f"{n}_config.json") for n in ("preprocessor", "processor") if (folder / f"{n}_config.json").is_file()]
+        processor = next((p.get("image_processor", p) for p in found if p.get("image_processor", p).keys() & {"size", "do_resize"}), None)
+        if processor is None:
+            print(f"{folder} has no preprocessor_config.json: images are cropped to a square, as CLIP does")
+            return "crop"
         if processor.get("do_pad"):
             return "pad"
         size, is_crop = processor.get("size"), processor.get("do_center_crop", True)
         return "squash" if not is_crop and isinstance(size, dict) and "height" in size else "crop"
+    ratios = {"square": "crop", "pad": "pad"}
     if (ratio := config.get("image_aspect_ratio") or "square") not in ratios:
         hint = "this model looks once at the whole image ('square' or 'pad')"
         raise ValueError(f"{folder}/config.json: unsupported image_aspect_ratio = {ratio!r}; {hint}")

@@ -55,8 +55,7 @@ class Meter:
         row = {"seconds": round(seconds, 2), "waited": round(self.waited, 2), "tflops": round(speed / 1e12, 3)}
         return {**row, "mfu": self.peak and round(speed / self.peak, 4)}
 
-    def summary(self, stage):
-        speed = self.flops / (seconds := time.time() - self.began)
-        share = f", {speed / self.peak:.1%} of the GPU's peak" if self.peak else ""
-        waited = f"waited for data {self.waited / seconds:.1%} of the time"
-        return f"stage {stage}: {speed / 1e12:.3f} TFLOP/s in each process{share}; {waited}"
+    def summary(self):
+        row, waited = self.row(), self.waited / (time.time() - self.began)
+        share = f", {row['mfu']:.1%} of the GPU's peak" if self.peak else ""
+        return f"stage {self.stage}: {row['tflops']:.3f} TFLOP/s in each process{share}; waited for data {waited:.1%} of the time"

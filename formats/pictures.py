@@ -41,9 +41,9 @@ def sheet(frames, path, boxes=(), lines=()):
     contact_sheet([card(frame, boxes, lines[i : i + 1]) for i, frame in enumerate(frames)], path, min(4, len(frames)))
 
 
-def still(path, mirrored=False):
-    """Open an image; of a clip, its middle frame, which is what a model of images reads."""
-    image = read_frames(path, 1)[0] if is_clip(path) else open_image(path)
+def still(path, mirrored=False, as_clip=None):
+    """Open an image; of a clip, its middle frame, which is what a model of images reads. Without as_clip, its name decides."""
+    image = read_frames(path, 1)[0] if as_clip or (as_clip is None and is_clip(path)) else open_image(path)
     return ImageOps.mirror(image) if mirrored else image
 
 
@@ -60,7 +60,7 @@ def overlay(items, path):
         truth = [item.truth["box_px"]] if "box_px" in item.truth else item.truth.get("boxes_px", [])
         boxes = [(box_px, "lime") for box_px in truth] + [(box_px, "blue") for box_px in item.boxes_px]
         mark = {True: "right: ", False: "wrong: ", None: ""}[is_right(item.correct)]
-        cards.append(card(still(item.image, item.mirrored), boxes, [mark + item.question[:400], "-> " + item.answer[:160]]))
+        cards.append(card(still(item.image, item.mirrored, item.is_clip), boxes, [mark + item.question[:400], "-> " + item.answer[:160]]))
     if right and wrong:
         cards[len(right) : len(right)] = [Image.new("RGB", (280, 1), "white")] * (4 - len(right))
     contact_sheet(cards, path)

@@ -1,49 +1,102 @@
-"""Checks of the rows of annotation files, used by the readers and by tools.check.
+"""What a row of an annotation file must hold: one function per format, which the readers and tools.check share.
 
-Each *_problem function returns a row's problem, to follow its name in a sentence, or None.
+`coco_rows`, `caption_rows` and `llava_rows` return clean rows, and note in Problems what they skip. A value counts where its
+meaning is certain: "12.5" is a number, 7 a name, ids are compared as text. Else ValueError names file, row and key.
 """
 
 import math
+import re
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from coords import fault
 
-# the lists that a file must hold, and the keys that each of their rows needs
-IMAGE_KEYS, CATEGORY_KEYS = {"id", "file_name", "width", "height"}, {"id", "name"}
-COCO_KEYS = {"images": IMAGE_KEYS, "annotations": {"image_id", "category_id"}, "categories": CATEGORY_KEYS}
-CAPTION_KEYS = {"images": IMAGE_KEYS, "annotations": {"image_id", "caption"}}
-CLIP_ANNOTATION_KEYS = {"video_id", "frame", "category_id"}
-CLIP_KEYS = {"videos": IMAGE_KEYS | {"frames"}, "annotations": CLIP_ANNOTATION_KEYS, "categories": CATEGORY_KEYS}
+EDGE = 2  # px that a box may reach over the edge of its image (annotation tools round); it is cut there
+NOTES = (  # how kinds of problems begin that lose nothing
+    "parts of boxes", "annotations that repeat", "entries of the same file", "categories that are", "categories with the name",
+)  # fmt: skip
+IMAGE_KEYS = {"id", "file_name", "width", "height"}
+HARMLESS = ("boxes where bbox has no area", "images that --exclude", *NOTES)  # these do not stop training; COCO has the first
 
 
-def require_rows(content, keys, path, expected):
-    """Raise ValueError if content lacks a list of `keys`, or one of its rows lacks a key."""
-    for key, needs in keys.items():
-        rows = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and needs <= row.keys() for row in rows):
-            raise ValueError(f"{path} lacks {key} with {sorted(needs)}; is it {expected}?")
+class Problems(dict):
+    """What is wrong with the rows of a file: {kind of problem: [the problem of each row]}."""
+
+    def add(self, kind, text):
+        self.setdefault(kind, []).append(text)
+
+    def count(self):
+        """Return {kind, and the first row that has it: number of rows}."""
+        return Counter({f"{kind} (the first: {texts[0]})": len(texts) for kind, texts in self.items()})
 
 
-def is_about_clips(content):
-    """Return True if an annotation file's content is about clips."""
-    if isinstance(content, list):
-        return bool(content and isinstance(content[0], dict) and content[0].keys() & {"video", "video_id"})
-    return isinstance(content, dict) and "videos" in content
+# ----- values
 
 
-def is_captions(content):
-    """Return True if an annotation file's content is COCO's captions."""
-    rows = content.get("annotations") if isinstance(content, dict) else None
-    return isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and "caption" in rows[0]
+def identity(value):
+    """a number or a text"""
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or value == "":
+        raise ValueError
+    return str(int(value) if isinstance(value, float) and value == int(value) else value)
 
 
-def leaves_folder(file_name):
+def number(value):
+    """a finite number"""
+    value = float(value) if isinstance(value, str) else value
+    if isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def count(value):
+    """a number above 0"""
+    if number(value) <= 0:
+        raise ValueError
+    return int(number(value)) if number(value) == int(number(value)) else number(value)
+
+
+def words(value):
+    """a text that is not blank"""
+    value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    value = " ".join(re.sub("[\ud800-\udfff]", "\ufffd", value).split())  # a half of a surrogate pair fits in no file
+    if not value:
+        raise ValueError
+    return value
+
+
+def file_name(value):
+    """the name of a file"""
+    if not isinstance(value, str) or not value.strip("/. "):
+        raise ValueError
+    return value
+
+
+def flag(value):
+    """0 or 1"""
+    if value not in (0, 1, None, "", "0", "1"):
+        raise ValueError
+    return value in (1, "1")
+
+
+def values(row, where, **readers):
+    """Read values of a row: values(row, "image 3", id=identity, width=number). Raise ValueError that names row and key."""
+    found = []
+    for key, read in readers.items():
+        try:
+            found.append(read(row[key]))
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{where}: {key} is {str(row[key])[:60]!r}, not {read.__doc__}") from None
+    return found
+
+
+def leaves_folder(name):
     """Return True if a file name points out of the folder it is in."""
-    return Path(file_name).is_absolute() or ".." in Path(file_name).parts
+    return Path(name).is_absolute() or ".." in Path(name).parts
 
 
-def are_numbers(values, count):
-    return isinstance(values, list) and len(values) == count and all(isinstance(v, int | float) for v in values)
+def are_numbers(row, length):
+    return isinstance(row, list) and len(row) == length and all(isinstance(v, int | float) for v in row)
 
 
 def box_from_xywh(bbox):
@@ -52,76 +105,285 @@ def box_from_xywh(bbox):
     return x, y, x + width, y + height
 
 
-def box_problem(bbox, size):
-    """Check a COCO bbox (x, y, w, h) in an image of `size`. Up to 0.02 px too wide or too high counts as rounding."""
-    if not are_numbers(bbox, 4) or not all(map(math.isfinite, bbox)):
-        return "is not four finite numbers"
-    if bbox[2] <= 0 or bbox[3] <= 0:
-        return "has no area"
-    x1, y1, x2, y2 = box_from_xywh(bbox)
-    return fault((x1, y1, max(x1, x2 - 0.02), max(y1, y2 - 0.02)), size) and f"is outside its image of size {size}"
+def read_box(bbox, size):
+    """Read COCO's bbox [x, y, width, height] in an image of `size`: box_px, cut at the edge. Raise ValueError: the problem.
+
+    >>> read_box(["2", 3.5, 8.5, 4], (10, 10))
+    (2.0, 3.5, 10, 7.5)
+    """
+    try:
+        x, y, width, height = map(number, bbox if isinstance(bbox, list | tuple) else ())
+    except (TypeError, ValueError):
+        raise ValueError("is not four finite numbers") from None
+    if width <= 0 or height <= 0:
+        raise ValueError("has no area")
+    if max(x, y, width, height) <= 1 < min(size) / EDGE:
+        raise ValueError("looks like fractions of the image, not pixels")
+    if max(-x, -y, x + width - size[0], y + height - size[1]) > EDGE:
+        raise ValueError(f"reaches more than {EDGE} px over the edge of its image")
+    box_px = max(x, 0), max(y, 0), min(x + width, size[0]), min(y + height, size[1])
+    if fault(box_px, size):
+        raise ValueError("has no area")
+    return box_px
 
 
 def clip_box(bbox, size, skipped, rows="boxes"):
-    """Return a COCO bbox as (x1, y1, x2, y2), clipped to its image. An invalid one counts as skipped, among `rows`: None."""
-    if problem := box_problem(bbox, size):
-        skipped[f"{rows} where the box {problem.split(' of size')[0]}"] += 1
-        return None
-    x1, y1, x2, y2 = box_from_xywh(bbox)
-    return x1, y1, min(x2, size[0]), min(y2, size[1])
-
-
-def llava_problem(row):
-    """Check a row in LLaVA's format, about an image or text-only."""
-    if isinstance(row, dict) and "video" in row and "image" not in row:
-        return f"is about the clip {row['video']}; put rows about clips into a file of their own"
-    return conversation_problem(row)
-
-
-def conversation_problem(row):
-    """Check a row's conversation and file name, and what tools.prefcoco adds to it (`objective`, `box_px`)."""
+    """Return a COCO bbox as box_px, or None for an invalid one, which counts as skipped among `rows`."""
     try:
-        turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
-    except (KeyError, TypeError):
-        return f"is {str(row)[:80]}, expected LLaVA's id, image, conversations [{{from, value}}]"
-    if [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
-        return f"has turns {[speaker for speaker, _ in turns]}, expected human and gpt in turn"
-    if not all(isinstance(text, str) for _, text in turns) or not isinstance(row.get("image", ""), str):
-        return "has a text or an image name that is not a string"
-    if leaves_folder(row.get("image", "")):
-        return f"names {row['image']}, which leaves the images folder"
-    if "image" not in row and any("<image>" in text for _, text in turns):
-        return "contains <image> but has no \"image\" key"
-    return objective_problem(row) if "objective" in row else None
+        return read_box(bbox, size)
+    except ValueError as error:
+        skipped[f"{rows} where the box {error}"] += 1
 
 
-def objective_problem(row):
-    """Check the fields that tools.prefcoco adds: lists of one length, one entry per object."""
+# ----- COCO
+
+
+class Box(NamedTuple):
+    """An annotation: its category, a box in pixels or None if that is invalid, and for clips the frame."""
+
+    name: str
+    box_px: tuple | None
+    is_crowd: bool
+    description: str | None
+    frame: int | None
+
+
+def require_lists(content, needs, path, expected):
+    """Raise ValueError if a file's content lacks a list, or a row one of its keys. needs: {name of a list: keys of its rows}"""
+    for name, keys in needs.items():
+        rows = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and keys <= row.keys() for row in rows):
+            what = f"a dictionary of {', '.join(map(str, [*content][:5]))}" if isinstance(content, dict) else f"a {type(content).__name__}"
+            raise ValueError(f"{path} lacks {name} with {sorted(keys)} (it is {what}); is it {expected}?")
+
+
+def is_captions(content):
+    """Return True for COCO's captions. A caption beside a box describes the box."""
+    rows = content.get("annotations") if isinstance(content, dict) else None
+    first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
+    return "caption" in first and not {"bbox", "category_id"} & first.keys()
+
+
+def is_about_clips(content):
+    """Return True for a clips_*.json. Files of images may hold an empty list of videos."""
+    return isinstance(content, dict) and bool(content.get("videos")) and not content.get("images")
+
+
+def owner_rows(content, path, problems, key="images"):
+    """Read a COCO file's images or videos: {id: (file name, (width, height), frames)}, and {id: the id to use for it}.
+
+    Entries of one file are one. Two files under one id are refused: nobody can tell whose the boxes are.
+    """
+    owners, alias, first_of = {}, {}, {}
+    readers = {"id": identity, "file_name": file_name, "width": count, "height": count}
+    readers |= {"frames": count} if key == "videos" else {}
+    for row in content[key]:
+        who = f"{key[:-1]} {row['id']}"
+        i, name, width, height, *frames = values(row, f"{path}: {who}", **readers)
+        owner, first = (name, (width, height), *frames), first_of.setdefault(name, i)
+        if i in alias and alias[i] in owners and owners[alias[i]][0] != name:
+            both = f"{owners[alias[i]][0]} and {name}"
+            raise ValueError(f"{path}: {who} is two files, {both}; give each {key[:-1]} an id of its own")
+        if leaves_folder(name):
+            problems.add(f"{key} whose path leaves their folder", f"{who}: {name} leaves the folder")
+            alias[i] = i  # so that its annotations are known, and dropped with it
+        elif owners.setdefault(first, owner) != owner:
+            problems.add("entries of one file with other sizes", f"{who}: {name} is {owner[1]} and {owners[first][1]}")
+        else:
+            if i != first or i in alias:
+                problems.add("entries of the same file", f"{who}: {name} is there twice")
+            alias[i] = first
+    return owners, alias
+
+
+def category_rows(content, path, problems):
+    """Read a COCO file's categories: {id: name}. Names that differ in case or blanks alone are one.
+
+    Dropped are parents that no annotation uses, such as the first category of every Roboflow export.
+    """
+    rows = [(*values(row, f"{path}: category {index}", id=identity, name=words), row.get("supercategory"))
+            for index, row in enumerate(content["categories"])]  # fmt: skip
+    used = {str(a["category_id"]) for a in content["annotations"]}
+    parents = {str(parent) for _, name, parent in rows if parent != name}
+    names, first_of = {}, {}
+    for i, name, _ in rows:
+        if i in names and names[i] != name:
+            raise ValueError(f"{path}: category {i} is {names[i]} and {name}; give each category an id of its own")
+        if name in parents and i not in used:
+            problems.add("categories that are the parent of others", f"category {i}: {name} is a parent without boxes")
+            continue
+        first, first_name = first_of.setdefault(name.casefold(), (i, name))
+        if first != i:
+            problems.add("categories with the name of another", f"category {i}: {name} is counted as {first_name} ({first})")
+        names[i] = first_name
+    return names
+
+
+def coco_rows(content, path, problems, key="images"):
+    """Read COCO instances, or a clips_*.json (key "videos"): (owners, boxes, absent), each by id of image or video.
+
+    owners  (file name, (width, height)), for a video also its number of frames
+    boxes   list of Box, identical ones once
+    absent  the names that may be absent. Where annotations were lost, what they say may be there, and is not among them
+    """
+    expected = "COCO's instances_*.json, or LLaVA's list of rows" if key == "images" else "a clips_*.json"
+    more = ({"frames"}, {"frame"}) if key == "videos" else (set(), set())
+    keys = {key: IMAGE_KEYS | more[0], "annotations": {f"{key[:-1]}_id", "category_id"} | more[1], "categories": {"id", "name"}}
+    require_lists(content, keys, path, expected)
+    (owners, alias), names = owner_rows(content, path, problems, key), category_rows(content, path, problems)
+    boxes, seen, unsure, unsure_everywhere = {i: [] for i in owners}, set(), set(), set()
+    for index, a in enumerate(content["annotations"]):
+        where = f"annotation {a.get('id', index)}"
+        owner, category = values(a, f"{path}: {where}", **{f"{key[:-1]}_id": identity, "category_id": identity})
+        if (i := alias.get(owner)) is None:
+            problems.add(f"annotations of unknown {key}", f"{where}: no {key[:-1]} {owner}")
+            unsure_everywhere.update([names[category]] if category in names else names.values())
+        elif i not in owners:
+            continue
+        elif category not in names:
+            problems.add("annotations of unknown categories", f"{where}: no category {category}")
+            unsure.add(i)
+        elif key == "videos" and not (isinstance(a.get("frame"), int) and 0 <= a["frame"] < owners[i][2]):
+            problems.add("annotations of frames beyond their clip's last", f"{where}: no frame {a.get('frame')}")
+            boxes[i].append(Box(names[category], None, True, None, 0))
+        else:
+            box = box_row(a, names[category], owners[i][1], where, problems)
+            if box.box_px and (i, box[:3], box.frame) in seen:
+                problems.add("annotations that repeat another one", f"{where}: {box.name} {a['bbox']} is there twice")
+                continue
+            seen.add((i, box[:3], box.frame))
+            boxes[i].append(box)
+    if content["annotations"] and not any(boxes.values()):
+        first = next(text for texts in problems.values() for text in texts if text.startswith("annotation"))
+        raise ValueError(f"{path}: none of its annotations belongs to its images and categories (the first: {first})")
+    everywhere = tuple(dict.fromkeys(name for name in names.values() if name not in unsure_everywhere))
+    return owners, boxes, {i: () if i in unsure else everywhere for i in owners}
+
+
+def box_row(a, name, size, where, problems):
+    """Read one annotation: a Box, whose box_px is None if it is invalid."""
+    box_px, is_crowd, text = None, True, a.get("description")
+    try:
+        is_crowd = flag(a.get("iscrowd"))
+    except (TypeError, ValueError):
+        problems.add("annotations whose iscrowd is not 0 or 1", f"{where}: iscrowd is {a['iscrowd']!r}, not 0 or 1")
+    try:
+        box_px = read_box(a.get("bbox"), size)
+        if any(abs(cut - v) > 0.02 for cut, v in zip(box_px, box_from_xywh(map(number, a["bbox"])), strict=True)):
+            problems.add("parts of boxes over the edge of their image", f"{where}: bbox {a['bbox']} is cut at {size}")
+    except ValueError as error:
+        problems.add(f"boxes where bbox {error}", f"{where}: bbox {str(a.get('bbox'))[:80]} {error}")
+    return Box(name, box_px, is_crowd, words(text) if isinstance(text, str) and text.strip() else None, a.get("frame"))
+
+
+def caption_rows(content, path, problems):
+    """Read COCO's captions_*.json: (owners, captions), each by image id."""
+    require_lists(content, {"images": IMAGE_KEYS, "annotations": {"image_id", "caption"}}, path, "COCO's captions_*.json")
+    owners, alias = owner_rows(content, path, problems)
+    captions = {i: [] for i in owners}
+    for index, a in enumerate(content["annotations"]):
+        where = f"annotation {a.get('id', index)}"
+        (owner,) = values(a, f"{path}: {where}", image_id=identity)
+        text = a.get("caption")
+        if owner not in alias:
+            problems.add("captions of unknown images", f"{where}: no image {owner}")
+        elif not isinstance(text, str) or not text.strip():
+            problems.add("captions that are not text", f"{where}: caption {text!r} is not text")
+        elif alias[owner] in owners:
+            captions[alias[owner]].append(text.strip())
+    return owners, captions
+
+
+# ----- LLaVA
+
+
+class Row(NamedTuple):
+    """A row of LLaVA's list. One with boxes_px or absent names was written by tools.prefcoco and has no turns."""
+
+    id: str
+    image: str | None
+    clip: str | None
+    size: tuple  # (width, height), or (0, 0)
+    turns: tuple = ()  # (question, answer) pairs
+    names: tuple = ()
+    boxes_px: tuple | None = None  # None: the names are absent
+    descriptions: tuple = ()
+
+
+def llava_rows(content, path, problems):
+    """Read LLaVA's list of rows: a Row of each that is valid. Raise ValueError if none is.
+
+    A row is about an image, about a clip ("video", or Video-ChatGPT's q, a and video_id), or text alone.
+    """
+    if not isinstance(content, list):
+        raise ValueError(f"{path} is a JSON {type(content).__name__}, not LLaVA's list of rows")
+    rows = []
+    for index, row in enumerate(content):
+        try:
+            rows.append(llava_row(row, index))
+        except ValueError as error:
+            kind, *detail = error.args
+            problems.add(f"rows that {kind}", f"row {index}: it {kind}" + "".join(f": {str(d)[:80]}" for d in detail))
+    if not rows:
+        raise ValueError(f"{path}: no usable row: {next(iter(problems.count()), 'the list is empty')}")
+    return rows
+
+
+def llava_row(row, index):
+    """Read one row. Raise ValueError(kind of problem, detail)."""
+    if not isinstance(row, dict):
+        raise ValueError("is no dictionary", row)
+    medium, clip, turns = only_one(row.get("image")), row.get("video", row.get("video_id")) or None, None
+    if "q" in row and isinstance(row.get("q"), str) and isinstance(row.get("a"), str) and clip:
+        turns = [("human", row["q"]), ("gpt", row["a"])]
+    elif "q" not in row:
+        try:
+            turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
+        except (KeyError, TypeError):
+            pass
+    if turns is None:
+        raise ValueError("has no conversations [{from, value}], or texts q, a and video_id", row)
+    if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
+        raise ValueError("does not have human and gpt in turn", [speaker for speaker, _ in turns])
+    if not all(isinstance(text, str) for _, text in turns):
+        raise ValueError("has a text that is not a string", turns)
+    if not all(isinstance(name, str | None) for name in (medium, clip)) or (medium and clip):
+        raise ValueError("names one image or clip in a way that is not a string", row.get("image", clip))
+    if any(name and leaves_folder(name) for name in (medium, clip)):
+        raise ValueError("names a file that leaves its folder", medium or clip)
+    for name in ("image", "video"):
+        if not (medium or clip) and any(f"<{name}>" in text for _, text in turns):
+            raise ValueError(f'contains <{name}> but has no "{name}" key')
+    name = str(row["id"] if isinstance(row.get("id"), str | int) else f"{clip}_{index}" if clip else index)
+    size = tuple(row["size"]) if are_numbers(row.get("size"), 2) and min(row["size"]) > 0 else (0, 0)
+    if "objective" in row:
+        return Row(name, medium, clip, size, (), *objective_of(row, size))
+    texts = [re.sub("[\ud800-\udfff]", "\ufffd", re.sub("<image>|<video>", "", text)).strip() for _, text in turns]
+    if not all(texts[1::2]):
+        raise ValueError("has an empty answer")
+    return Row(name, medium, clip and clip.removesuffix(".pkl"), size, tuple(zip(texts[0::2], texts[1::2], strict=True)))
+
+
+def only_one(image):
+    """Return the image that a row names: null, "" and an empty list are none, a list of one is that one."""
+    if isinstance(image, list) and len(image) > 1:
+        raise ValueError("names several images; this model reads one", image)
+    return (image[0] if isinstance(image, list) and image else image) or None
+
+
+def objective_of(row, size):
+    """Read what tools.prefcoco adds to a row: (names, boxes_px or None, descriptions), as long as each other."""
     if not isinstance(row["objective"], str):
-        return f"has objective {row['objective']!r}, not a text"
-    keys_of = {"caption": ("name", "description", "box_px"), "neg": ("names",)}
-    keys = keys_of.get(row["objective"], ("names", "descriptions", "box_px"))
-    lists = [[row.get(key)] if row["objective"] == "caption" else row.get(key) for key in keys]
-    size, is_even = row.get("size"), all(isinstance(v, list) and len(v) == len(lists[0]) for v in lists)
-    if not is_even or not are_numbers(size, 2):
-        return f"lacks its size, or {', '.join(keys)} of one length, as tools.prefcoco writes them"
-    for key, values in zip(keys, lists, strict=True):
-        for value in values:
-            if key == "box_px" and (not are_numbers(value, 4) or fault(value, size)):
-                return f"has box_px {value}, expected x1 < x2, y1 < y2 inside its image of size {size}"
-            if key != "box_px" and not isinstance(value, str) and (key, value) != ("descriptions", None):
-                return f"has {key} {value!r}, not a text"
-    return None
-
-
-def clip_row_problem(row):
-    """Check a row of Video-ChatGPT's, in either of its two forms."""
-    if isinstance(row, dict) and "q" in row:
-        if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("q", "a", "video_id")):
-            return f"is {str(row)[:80]}, expected texts q, a and video_id"
-    elif problem := conversation_problem(row):
-        return problem
-    elif not isinstance(row.get("video"), str) or not row["video"]:
-        return "names no video, expected id, video, conversations, or q, a, video_id"
-    clip = row["video_id"] if "q" in row else row["video"]
-    return f"names {clip}, which leaves the clips folder" if leaves_folder(clip) else None
+        raise ValueError("has an objective that is not a text", row["objective"])
+    is_one, is_absent = row["objective"] == "caption", row["objective"] == "neg"
+    keys = ("name", "description", "box_px") if is_one else ("names", "descriptions", "box_px")
+    lists = [[row.get(key)] if is_one else row.get(key) for key in (keys[:1] if is_absent else keys)]
+    if not size[0] or not all(isinstance(v, list) and len(v) == len(lists[0]) for v in lists):
+        raise ValueError(f"lacks its size, or {', '.join(keys)} of one length, as tools.prefcoco writes them")
+    names, descriptions, boxes_px = (lists + [[], []])[:3]
+    for box_px in boxes_px:
+        if not are_numbers(box_px, 4) or fault(box_px, size):
+            raise ValueError(f"has a box_px that is not x1 < x2, y1 < y2 inside its image of size {size}", box_px)
+    if not all(isinstance(text, str) for text in names + [text for text in descriptions if is_one or text is not None]):
+        raise ValueError("has a name or description that is not a text", names + descriptions)
+    return tuple(names), None if is_absent else tuple(map(tuple, boxes_px)), tuple(descriptions)

@@ -22,6 +22,13 @@ from formats.files import naming, read_json, require_file, sha256, some, write_j
 
 PIECE_BYTES = 2**24  # read at once, in float32
 SHARD_BYTES = 5 * 10**9  # larger checkpoints are written in shards, as the hub's are
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NO_WEIGHTS = {  # files of a folder without weights of its own, and what it is
+    "adapter_config.json": "a LoRA; merge it into its base model first, and save that",
+    "*.gguf": "GGUF, quantised for llama.cpp; get the original safetensors",
+    "*.pth": "Meta's shards without their params.json; download that too",
+    "*-of-*.*": "but no *.index.json; download that too",
+}
 REMAP_BYTES = 2**26  # read from a .bin until it is mapped again, so that pages read do not add up
 
 
@@ -39,6 +46,16 @@ class Stored:
         """Return some of its rows as a Stored, still unread."""
         return Stored((stop - start, *self.shape[1:]), lambda a, b: self.read_rows(start + a, start + b), self.path)
 
+    def pieces(self):
+        """Yield (first row, some rows) up to the last, never more than PIECE_BYTES in float32 at once."""
+        count, rows = self.shape[0] if self.shape else 1, max(1, PIECE_BYTES // (4 * max(1, math.prod(self.shape[1:]))))
+        for start in range(0, count, rows):
+            yield start, self.read_rows(start, min(start + rows, count))
+
+    def equals(self, other):
+        """Compare all values with another tensor of the same shape."""
+        return all(torch.equal(a, b) for (_, a), (_, b) in zip(self.pieces(), other.pieces(), strict=False))
+
 
 def open_tensors(path):
     """Open a checkpoint folder, or one .safetensors, .bin, .pt or .pth file: {name: Stored}. Contents are read later."""
@@ -48,20 +65,23 @@ def open_tensors(path):
 def find_weights(path):
     """Find the files that hold a checkpoint's weights: their paths. A tensor that they lack is found missing by `build`."""
     path = Path(path)
+    if re.search(r"delta-v\d", path.name):
+        raise ValueError(f"{path} holds the difference to LLaMA's weights; add it to them first (FastChat's apply_delta)")
     if path.is_file():
         return [path]
     for name in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin"):
         index = path / f"{name}.index.json"
+        if (path / name).is_file():  # before an index, which may be left over: so does transformers
+            return [path / name]
         if index.is_file():
             weight_map = read_json(require_file(index, "the list of shards")).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no weight_map; download it again")
             return [require_file(path / shard, f"all shards of {index.name}") for shard in sorted(set(weight_map.values()))]
-        if (path / name).is_file():
-            return [path / name]
-    shards = sorted(path.glob("*-of-*.safetensors")) + sorted(path.glob("*-of-*.bin"))
-    hint = f"; it has {shards[0].name}, but no *.index.json" if shards else ""
-    raise FileNotFoundError(f"no weights in {path}{hint}; it needs model.safetensors, pytorch_model.bin, or an index")
+    for pattern, what in NO_WEIGHTS.items():
+        for found in sorted(path.glob(pattern))[:1]:
+            raise FileNotFoundError(f"no weights in {path}; it has {found.name}, {what}")
+    raise FileNotFoundError(f"no weights in {path}; it needs model.safetensors, pytorch_model.bin, or an index")
 
 
 def weights_sha256(path):
@@ -164,12 +184,12 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
     filled = {}  # by Stored, for a tied head is one tensor under two names
     for tensor, name in {stored[name]: name for name in shapes}.items():
         whole = filled[tensor] = torch.empty(tensor.shape, dtype=dtype, device=device)
-        rows = max(1, PIECE_BYTES // (4 * max(1, math.prod(tensor.shape[1:]))))
-        for start in range(0, len(whole), rows):
-            piece = tensor.read_rows(start, min(start + rows, len(whole)))
+        for start, piece in tensor.pieces():
+            if piece.dtype not in DTYPES:
+                raise ValueError(f"{tensor.path}: {name} is {piece.dtype}, a quantised or packed tensor; get the weights in bf16 or fp16")
             if not torch.isfinite(piece).all():
                 raise ValueError(f"{tensor.path}: {name} holds NaN or infinity; the file is damaged, or its training diverged")
-            whole[start : start + rows] = piece
+            whole[start : start + len(piece)] = piece
     module.load_state_dict({name: filled[stored[name]] for name in shapes}, assign=True)
     return module
 
@@ -189,5 +209,5 @@ def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
         write_whole(file, partial(save_file, {k: v.cpu().contiguous() for k, v in shard.items()}, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(shard, file.name)
     if count > 1:
+        path.unlink(missing_ok=True)  # before the index, for a single file goes first
         write_json(index, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map})
-        path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ Run        python -m tasks coco-spatial runs/b2 --questions coco_spatial.json --
 from collections import Counter
 
 from evaluate import Item, Task, flip_consistency, judge_spatial, mean, mirror
-from formats.schema import box_from_xywh, box_problem
+from formats.schema import clip_box
 from tasks.files import Rows, find_image, read_rows
 
 PROMPT = "Which side of the {obj_1} is the {obj_2}?"  # of the released code; App. E words it otherwise
@@ -39,15 +39,16 @@ def read_coco_spatial(args, wording):
             continue
         path, count = find_image(args.images, entry["file_name"], "val2014"), Counter(name for name, _ in objects)
         for left, right, (name_1, bbox_1), (name_2, bbox_2) in pairs:
-            if problem := box_problem(bbox_1, size) or box_problem(bbox_2, size):
-                skipped[f"pairs where a box {problem.split(' of size')[0]}"] += 1
-            elif count[name_1] > 1 or count[name_2] > 1:
+            boxes_px = [clip_box(bbox, size, skipped, "pairs") for bbox in (bbox_1, bbox_2)]
+            if None in boxes_px:
+                continue
+            if count[name_1] > 1 or count[name_2] > 1:
                 skipped["pairs of a category that the image has twice"] += 1
-            elif box_from_xywh(bbox_1)[2] >= bbox_2[0]:
+            elif boxes_px[0][2] >= boxes_px[1][0]:
                 skipped["pairs that are not left and right of each other"] += 1
             else:
-                truth = {"word": "right", "boxes_px": [box_from_xywh(bbox_1), box_from_xywh(bbox_2)]}
-                items.append(Item(f"{image_id}:{left}-{right}", path, size, PROMPT.format(obj_1=name_1, obj_2=name_2), truth))
+                truth, question = {"word": "right", "boxes_px": boxes_px}, PROMPT.format(obj_1=name_1, obj_2=name_2)
+                items.append(Item(f"{image_id}:{left}-{right}", path, size, question, truth))
                 items.append(mirror(items[-1]))
     return items, skipped
 

@@ -1,14 +1,13 @@
 """Read the files of benchmarks: rows of JSON, JSON lines or tables, joined by id, and images under the names they go by."""
 
 import csv
-import json
 import re
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats.files import naming, require_file, some
+from formats import files
+from formats.files import naming, read_text, require_file, some
 from formats.images import has_image
 from formats.schema import leaves_folder
 
@@ -17,22 +16,15 @@ ROW_KEYS = {"question_id", "expression", "id", "custom_id"}  # one of them is in
 
 
 def read_rows(path, expected):
-    """Read JSON, JSON lines, or a table with a header (.csv, .txt), as `expected` describes it. One row is a list of one."""
-    with naming(require_file(path, expected), UnicodeDecodeError, csv.Error):
-        text, rows = Path(path).read_text("utf-8"), []
-        if Path(path).suffix in (".csv", ".txt") and text[:1] not in ("[", "{"):
-            return list(csv.DictReader(text.split("\n"), delimiter="\t" if "\t" in text else ",", quoting=csv.QUOTE_NONE))
-    with suppress(json.JSONDecodeError):
-        content = json.loads(text)
-        is_whole = isinstance(content, list) or isinstance(content, dict) and not ROW_KEYS & content.keys()
-        return content if is_whole else [content]
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON text may hold U+2028
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError:
-            problem = "so the file is neither JSON nor JSON lines; was its download cut short?"
-            raise ValueError(f"{path}: line {number} is {line[:80]}, {problem} It should be {expected}") from None
-    return rows
+    """Read JSON, JSON lines, or a table with a header (.csv, .tsv, .txt), as `expected` describes it. One row is a list of one."""
+    if Path(path).suffix.lower() in (".csv", ".tsv", ".txt"):
+        text = read_text(require_file(path, expected))
+        if text[:1] not in ("[", "{"):
+            with naming(path, csv.Error):
+                delimiter = "\t" if "\t" in text else ","
+                return list(csv.DictReader(text.split("\n"), delimiter=delimiter, quoting=csv.QUOTE_NONE))
+    content = files.read_rows(path, expected)
+    return [content] if isinstance(content, dict) and ROW_KEYS & content.keys() else content
 
 
 @dataclass(frozen=True)

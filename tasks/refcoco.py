@@ -1,8 +1,9 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: describe a box (refcoco, Tab. 10), and find what is described (rec).
 
-Files      refs(unc).p or refs(umd).p beside its instances.json, from github.com/lichengunc/refer; what `python -m tools.refs`
-           makes of them; Shikra's or MDETR's form. COCO's train2014. --split: in the paper, testB, and RefCOCOg's val and test
-Questions  refcoco: "What is at location (4, 52, 13, 63) in image?"; rec: "Where is ...?" with each sentence of each ref
+Files      refs(unc).p or refs(umd).p beside its instances.json, from github.com/lichengunc/refer; refs_val.json of the shapes
+           world; Shikra's or MDETR's form. COCO's train2014. --split: in the paper, testB, and RefCOCOg's val and test
+Questions  refcoco: "What is at location (4, 52, 13, 63) in image?"; rec: "Where is ...?" with each sentence of each ref. The
+           prompt, RevLoc's or LocPred's, depends on the seed and the ref alone
 Score      refcoco: METEOR 1.5 of all answers together (pip install pycocoevalcap, and Java); rec: IoU >= 0.5, original pixels
 Run        python -m tasks refcoco runs/b2 --questions "refs(unc).p" --images train2014 --split testB
     >>> from coords import CoordFormat; from data import Wording
@@ -17,16 +18,16 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from data import LOC_PROMPTS, REV_PROMPTS, judge_loc, loc_question, read_instances
+from data import LOC_PROMPTS, REV_PROMPTS, judge_loc, loc_question
 from evaluate import Item, Task, locpred_metrics, paper_rows
 from formats.eval_folder import require_images
-from formats.files import naming, require_file
+from formats.files import naming, read_json, require_file
 from formats.images import image_size
-from formats.schema import clip_box
+from formats.schema import IMAGE_KEYS, Problems, clip_box, owner_rows, require_lists
 from tasks.files import Rows, find_image, read_rows
 from tasks.words import meteor, require_meteor
 
-FILE = "refs(unc).p with instances.json, the JSON of `python -m tools.refs`, Shikra's JSON lines, or MDETR's finetune_*.json"
+FILE = "refs(unc).p with instances.json, refs_*.json of the shapes, Shikra's JSON lines, or MDETR's finetune_*.json"
 REFS = Rows(FILE, {"ref_id": str, "file_name": str, "bbox": list, "sentences": list, "split": str | None}, "refs")
 PICKLE = Rows("RefCOCO's refs(unc).p", {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sentences": list})
 
@@ -85,17 +86,18 @@ def read_pickle(path, instances=None):
     with naming(require_file(path, PICKLE.file), Exception), open(path, "rb") as file:
         content = PlainPickle(file, encoding="latin1").load()  # Python 2 wrote it
     rows, instances = PICKLE.read(path, content), Path(instances or Path(path).with_name("instances.json"))
-    coco, refs = read_instances(instances), []
-    images = {i["id"]: {"file_name": i["file_name"], "size": (i["width"], i["height"])} for i in coco["images"]}
-    bboxes = {a["id"]: a.get("bbox") for a in coco["annotations"]}
+    coco, refs = read_json(require_file(instances, "RefCOCO's instances.json")), []
+    require_lists(coco, {"images": IMAGE_KEYS, "annotations": {"id", "bbox"}}, instances, "RefCOCO's instances.json")
+    images, bboxes = owner_rows(coco, instances, Problems())[0], {str(a.get("id")): a.get("bbox") for a in coco["annotations"]}
     for name, row in rows.items():
-        if row["image_id"] not in images or row["ann_id"] not in bboxes:
+        image_id, ann_id = str(row["image_id"]), str(row["ann_id"])
+        if image_id not in images or ann_id not in bboxes:
             problem = f"lacks image {row['image_id']} or annotation {row['ann_id']} of ref {name} in {path}"
             raise ValueError(f"{instances} {problem}; are they of one release?")
         with naming(path, KeyError, TypeError):
             sentences = [(str(s["sent_id"]), s["sent"]) for s in row["sentences"]]
-        about = {"split": row["split"], "bbox": bboxes[row["ann_id"]], "sentences": sentences}
-        refs.append({"ref_id": name, **images[row["image_id"]], **about})
+        about = {"split": row["split"], "bbox": bboxes[ann_id], "sentences": sentences}
+        refs.append({"ref_id": name, **dict(zip(("file_name", "size"), images[image_id], strict=True)), **about})
     return refs
 
 

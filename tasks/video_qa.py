@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from evaluate import Item, Task, paper_rows
-from formats.annotations import find_clips
-from formats.files import some
+from formats.clips import find_clips
+from formats.files import read_text, some
 from tasks.files import Rows, match_answers, read_rows
 from tasks.judge import judge_answers
 from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
@@ -33,7 +33,7 @@ def read_questions(path):
     """Read the questions of any of the four sets by id. ActivityNet-QA's hold no answers."""
     content = read_rows(path, FILE)
     first = content[0] if isinstance(content, list) and content and isinstance(content[0], dict) else {}
-    is_qa, is_table = "video_id" in first and "question_id" not in first, Path(path).suffix == ".csv"
+    is_qa, is_table = "video_id" in first and "question_id" not in first, Path(path).suffix.lower() in (".csv", ".tsv")
     return (TABLE if is_table else QA if is_qa else QUESTIONS).read(path, content)
 
 
@@ -42,7 +42,7 @@ def read_video_qa(args, wording, types, prefix):
     rows, items, missing = read_questions(args.questions), [], Counter()
     truth, skipped = match_answers(rows, ANSWERS, args)
     clips, mapping = find_clips(args.images), Path(args.questions).with_name("youtube_mapping.txt")  # MSVD's other names
-    lines = [line.split() for line in mapping.read_text("utf-8").splitlines()] if mapping.is_file() else []
+    lines = [line.split() for line in read_text(mapping).splitlines()] if mapping.is_file() else []
     other = {line[1]: line[0] for line in lines if len(line) == 2}
     for name, row in rows.items():
         clip = row.get("video_name") or row.get("gif_name") or row.get("video") or f"{prefix}{row.get('video_id')}"
@@ -53,7 +53,7 @@ def read_video_qa(args, wording, types, prefix):
         facts, kind = {"answer": str(truth[name]["answer"])}, str(truth[name].get("type", ""))
         if types and kind.isdecimal():
             facts["type"] = types[int(kind)] if int(kind) < len(types) else f"type {int(kind)}"
-        items.append(Item(name, path, None, add_short(row["question"], args.short), facts))
+        items.append(Item(name, path, None, add_short(row["question"], args.short), facts, is_clip=True))
     where = f"in {args.images} ({some(list(missing))})"
     if not items:
         raise FileNotFoundError(f"none of the {len(missing)} clips of {args.questions} is {where}, as file or folder of frames")

@@ -32,6 +32,7 @@ from evaluate import (
 )
 from formats import eval_folder, pictures
 from formats.files import read_json, sha256, write_json
+from formats.journal import open_journal
 from tiny.shapes import write_world
 
 WORDING = Wording(CoordFormat("ivb", 224))
@@ -332,7 +333,7 @@ def test_killed_and_resumed_on_two_processes_equals_one(run, tmp_path):
     process.communicate()
     assert part.read_bytes().count(b"\n") >= 1 and not (Path(killed[0]) / "eval/locpred-instances_val.json").exists()
     with open(part, "ab") as file:
-        file.write(b'{"answers": {"1')
+        file.write(b'["1", {"1')
     two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # what torchrun tells its processes
     processes = [start(killed, **two, RANK=str(rank)) for rank in (0, 1)]
     printed, _ = processes[0].communicate(timeout=120)
@@ -347,7 +348,7 @@ def test_killed_and_resumed_on_two_processes_equals_one(run, tmp_path):
 def test_a_journal_of_other_options_is_begun_anew(run, capsys):
     parts = Path(run[0]) / "eval/locpred-instances_val.parts"
     write_json(parts / "options.json", {"decoding": {"seed": 7}})
-    (parts / "part-3.jsonl").write_text('{"answers": {"none of ours": "x"}}\n')
+    (parts / "part-3.jsonl").write_text('["none of ours", {"none of ours": "x"}]\n')
     evaluate.main(run)
     assert "begun with other" in capsys.readouterr().out and not parts.exists()
 
@@ -381,14 +382,14 @@ def test_answers_are_joined_by_id_and_what_is_wrong_is_named(tmp_path, monkeypat
     (parts / "part-1.jsonl").write_text(rows[0])
     with pytest.raises(ValueError, match=r"3 ids occur twice \(0, 1, 2\)"):
         eval_folder.answer_all(ten(), 3, asker, parts, options, alone)
-    (parts / "part-1.jsonl").write_text('{"answers": {"else": ""}}\n')
+    (parts / "part-1.jsonl").write_text('["else", {"else": ""}]\n')
     with pytest.raises(ValueError, match=r"1 ids belong to no question \(else\)"):
         eval_folder.answer_all(ten(), 3, asker, parts, options, alone)
     with pytest.raises(ValueError, match=r"10 ids are missing \(0, 1, 2, 3, 4 and 5 more\)"):
         eval_folder.join(ten(), [], "x")
     assert eval_folder.answer_all(ten(), 3, asker, parts, options, alone, fresh=True)[0] == 10
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with eval_folder.open_journal(parts / "part-0.jsonl"), pytest.raises(ValueError, match="written by another run"):
+    with open_journal(parts / "part-0.jsonl"), pytest.raises(ValueError, match="written by another run"):
         eval_folder.answer_all(ten(), 3, asker, parts, {"seed": 1}, alone)
 
 

@@ -443,7 +443,7 @@ def test_features_of_what_cannot_be_read_are_left_out_by_name(parts, tmp_path, m
     damaged = damage(monkeypatch, formats.features, parts, 3)
     with pytest.raises(ValueError, match=f"{damaged} cannot be read.*--skip-bad"):
         features(source, tmp_path / "features", parts["vision"], batch=2)
-    features(source, tmp_path / "features", parts["vision"], skip_bad=True)
+    features(source, tmp_path / "features", parts["vision"], batch=2, skip_bad=True)
     assert [Path(name).name for name in read_json(tmp_path / "features/features.json")["skipped"]] == [damaged]
     own = {**parts, "stages": "2", "steps": 7, "features": str(tmp_path / "features")}
     with pytest.raises(ValueError, match="1 images or clips could not be read .*--skip-bad"):

@@ -191,7 +191,7 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
     images/ID.png                                   the pictures
     captions_SPLIT.json, conversations_SPLIT.json   COCO's and LLaVA's
     gqa_SPLIT.json          GQA's: the conversations' questions that one word answers
-    refs_SPLIT.json         RefCOCO's refs, as tools.refs writes them: three things that people might call a shape
+    refs_SPLIT.json         RefCOCO's refs, in JSON: three things that people might call a shape
     instances_SPLIT.json    COCO's, and a pseudo-caption for each annotation. Written last: a split that has it is complete
     """
     (Path(folder) / "images").mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,7 @@ def add_option(parser, name, parameter, alias, line):
     how = {"choices": typing.get_args(kind)} if typing.get_origin(kind) is typing.Literal else {"type": kind}
     line, flags = line.replace("%", "%%"), ["--" + flag.replace("_", "-") for flag in (name, alias) if flag]
     if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
-        parser.add_argument(name, help=line, nargs="+" if parameter.kind is parameter.VAR_POSITIONAL else None)
+        parser.add_argument(name, help=line, nargs="+" if parameter.kind is parameter.VAR_POSITIONAL else None, **how)
     elif is_required:
         parser.add_argument(*flags, required=True, help=line, **how)
     elif default is False:

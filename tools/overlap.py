@@ -2,7 +2,7 @@
 
     python -m tools.overlap --data instances_train2017.json@train2017 coco_pope_random.json v2_OpenEnded_val2014_questions.json
 
-benchmarks  files of benchmarks: POPE, VQAv2, RefCOCO as JSON, ...
+benchmarks  files of benchmarks: POPE, VQAv2, RefCOCO's instances.json, ...
 """
 
 from formats.annotations import coco_id, image_ids, image_ids_of, parse_sources, read_records

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from formats.files import read_json, require_file, some, write_json
 from formats.images import open_image
 from formats.journal import require_new
-from formats.schema import require_rows
+from formats.schema import require_lists
 from tools import command
 
 PANOPTIC_KEYS = {"annotations": {"file_name", "segments_info"}, "categories": {"id", "name"}}
@@ -86,7 +86,7 @@ def clips_from_panoptic(folder, stuff=False):
 def read_panoptic(path, stuff):
     """Read a panoptic JSON: (its content, {id: category} of the things, or of all categories)."""
     content = read_json(require_file(path, "a panoptic JSON"))
-    require_rows(content, PANOPTIC_KEYS, path, "COCO's panoptic format")
+    require_lists(content, PANOPTIC_KEYS, path, "COCO's panoptic format")
     categories = {category["id"]: category for category in content["categories"]}
     used = {segment["category_id"] for frame in content["annotations"] for segment in frame["segments_info"]}
     if unlisted := used - categories.keys():

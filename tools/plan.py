@@ -14,6 +14,7 @@ import os
 import re
 import weakref
 from dataclasses import replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from formats.files import run_command
 from formats.meter import PEAK_FLOPS, step_flops
 from formats.processes import Processes
 from model import ADAPTERS, VARIANTS, LocVLM
+from tools import positive
 from train import PRESETS, TrainConfig, build_examples, build_model, build_records, parse_config, trainable
 
 RESERVE, SPARE = 1.5 * 2**30, 0.05  # of a GPU: bytes that CUDA and communication take, share that the allocator loses to gaps
@@ -42,18 +44,17 @@ class Plan(NamedTuple):
     gradients: int
     activations: int  # kept by the forward pass, logits included, and temporary ones of the backward pass
     gathered: int  # what fsdp holds whole at a time
-    logits: int  # of the activations
 
     @property
     def total(self):
-        return sum(self[:5])
+        return sum(self)
 
     def fits(self, device_memory):
         return self.total * (1 + SPARE) + RESERVE <= device_memory
 
     def __str__(self):
-        parts = ", ".join(f"{size / 2**30:.2f} {name}" for name, size in zip(self._fields[:5], self[:5], strict=True))
-        return f"{self.total / 2**30:.2f} GiB: {parts} (of the activations, {self.logits / 2**30:.2f} logits)"
+        parts = ", ".join(f"{size / 2**30:.2f} {name}" for name, size in self._asdict().items())
+        return f"{self.total / 2**30:.2f} GiB: {parts}"
 
 
 class BytesAlive(TorchDispatchMode):
@@ -90,7 +91,6 @@ def plan_step(config, stage, batch, parallel="ddp", world=1, bf16=False, recompu
     """
     is_fsdp = parallel == "fsdp" and world > 1
     dtype = torch.bfloat16 if bf16 and is_fsdp else torch.float32  # ddp computes under autocast
-    dtypes = dict.fromkeys(("input_ids", "positions", "segments", "answers"), torch.long)
     with FakeTensorMode():
         torch.set_default_dtype(dtype)  # a fake model cannot be converted
         model = LocVLM(config)
@@ -101,22 +101,21 @@ def plan_step(config, stage, batch, parallel="ddp", world=1, bf16=False, recompu
         for p in learned if is_fsdp else ():  # a gradient is summed over processes and sharded as soon as it exists
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with BytesAlive(everything) as alive:
-            fake = {name: torch.empty(t.shape, dtype=dtypes.get(name, dtype)) for name, t in batch.items() if t is not None}
+            dtypes = {name: dtype if t.is_floating_point() else t.dtype for name, t in batch.items() if t is not None}
+            fake = {name: torch.empty(batch[name].shape, dtype=kind) for name, kind in dtypes.items()}
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not is_fsdp):
                 loss = model(**fake)
             loss.backward()
     weights, learning = 4 * sum(p.numel() for p in everything), sum(p.numel() for p in learned)
-    logits = batch["answers"].shape[1] * config.text_config.vocab_size * 4
     if not is_fsdp:  # gradients lie in ddp's buckets (gradient_as_bucket_view)
-        gradients = alive.gradients_at_peak
-        return Plan(weights, 8 * learning, gradients, alive.peak - gradients, 0, logits)
+        return Plan(weights, 8 * learning, alive.gradients_at_peak, alive.peak - alive.gradients_at_peak, 0)
     layer = sum(p.nbytes for p in model.language_model.layers[0].parameters())
     wrapped = [*model.vision_tower.encoder["layers"][:-1], *model.language_model.layers]  # see formats.processes.shard
     root = sum(p.nbytes for p in everything) - sum(p.nbytes for part in wrapped for p in part.parameters())
     # whole at a time: the root, a layer and the one fetched ahead; while summing, a layer's gradients, here and in float32
     sums = (root + layer + 4 * layer // dtype.itemsize) if stage in (2, 4) else 0
     shards = (weights // world, 8 * learning // world, 4 * learning // world)
-    return Plan(*shards, alive.peak, root + 2 * layer + sums, logits)
+    return Plan(*shards, alive.peak, root + 2 * layer + sums)
 
 
 def made_row(config, stage, questions, length=None):
@@ -200,16 +199,16 @@ def print_table(world):
     """Print the memory of the paper's models, and hours of their stage 2."""
     print("| | stage | run as | GiB a GPU | weights | optimizer | gradients | activations | gathered |\n" + "|---" * 9 + "|")
     runs = [(1, 16, "ddp", False), (1, 16, "fsdp", True), (2, 8, "ddp", True), (2, 8, "fsdp", False), (2, 8, "fsdp", True)]
-    for name, (stage, micro, engine, recompute) in ((name, run) for name in "bl" for run in runs):
+    for name, (stage, micro, engine, recompute) in product("bl", runs):
         config = VARIANTS[name]
         batch = batch_of(config, made_row(config, stage, PRESETS["paper"][stage].questions), micro)
         plan = plan_step(config, stage, batch, engine, world, bf16=True, recompute=recompute)
         how = f"`--parallel {engine}{' --recompute' * recompute} --micro-batch {micro}`"
-        sizes = " | ".join(f"{size / 2**30:.1f}" for size in (plan.total, *plan[:5]))
+        sizes = " | ".join(f"{size / 2**30:.1f}" for size in (plan.total, *plan))
         print(f"| {name.upper()} | {stage} | {how} | {sizes} |")
     print()
-    ways = (("a row for each question", QUESTIONS, 1), ("a row for each image", IMAGES, QUESTIONS / IMAGES))
-    for name, (how, rows, questions) in ((name, way) for name in "bl" for way in ways):
+    ways = [("a row for each question", QUESTIONS, 1), ("a row for each image", IMAGES, QUESTIONS / IMAGES)]
+    for name, (how, rows, questions) in product("bl", ways):
         length = SYSTEM_TOKENS + VARIANTS[name].visual_tokens + round(questions * QUESTION)
         flops = step_flops(VARIANTS[name], 2, 1, length, round(questions * ANSWER))
         hours = flops * rows * EPOCHS / (PEAK_FLOPS["A100"] * SHARE_OF_PEAK) / 3600
@@ -220,11 +219,9 @@ def main(argv=None):
     how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **how)
     parser.add_argument("--variant", choices=VARIANTS, help="the model's shape (default: tiny, if any other option is given)")
-    parser.add_argument("--world-size", type=int, help="processes (default: 8 for the table, else as started)")
+    parser.add_argument("--world-size", type=positive, help="processes (default: 8 for the table, else as started)")
     parser.add_argument("--device-memory", help="memory of a GPU, such as 80GB; a step that does not fit is refused")
     args, of_train = parser.parse_known_args(argv)
-    if args.world_size is not None and args.world_size < 1:
-        raise ValueError(f"--world-size {args.world_size} must be at least 1")
     if not (args.variant or args.device_memory or of_train):
         return print_table(args.world_size or 8)
     room, config = args.device_memory and bytes_of(args.device_memory), parse_config(TrainConfig, [*of_train, "--dry-run"])

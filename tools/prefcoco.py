@@ -24,19 +24,19 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from coords import GEOMETRIES, KINDS, CoordFormat
 from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, read_coco, targets_of
 from formats.annotations import image_ids_of, read_records
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json
 from formats.images import open_image
-from formats.journal import open_journal, read_journal, require_new, require_same_options, start_processes, write_line
+from formats.journal import require_new, require_same_options, start_processes, work_in_parts
 from formats.weights import weights_sha256
 from model import LocVLM
 from tools import command, positive
@@ -49,10 +49,9 @@ def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_
             limit: positive = None, exclude=""):  # fmt: skip
     """Describe every object whose category occurs once in its image, with a visual LLM: PRefCOCO (Sec. 3.4, App. C).
 
-    Write rejected captions, with the reason, to OUT's .rejected.json. Unfinished work lies in OUT.parts: a journal per process,
-    a row per group of `batch` images. The groups do not depend on the processes.
+    Write rejected captions, with the reason, to OUT's .rejected.json. Unfinished work lies in OUT.parts.
     """
-    out, (rank, world, wait) = Path(out), start_processes()
+    out, processes = Path(out), start_processes()
     parts, rejects = out.with_name(out.name + ".parts"), out.with_name(out.stem + ".rejected.json")
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     records, skipped = read_records([(coco, images, 1.0)], image_ids_of(exclude))
@@ -61,48 +60,32 @@ def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_
         raise FileNotFoundError(f"{len(missing)} of {len(records)} images are not in {images} ({some(missing)})")
     if not records:
         raise ValueError(f"{coco} leaves no image with an object whose category occurs once; check --exclude")
-    if rank == 0:
-        for reason, count in skipped.items():
-            print(f"skipped: {count} {reason}")
+    options = {}
+    if processes[0] == 0:
+        print("".join(f"skipped: {count} {reason}\n" for reason, count in skipped.items()), end="")
         pairs = sum(len(record.objects) for record in records)
         print(f"{len(records)} images with {pairs} unique objects (the paper: 95,899 images and 402,686 pairs)")
         options = {
             "model": weights_sha256(model), "vision": weights_sha256(vision) if vision else None, "coco": sha256(coco),
             "images": str(images), "limit": limit, "exclude": [sha256(path) for path in exclude.split(",") if path],
             "batch": batch, "decoding": decoding, "device": "cuda" if torch.cuda.is_available() else "cpu"}  # fmt: skip
-        if out.exists():
+        if out.exists():  # it is written last
             require_same_options(read_json(rejects)["made_with"] if rejects.is_file() else {}, options, out)
             shutil.rmtree(parts, ignore_errors=True)
-        elif (parts / "options.json").is_file():
-            require_same_options(read_json(parts / "options.json"), options, parts)
-        else:
-            write_json(parts / "options.json", options)
-    wait()
-    if out.exists():  # it is written last
-        return print(f"{out} is complete") if rank == 0 else None
-    chunks, done = range(0, len(records), batch), read_parts(parts)  # a chunk is named by its first record
-    wait()  # all processes have read what is done before any does more
-    mine = [chunk for chunk in chunks if chunk not in done][rank::world]
-    with open_journal(parts / f"part-{rank}.jsonl") as journal:
-        describe = captioner(model, vision, decoding) if mine else None
-        for chunk in tqdm(mine, disable=None if rank == 0 else True):
-            write_line(journal, {"chunk": chunk, "captions": describe(records[chunk : chunk + batch])})
-    wait()
-    if rank == 0:  # join what all processes have done
-        done = read_parts(parts)
-        kept, rejected = prefcoco_rows(records, [captions for chunk in chunks for captions in done[chunk]], images)
-        write_json(rejects, {"made_with": read_json(parts / "options.json"), "rejected": rejected})
+            print(f"{out} is complete")
+    if out.exists():
+        return
+    groups = {start: records[start : start + batch] for start in range(0, len(records), batch)}
+    rows, *_ = work_in_parts(groups, partial(captioner, model, vision, decoding), parts, options, processes)
+    if processes[0] == 0:
+        kept, rejected = prefcoco_rows(records, [captions for _, group in sorted(rows) for captions in group], images)
+        write_json(rejects, {"made_with": options, "rejected": rejected})
         remove_temporary([*out.parent.glob(out.name + "*"), *out.parent.glob(rejects.name + "*")])
         write_json(out, kept)
         shutil.rmtree(parts)
         print(f"{out}: {len(kept)} descriptions of objects in {len({row['image'] for row in kept})} images")
         for reason, count in Counter(row["reason"] for row in rejected).most_common():
             print(f"  rejected: {count} {reason}")
-
-
-def read_parts(parts):
-    """Read what all processes have done: {chunk: captions}."""
-    return {row["chunk"]: row["captions"] for path in parts.glob("*.jsonl") for row in read_journal(path)}
 
 
 def captioner(model, vision, decoding):

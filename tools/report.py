@@ -6,9 +6,11 @@
 Reads the results, the blind baseline in RUN/eval_blind, and RUN/log.jsonl, as far as they exist. This file computes the data;
 report.html lays it out and escapes every text. The page is one file without scripts that may load or run nothing: a model's
 answers may contain anything. The same files make the same bytes.
+
+run  run folder, with evaluate.py's results in its eval folder
+out  where to write the page (default: RUN/eval/report.html)
 """
 
-import argparse
 import base64
 import io
 import json
@@ -22,17 +24,15 @@ from PIL import ImageOps
 
 from evaluate import TASKS
 from formats.eval_folder import differences, read_results
-from formats.files import read_json, run_command, write_text
+from formats.files import read_json, write_text
 from formats.images import is_clip, open_image
 from formats.pictures import is_right
+from tools import command
 from video import read_frames
 
-MAIN = {"spatial": ("left/right", "above/below", "icl left/right", "icl above/below")}  # the headline; else the first metric
 CARDS, FRAMES = 6, 4  # at most: of successes and of failures each; of a clip
 PICTURES_BYTES = 1_800_000  # of all pictures; base64 makes them a third larger
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # control characters, lone surrogates
-TOWER = "CLIP ViT, {num_hidden_layers} layers of {hidden_size}, {image_size} px in patches of {patch_size}"
-LANGUAGE = "LLaMA, {num_hidden_layers} layers of {hidden_size}"
 
 
 def read_lines(path):
@@ -55,17 +55,6 @@ def part(mapping, key):
 def is_number(value):
     """Return True for a number that can be drawn and written: finite, and an int no longer than a float."""
     return isinstance(value, int | float) and abs(value) < 1e300
-
-
-def figure(value, scale=100):
-    """Write a figure: a share in percent, a count unchanged, a dash for None and NaN. The paper's are in percent: scale 1.
-
-    >>> figure(0.9428), figure(314), figure(70, 1), figure(None), figure(float("nan"))
-    ('94.3 %', '314', '70.0 %', '–', '–')
-    """
-    if isinstance(value, float | None) or (scale == 1 and is_number(value)):
-        return f"{scale * value:.1f} %" if is_number(value) else "–"
-    return str(value)
 
 
 def place(box_px):
@@ -175,8 +164,7 @@ def ticks(low, high, most=5):
 
 def plot(points, x, top, height):
     """Return (step, value) as SVG points: a line through the means of at most 120 groups, and a band between their extremes."""
-    size, high = math.ceil(len(points) / 120), max(value for _, value in points) * 1.05
-    high = high if high > 0 else 1.0
+    size, high = math.ceil(len(points) / 120), max(value for _, value in points) * 1.05 or 1.0
     groups = [points[i : i + size] for i in range(0, len(points), size)]
 
     def y(value):
@@ -210,36 +198,18 @@ def curves(log):
 
 
 def section(name, result, blind, answers, allowed):
-    """Return one result as the page shows it: its figures, notes, prompts, and cards (is_right, count of rows, cards)."""
-    (rows, bad), task, prompts = answers, (result or blind)["task"], result.get("prompts") or []
-    ours, of_blind, models = part(result, "metrics"), part(blind, "metrics"), result.get("paper_rows") or []
-    main = [metric for metric in MAIN.get(task, ()) if metric in (ours or of_blind)] or list(ours or of_blind)[:1]
+    """Return one result as the page shows it: its figures, and groups of cards (is_right, count of rows, cards)."""
+    (rows, bad), task = answers, (result or blind)["task"]
+    ours, of_blind, paper = part(result, "metrics"), part(blind, "metrics"), part(result, "paper")
     groups = {verdict: [row for row in rows if is_right(row.get("correct")) is verdict] for verdict in (True, False, None)}
     return {
-        "name": name, "is_blind_only": not result, "differences": differences(result, blind), "main": main,
-        "ours": ours, "blind": of_blind, "paper": part(result, "paper") or part(blind, "paper"),
-        "names": list({**ours, **of_blind, **part(result, "paper")}),
-        "models": models, "columns": list(dict.fromkeys(column for _, of_model in models for column in of_model)),
-        "prompts": prompts if isinstance(prompts, list) else [prompts],
-        "counts": [(result[key], key) for key in ("questions", "images") if isinstance(result.get(key), int)],
-        "answers": len(rows), "bad_lines": bad, "counted": result.get("questions", len(rows)),
+        "name": name, "task": task, "result": result, "differences": differences(result, blind), "bad_lines": bad,
+        "names": [*ours | of_blind | paper], "ours": ours, "blind": of_blind, "paper": paper or part(blind, "paper"),
         "groups": [
             (verdict, len(group), [card(task, row, allowed) for row in choose(group)])
             for verdict, group in groups.items() if group or (rows and verdict is not None)
         ],
     }  # fmt: skip
-
-
-def description(run, result):
-    """Return what was evaluated, as far as config.json and a result say: {term: text}."""
-    config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
-    shapes = {"tower": (TOWER, part(config, "vision_config")), "language": (LANGUAGE, part(config, "text_config"))}
-    terms = {term: text.format_map(defaultdict(lambda: "?", shape)) for term, (text, shape) in shapes.items() if shape}
-    own, decoding = part(config, "locvlm"), part(result, "decoding")
-    terms |= {key: own[key] for key in ("adapter", "n_bins", "frames", "stage") if own.get(key)}
-    keys = ("kind", "geometry", "location", "template", "dtype", "images", "split", "seed", "git_commit")
-    terms |= {key: result[key] for key in keys if result.get(key) is not None}
-    return terms | ({"decoding": ", ".join(f"{key} {value}" for key, value in decoding.items())} if decoding else {})
 
 
 def page_data(run):
@@ -252,8 +222,10 @@ def page_data(run):
     allowed = PICTURES_BYTES // max(1, sum(min(CARDS, count) for counts in verdicts for count in counts.values()))
     (log, bad), folders = read_lines(run / "log.jsonl"), {"eval": ours, "eval_blind": blind}
     files = {f"{folder}/{name}.json": result for folder, found in folders.items() for name, result in found.items()}
+    config, about = read_json(run / "config.json") if (run / "config.json").is_file() else {}, next(iter(files.values()))
     return {
-        "name": run.resolve().name, "terms": description(run, next(iter((ours or blind).values()))),
+        "name": run.resolve().name, "about": about, "decoding": part(about, "decoding"), "own": part(config, "locvlm"),
+        "tower": part(config, "vision_config"), "language": part(config, "text_config"),
         "has_mixed_weights": len({json.dumps(result.get("weights_sha256"), sort_keys=True) for result in ours.values()}) > 1,
         "sections": [section(name, ours.get(name, {}), blind.get(name, {}), answers[name], allowed) for name in answers],
         "curves": list(curves(log)), "bad_log_lines": bad,
@@ -261,25 +233,17 @@ def page_data(run):
     }  # fmt: skip
 
 
-def write_report(run, out=None):
-    """Write the page of a run folder's evaluations to `out` (RUN/eval/report.html), and return its path."""
-    run, loader = Path(run), jinja2.FileSystemLoader(Path(__file__).parent)
-    options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    templates = jinja2.Environment(loader=loader, autoescape=True, **options)
-    templates.filters |= {"figure": figure, "place": place}
+def write_report(run, /, out=None):
+    """Write the page of a run folder's evaluations, and return its path."""
+    run, folder = Path(run), jinja2.FileSystemLoader(Path(__file__).parent)
+    how = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    templates = jinja2.Environment(loader=folder, **how)
+    templates.filters |= {"place": place}
     page = templates.get_template("report.html").render(page_data(run)).strip() + "\n"
     out = Path(out or run / "eval" / "report.html")
     write_text(out, UNPRINTABLE.sub("\ufffd", page))
+    print(f"written: {out}")
     return out
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="run folder, with evaluate.py's results in its eval folder")
-    parser.add_argument("--out", help="where to write the page (default: RUN/eval/report.html)")
-    args = parser.parse_args(argv)
-    print(f"written: {write_report(args.run, args.out)}")
-
-
-if __name__ == "__main__":
-    run_command("report", main)
+main = command(__name__, write_report)

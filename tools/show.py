@@ -33,8 +33,7 @@ def show(data, images="", tokenizer="tiny/llama", template: Literal["v1", "plain
         size = f"{record.size[0]} x {record.size[1]} px" if any(record.size) else "size unknown"
         shape = f"{size} -> {tuple(image.shape)}" if record.image else "text only"
         print(f"--- {record.id}  {record.image}  {shape}, {len(row['input_ids'])} tokens", marked(tokenizer, row), sep="\n")
-    for reason, count in skipped.items():
-        print(f"skipped: {count} {reason}")
+    print("".join(f"skipped: {count} {reason}\n" for reason, count in skipped.items()), end="")
 
 
 main = command(__name__, show)

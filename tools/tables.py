@@ -5,23 +5,27 @@
 
 tables.json holds settings, measures and the paper's figures. A run that several tables share is trained once, in
 runs/tables/NAME-SEED; a killed command resumes. Each table is printed and written to runs/tables/table-N.md.
+
+table  its number in the paper, or all
+seeds  separated by commas
 """
 
-import argparse
+import json
 import math
 import re
 import statistics
 from pathlib import Path
+from typing import Literal
 
 import evaluate
 import train
 from formats.eval_folder import folders_of, name_of
-from formats.files import read_json, run_command, write_json, write_text
+from formats.files import read_json, write_json, write_text
 from tasks import __main__ as benchmarks
 from tasks.words import require_meteor
 from tiny.moving import ensure_clips
 from tiny.shapes import NAMES, SPLITS, ensure_world, write_world
-from tools import prefcoco
+from tools import command, prefcoco
 from tools.features import features
 from train import TrainConfig, parse_config
 
@@ -30,24 +34,20 @@ SEEN, UNSEEN = NAMES[:5], NAMES[5:]  # Tab. 8: the shapes that training is about
 
 
 def read_tables(path):
-    """Read tables.json: words, settings, recipes, measures and tables.
+    """Read tables.json: words, settings, measures and tables.
 
-    words     what {WORDS} in the options stand for, as files and folders; {SEED} is filled in by each run
-    settings  name: (the setting whose run of the same seed it starts from, options of train.py)
-    recipes   stage: what differs from the tiny preset; small steps learn most in little time
+    words     what {WORDS} stand for in all of its texts; {SEED} is filled in by each run
+    settings  name: (setting whose run it starts from, options of train.py; small steps learn most in little time)
     measures  heading: (task, its metric, options of its evaluation; the second is the file of its questions)
     tables    measures are columns, rows are (label, setting, figures of the paper's columns); ", blind" is with blank images
     """
-    read, words = read_json(path), {}
-    for name, text in read["words"].items():  # in order: later ones use earlier ones
-        words[name] = text.format(**words, SEED="{SEED}")
-    for part in ("settings", "measures"):
-        read[part] = {name: (*row[:-1], row[-1].format(**words, SEED="{SEED}")) for name, row in read[part].items()}
-    tables = {number: argparse.Namespace(**table) for number, table in read["tables"].items()}
-    return words, read["settings"], read["recipes"], read["measures"], tables
+    text = path.read_text(encoding="utf-8")
+    for name, value in reversed(json.loads(text)["words"].items()):  # the last first: later ones use earlier ones
+        text = text.replace(f"{{{name}}}", value)
+    return json.loads(text).values()
 
 
-WORDS, SETTINGS, RECIPES, MEASURES, TABLES = read_tables(Path(__file__).with_name("tables.json"))
+WORDS, SETTINGS, MEASURES, TABLES = read_tables(Path(__file__).with_name("tables.json"))
 OUT, STILL, MOVING, FEW, OTHER = (Path(WORDS[name]) for name in ("OUT", "STILL", "MOVING", "FEW", "OTHER"))
 
 
@@ -76,7 +76,7 @@ def tuned(name, seed):
     if name.startswith("clips"):  # the tower is frozen: one folder serves all these runs
         features(WORDS["CLIPS"], Path(WORDS["FEATURES"]), Path(__file__).parent.parent / "tiny/clip", frames=8)
     argv = [*options.format(SEED=seed).split(), "--out", str(run), "--seed", str(seed), "--no-evaluate"]
-    argv += RECIPES[argv[1]].split() + ["--init-from", str(start)] * bool(start) + ["--resume"] * (run / "train.json").exists()
+    argv += ["--init-from", str(start)] * bool(start) + ["--resume"] * (run / "train.json").exists()
     print("\ntrain.py", " ".join(argv), flush=True)
     train.main(parse_config(TrainConfig, argv))
     return run
@@ -117,34 +117,27 @@ def cell(values):
 
 def make(number, seeds):
     """Train, evaluate, print and write one table."""
-    table = TABLES[number]
-    head = [*table.measures, *(f"paper: {name}" for name in table.paper_measures)]
-    lines = [f"Tab. {number}, {table.title}; {len(seeds)} seeds, percent", ""]
+    title, measures, paper_measures, rows = TABLES[number].values()
+    head = [*measures, *(f"paper: {name}" for name in paper_measures)]
+    lines = [f"Tab. {number}, {title}; {len(seeds)} seeds, percent", ""]
     lines += ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
-    for label, name, paper in table.rows:
-        ours = [cell([figure(heading, name, seed) for seed in seeds]) for heading in table.measures]
-        theirs = [f"{value:.1f}" for value in paper] + [""] * (len(table.paper_measures) - len(paper))
+    for label, name, paper in rows:
+        ours = [cell([figure(heading, name, seed) for seed in seeds]) for heading in measures]
+        theirs = [f"{value:.1f}" for value in paper] + [""] * (len(paper_measures) - len(paper))
         lines.append(f"| {label} | " + " | ".join([*ours, *theirs]) + " |")
     write_text(OUT / f"table-{number}.md", "\n".join(lines) + "\n")
     print("", *lines, "", sep="\n", flush=True)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=(*TABLES, "all"))
-    parser.add_argument("--seeds", default="0,1,2", help="separated by commas (default: 0,1,2)")
-    args = parser.parse_args(argv)
-    try:
-        seeds = [int(seed) for seed in args.seeds.split(",")]
-    except ValueError:
-        parser.error(f"--seeds {args.seeds}: write whole numbers separated by commas, such as 0,1,2")
-    numbers = list(TABLES) if args.table == "all" else [args.table]
-    if any("METEOR" in TABLES[number].measures for number in numbers):
+def make_tables(table: Literal[*TABLES, "all"], /, seeds="0,1,2"):
+    if not re.fullmatch(r"\d+(,\d+)*", seeds):
+        raise ValueError(f"--seeds {seeds}: write whole numbers separated by commas, such as 0,1,2")
+    numbers = list(TABLES) if table == "all" else [table]
+    if any("METEOR" in TABLES[number]["measures"] for number in numbers):
         require_meteor()  # before hours of training
     ensure_worlds()
     for number in numbers:
-        make(number, seeds)
+        make(number, [int(seed) for seed in seeds.split(",")])
 
 
-if __name__ == "__main__":
-    run_command("tools.tables", main)
+main = command(__name__, make_tables)

@@ -10,7 +10,7 @@ from PIL import Image
 from data import Object
 from formats.annotations import image_ids, image_ids_of, parse_sources, read_file, read_records
 from formats.images import image_size, open_image
-from formats.schema import conversation_problem
+from formats.schema import llava_row
 from tools import overlap
 
 
@@ -95,4 +95,5 @@ def test_json_of_no_schema_is_refused_by_name(coco, content):
 
 def test_a_text_that_speaks_of_an_image_names_one(coco):
     row = {"id": "c", "conversations": LLAVA[0]["conversations"]}
-    assert "has no \"image\" key" in conversation_problem(row)
+    with pytest.raises(ValueError, match='has no "image" key'):
+        llava_row(row, 0)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower
 from formats import weights
+from formats.llava_hf import geometry_of
 from formats.weights import Stored, build, open_tensors, write_tensors
 from llama import Llama, LlamaConfig, Tokenizer, rotary_frequencies
 from model import LocVLM, LocVLMConfig
@@ -397,6 +398,24 @@ DAMAGE = {
     "pickle that runs code": (lambda f: to_bin(f, pickle.dumps({"a": Harm()}, protocol=2)), "a pickle that wants"),
     "truncated bin": (lambda f: to_bin(f, b"PK\3\4" + bytes(100)), "pytorch_model.bin is damaged; download it again"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights in"),
+    "int8": (
+        lambda f: rewrite(f, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
+        "norm.weight is torch.int8, a quantised or packed tensor",
+    ),
+    "fp8": (
+        lambda f: rewrite(f, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)})),
+        "lm_head.weight is torch.float8_e4m3fn, a quantised",
+    ),
+    "LoRA": (
+        lambda f: ((f / "model.safetensors").unlink(), (f / "adapter_config.json").write_text("{}")),
+        "adapter_config.json, a LoRA; merge it",
+    ),
+    "GGUF": (lambda f: (f / "model.safetensors").rename(f / "llama.Q4_K_M.gguf"), "Q4_K_M.gguf, GGUF, quantised"),
+    "GPTQ": (lambda f: edit_config(f, quantization_config={"quant_method": "gptq"}), "unsupported quantization_config.*gptq"),
+    "text for a number": (lambda f: edit_config(f, hidden_size="32"), "hidden_size '32', which is not a number; correct"),
+    "scaling without factor": (
+        lambda f: edit_config(f, rope_scaling={"rope_type": "linear"}), "rope_scaling .* lacks the number factor; correct",
+    ),
     "shards without index": (
         lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
         "model-00001-of-00002.safetensors, but no .*index.json",
@@ -473,3 +492,62 @@ def test_images_cut_into_tiles_are_refused(model, tmp_path):
     shutil.copyfile(model.tokenizer.path, folder / "tokenizer.model")
     with pytest.raises(ValueError, match="anyres"):
         LocVLM.from_pretrained(folder)
+
+
+def test_a_head_that_the_file_holds_is_used_whatever_the_config_says(model, tmp_path):
+    """tie_word_embeddings beside another head: the file's. Beside an equal one: tied."""
+    llama = model.language_model
+    folder = write_folder(tmp_path / "llama", named(llama, LLAMA_PREFIX), text_config() | {"tie_word_embeddings": True})
+    read, ids = Llama.from_pretrained(folder), torch.arange(3, 12)[None]
+    assert not read.config.tie_word_embeddings and torch.equal(read(ids), llama(ids))
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    tied = Llama.from_pretrained(folder)
+    assert tied.config.tie_word_embeddings and tied.lm_head.weight is tied.embed_tokens.weight
+
+
+def test_a_single_file_goes_before_an_index_that_was_left_over(model, tmp_path):
+    folder = write_folder(tmp_path / "llama", named(model.language_model, LLAMA_PREFIX), text_config(), "sharded")
+    (index,) = folder.glob("*.index.json")
+    for shard in folder.glob("*-of-*"):
+        save_file({name: torch.zeros_like(t) for name, t in load_file(shard).items()}, shard)
+    save_file(named(model.language_model, LLAMA_PREFIX), folder / "model.safetensors")
+    assert index.exists() and torch.equal(Llama.from_pretrained(folder).norm.weight, model.language_model.norm.weight)
+
+
+def test_weights_that_are_a_difference_are_refused(tmp_path):
+    (tmp_path / "vicuna-7b-delta-v1.1").mkdir()
+    with pytest.raises(ValueError, match="difference to LLaMA's weights"):
+        open_tensors(tmp_path / "vicuna-7b-delta-v1.1")
+
+
+def test_a_tokenizer_with_more_pieces_than_the_embedding_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path / "run")
+    write_folder(tmp_path / "llama", named(Llama(replace(TEXT, vocab_size=300)), LLAMA_PREFIX), text_config(replace(TEXT, vocab_size=300)))
+    shutil.copy(model.tokenizer.path, tmp_path / "llama")
+    with pytest.raises(ValueError, match="has 400 pieces, more than the 300 rows of the embedding"):
+        LocVLM.from_parts(tmp_path / "run", tmp_path / "llama")
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [("tokenizer.model", "AA== 0\nAQ== 1\n", "LLaMA-3's tiktoken file"), ("tokenizer.json", "{}", "no file .*tokenizer.model.*tokenizer.json alone is not read")],
+)  # fmt: skip
+def test_another_kind_of_tokenizer_is_named(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "processor, geometry",
+    [({"do_pad": True, "size": {"shortest_edge": 28}}, "pad"), ({"do_center_crop": False, "size": {"height": 28, "width": 28}}, "squash"),
+     ({"do_center_crop": True, "size": {"shortest_edge": 28}}, "crop"), (None, "crop")],
+)  # fmt: skip
+@pytest.mark.parametrize("version", (4, 5))
+def test_the_geometry_is_read_where_transformers_4_and_5_write_it(tmp_path, capsys, processor, geometry, version):
+    names = {4: "preprocessor_config.json", 5: "processor_config.json"}
+    if processor:
+        (tmp_path / names[version]).write_text(json.dumps(processor if version == 4 else {"image_processor": processor}))
+    (tmp_path / ("processor_config.json" if version == 4 else "other.json")).write_text('{"patch_size": 14}')
+    assert geometry_of(tmp_path, {"vision_config": {}}) == geometry
+    assert ("images are cropped to a square" in capsys.readouterr().out) == (processor is None)

@@ -13,8 +13,7 @@ from data import Wording, judge_loc
 from evaluate import Item
 from formats.schema import box_from_xywh
 from tasks import TASKS, refcoco, words
-from tasks.refcoco import read_split
-from tools.refs import main
+from tasks.refcoco import read_pickle, read_split
 
 
 def refs_pickle(folder, protocol=2, **changes):
@@ -47,12 +46,12 @@ def no_meteor(monkeypatch):
     monkeypatch.setattr(refcoco, "require_meteor", lambda: None)
 
 
-def test_refs_are_read_from_the_pickle_once_and_from_json_after(tmp_path, no_meteor):
+def test_refs_are_read_from_the_pickle_and_from_json(tmp_path, no_meteor):
     path, images = refs_pickle(tmp_path)
     [item], skipped = read("refcoco", path, None, images, split="testB")
     assert item.id == "5" and item.size == (448, 224) and item.truth["box_px"] == (0, 0, 224, 112) and not skipped
     assert "(0, 0, 112, 112)" in item.question and item.truth["sentences"] == ["left zebra", "zebra caf\xe9"]
-    main([str(path), str(tmp_path / "refs.json")])
+    write(tmp_path / "refs.json", {"refs": read_pickle(path)})
     path.unlink()
     for name in ("refcoco", "rec"):
         again, _ = read(name, tmp_path / "refs.json", None, images, split="testB")

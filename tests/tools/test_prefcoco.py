@@ -162,7 +162,7 @@ def test_killed_and_resumed_on_two_processes_equals_one(run, coco, tmp_path):
     part = tmp_path / "killed/pref.json.parts/part-0.jsonl"
     assert 1 <= part.read_bytes().count(b"\n") < 5 and not out.exists()
     with open(part, "ab") as file:
-        file.write(b'{"chunk": 8, "cap')
+        file.write(b'[8, [["The')
     two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # what torchrun tells its processes
     processes = [start(command, **two, RANK=str(rank)) for rank in (0, 1)]
     printed, _ = processes[0].communicate(timeout=240)
@@ -208,6 +208,7 @@ def test_what_is_left_of_a_killed_run_is_gone_on_with(coco, tmp_path, monkeypatc
         caption(**common, out=tmp_path / "c" / "pref.json")
     monkeypatch.undo()
     monkeypatch.setattr(tool, "weights_sha256", lambda path: "x")
+    refused("parts was made with other options: batch was 4, is 3", caption, **{**common, "batch": 3}, out=tmp_path / "c/pref.json")
     caption(**common, out=tmp_path / "c" / "pref.json")
     assert files(tmp_path / "c") == files(tmp_path / "a")
 
