@@ -210,5 +210,4 @@ def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
         weight_map |= dict.fromkeys(shard, file.name)
     if count > 1:
         path.unlink(missing_ok=True)  # before the index, for a single file goes first
-        size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-        write_json(index, {"metadata": size, "weight_map": weight_map})
+        write_json(index, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map})
