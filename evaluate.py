@@ -224,9 +224,9 @@ def side_answer(side, obj_1, obj_2):
 def spatial_items(records, wording, rng):
     """Ask about sides directly and in context (App. E).
 
-    In context, "icl verbatim" (of left and right) has the paper's examples, which answer about the other object than they ask for; plain "icl" has
-    examples that answer what they ask, in random order. A direct question about left and right is also asked of the mirrored
-    image.
+    In context, "icl verbatim" (of left and right, if it names no axis) has the paper's examples, which answer about the other
+    object than they ask for; plain "icl" has examples that answer what they ask, in random order. A direct question about left
+    and right is also asked of the mirrored image.
     """
     items = []
     for axis, setting in enumerate(SIDE_PROMPTS):

@@ -17,6 +17,7 @@ from formats import images
 from formats.files import naming, require_file, some
 from formats.images import ANIMATIONS, CLIP_SUFFIXES, IMAGES, PIL_ERRORS, image_file, open_image, split_zip
 
+FRAMES = {*IMAGES} - {*CLIP_SUFFIXES}
 CLIP_KINDS = f"a {' '.join(CLIP_SUFFIXES)} or a folder of frames"
 
 
@@ -30,20 +31,15 @@ def find_clips(folder):
         files, folders = [path for path in paths if not path.is_dir()], list(filter(Path.is_dir, paths))
     elif split_zip(Path(folder) / "_")[0]:
         held = images.zip_folders(Path(folder)).items()
-        files = [Path(folder, inside, name) for inside, names in held for name in names]
-        folders = [Path(folder, inside) for inside, names in held if inside and any(map(is_frame, names))]
+        files = [Path(folder, at, name) for at, names in held for name in names]
+        folders = [Path(folder, at) for at, names in held if at and FRAMES & {Path(name).suffix.lower() for name in names}]
     else:
         raise FileNotFoundError(f"no folder or zip {folder} of clips, each {CLIP_KINDS}")
-    files = sorted((path for path in files if path.suffix.lower() in CLIP_SUFFIXES and path.parent not in folders), reverse=True)
+    files = sorted((path for path in files if path.suffix.lower() in CLIP_SUFFIXES), reverse=True)
     files.sort(key=lambda path: CLIP_SUFFIXES.index(path.suffix.lower()), reverse=True)  # the first suffix overwrites
     if doubled := [name for name, count in Counter(path.name for path in files + folders).items() if count > 1]:
         raise ValueError(f"{folder} holds {len(doubled)} names of clips twice ({some(doubled)}); unpack what you need")
     return {path.stem: path for path in files} | {path.name: path for path in files + folders}
-
-
-def is_frame(name):
-    """Return True if a file in a folder is a frame of a clip, and not a clip itself."""
-    return Path(name).suffix.lower() in IMAGES and Path(name).suffix.lower() not in CLIP_SUFFIXES
 
 
 def missing_clips(names, found, path, folder):
@@ -55,11 +51,11 @@ def missing_clips(names, found, path, folder):
 
 
 def open_clip(path, decode_all=False):
-    """Open a clip of any kind, by its name. A still image, which may lie in a zip, is a clip of one frame."""
+    """Open a clip of any kind, by its name; it may lie in a zip. A still image is a clip of one frame."""
     path = Path(path)
     if path.is_dir() or path.suffix.lower() not in (*IMAGES, *CLIP_SUFFIXES) and images.names_in(path):
         return open_folder(path)
-    if path.suffix.lower() in IMAGES and (path.suffix.lower() not in ANIMATIONS or split_zip(path)[0]):
+    if path.suffix.lower() in IMAGES and path.suffix.lower() not in ANIMATIONS:
         return "still image", 1, lambda places: {0: open_image(path)}
     if not (split_zip(path)[0] and images.has_image(path)):
         require_file(path, "a video file, an animation, a folder of frames, or an .npy")

@@ -39,8 +39,7 @@ def parse(argv):
     add("--answers", help="its file of answers, if that is another one")
     add("--split", help="for a file that holds several splits")
     add("--short", action="store_true", help="ask for a single word or phrase, as LLaVA-1.5 is asked")
-    add("--score", metavar="ROWS", help="judge the answers in this file, without weights or images: rows as in NAME.jsonl, "
-        "LLaVA's or Video-ChatGPT's")
+    add("--score", metavar="ROWS", help="judge the answers in this file, rows as in NAME.jsonl or LLaVA's, without images")
     group = parser.add_argument_group("a language model as judge of answers about clips")
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     either("--judgements", help="its replies to NAME.requests.jsonl: JSON lines with custom_id and response")
@@ -56,7 +55,7 @@ def parse(argv):
         (args.judgements and args.with_blind, "--judgements are about one run; leave out --with-blind"),
         (task and args.coco, f"{name} takes --questions and --images, not --coco"),
         (task and not args.questions, f"{name} needs --questions FILE ({files})"),
-        (task and not (args.images or args.score), f"{name} needs --images, the folder or zip of its images, or the folder of its clips"),
+        (task and not (args.images or args.score), f"{name} needs --images, the folder or zip of its images or clips"),
         (not task and args.questions, f"{name} takes --coco, not --questions, which are for {', '.join(TASKS)}"),
         (not (task and task.after) and (args.judgements or args.judge_url), f"{name} takes no judge; leave out its options"),
         *((getattr(args, o) and o not in options, f"{name} has no --{o}") for o in ("answers", "split", "short")),
@@ -67,11 +66,11 @@ def parse(argv):
 
 def read_answers(path, items):
     """Read answers to items that anybody wrote: pairs (id, answer). Others are counted; other questions raise ValueError."""
-    content, expected = read_rows(path, "rows as in NAME.jsonl"), f"rows with {', '.join(map('/'.join, KEYS.values()))}"
+    content = read_rows(path, "rows as in NAME.jsonl")
     values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
     held = {key for row in values if isinstance(row, dict) for key in row}
     key_of = {what: next((key for key in keys if key in held), keys[-1]) for what, keys in KEYS.items()}
-    rows = Rows(expected, {key_of["id"]: str | int, key_of["answer"]: str}).read(path, content)
+    rows = Rows("rows as in NAME.jsonl", {key_of["id"]: str | int, key_of["answer"]: str}).read(path, content)
     print(f"{path}: answers are read from {key_of['answer']!r}, ids from {key_of['id']!r}")
     asked = {item.id: item.question for item in items}
     if surplus := len(rows.keys() - asked.keys()):
@@ -81,7 +80,10 @@ def read_answers(path, items):
         if name in asked and isinstance(theirs, str) and plain(theirs) != plain(asked[name]):
             problem = f"the question of {name} is {theirs[:200]!r}, not {asked[name][:200]!r}"
             raise ValueError(f"{path}: {problem}; pass the file (and --seed) whose questions were answered")
-    return [(name, row[key_of["answer"]]) for name, row in rows.items() if name in asked]
+    pairs = [(name, row[key_of["answer"]]) for name, row in rows.items() if name in asked]
+    if pairs and all(plain(answer) == plain(asked[name]) for name, answer in pairs):
+        raise ValueError(f"{path}: its {key_of['answer']!r} holds the questions; name the answers \"pred\"")
+    return pairs
 
 
 def plain(question):

@@ -32,8 +32,8 @@ def read_gqa(args, wording):
             skipped["questions that are not balanced"] += 1
             continue
         text, image = (row["question"], f"{row['imageId']}.jpg") if is_official else (row["text"], row["image"])
-        path, facts = find_image(args.images, image, "images"), {"answer": truth[name]["answer"], "types": types_of(truth[name])}
-        items.append(Item(name, path, None, add_short(text, args.short), facts))
+        facts = {"answer": truth[name]["answer"], "types": types_of(truth[name])}
+        items.append(Item(name, find_image(args.images, image, "images"), None, add_short(text, args.short), facts))
     return items, skipped + left_over
 
 

@@ -30,7 +30,7 @@ def read_pope(args, wording):
 
 
 def is_about_coco(items):
-    return all(coco_id(item.image) for item in items)
+    return None not in (coco_id(item.image) for item in items)
 
 
 def release_of(items):

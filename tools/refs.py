@@ -34,17 +34,18 @@ def refs(file, out, /, instances=None, split="train", seed=0):
         if ref["split"] == split and (box_px := clip_box(ref["bbox"], ref["size"], skipped, "refs")):
             about = objects.setdefault((ref["file_name"], tuple(ref["size"])), {})
             for text in filter(None, (" ".join(text.split()).rstrip(". ") for _, text in ref["sentences"])):
-                about.setdefault(text, set()).add(Object(text, box_px, re.sub("(?i)^(an?|the) ", "", text)))
+                about.setdefault(text.casefold(), {})[box_px] = Object(text, box_px, re.sub("(?i)^(an?|the) ", "", text))
     if not objects:
         raise ValueError(f"{file} has no ref of split {split}, but {', '.join(f'{n} ({k})' for n, k in splits.items())}")
     wording, rows = Wording(CoordFormat("ivb", 224), ("loc", "rev"), words="description"), []
     for (image, size), about in objects.items():
-        skipped["sentences about two objects of an image"] += sum(len(group) > 1 for group in about.values())
-        record = Record(Path(image).stem, Path(image), size, tuple(o for group in about.values() if len(group) == 1 for o in group))
+        alone = tuple(o for group in about.values() if len(group) == 1 for o in group.values())
+        skipped["sentences about two objects of an image"] += len(about) - len(alone)
+        record = Record(Path(image).stem, Path(image), size, alone)
         rows += conversations(record, wording, random.Random(f"{seed} {image}"))
     write_json(out, rows)
     print("".join(f"skipped: {count} {reason}\n" for reason, count in skipped.items() if count), end="")
-    print(f"{out}: {sum(map(len, objects.values()))} sentences about {len(objects)} images")
+    print(f"{out}: {len(rows)} conversations about {len(objects)} images")
 
 
 main = command(__name__, refs)
