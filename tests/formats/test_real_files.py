@@ -370,7 +370,7 @@ def test_paths_with_other_signs_can_be_sources(tmp_path):
             parse_sources(text, "d")
 
 
-@pytest.mark.parametrize("content, words", [(b"\x80\x04K\x01.", "ids.x is not text"), (b'{"image_id": 1}\n{"image', "ids.x cannot be read")])
+@pytest.mark.parametrize("content, words", [(b"\x80\x04K\x01.", "ids.x cannot be read"), (b'{"image_id": 1}\n{"image', "ids.x cannot be read")])
 def test_a_list_of_ids_that_cannot_be_read_is_named(tmp_path, content, words):
     (tmp_path / "ids.x").write_bytes(content)
     with pytest.raises(ValueError, match=words):
