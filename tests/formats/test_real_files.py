@@ -208,7 +208,7 @@ def test_an_empty_answer_is_a_bad_row(coco, answer):
     (coco / "x.json").write_text(json.dumps([*LLAVA, row]))
     assert check(coco / "x.json", coco) == ["row 2: it has an empty answer"]
     records, skipped = read_llava(coco / "x.json", coco)
-    assert len(records) == 2 and list(skipped) == ["rows that has an empty answer (the first: row 2: it has an empty answer)"]
+    assert len(records) == 2 and list(skipped) == ["bad rows, each has an empty answer (the first: row 2: it has an empty answer)"]
 
 
 def test_a_byte_order_mark_is_no_content(instances, tmp_path):
