@@ -123,7 +123,7 @@ def image_size(path):
 
 
 def image_problem(path, size=(), decode=False):
-    """Return what is wrong with an image file, or None. size: (width, height) that annotations state, if they do"""
+    """Return the problem of an image file, or None. size: (width, height) that annotations state, if they do"""
     try:
         found = open_image(path).size if decode else image_size(path)
     except (FileNotFoundError, ValueError) as error:

@@ -15,7 +15,6 @@ The gate at the end asks about held-out scenes. (In llama.log, copy is "retell" 
 
 import math
 import random
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -36,10 +35,10 @@ FOLDER = Path(__file__).parent / "llama"
 CONFIG, FORMAT = VARIANTS["tiny"].text_config, VARIANTS["tiny"].coord_format()
 GRID, WORDING = FORMAT.grid, data.Wording(FORMAT)  # data.ask_* take a scene as a record, for its size, and a shape as an object
 STEPS, BATCH, QUESTIONS = 6800, 8, 6
-# Documents of a form in a step, over BATCH; until which step which forms come in turn; options of sentencepiece, LLaMA's. One
+# Documents of a form in a step, over BATCH; until which step which forms come in turn; options of sentencepiece; HF's keys. One
 # easy skill at a time, and nothing else; then all of them together, because a skill that is not practised is forgotten. All of
 # them from the start teach nothing (LOG.md).
-WEIGHT, SCHEDULE, TOKENIZER = read_json(Path(__file__).with_suffix(".json")).values()
+WEIGHT, SCHEDULE, TOKENIZER, HF_CONFIG = read_json(Path(__file__).with_suffix(".json")).values()
 CYCLES, DECAY = (6050, STEPS), 600  # before each of these steps, learning rates fall to 0 over DECAY steps
 LR_MUON, LR_ADAMW = 3e-3, 1.2e-3  # matrices of the blocks; embeddings, head and norms
 
@@ -92,8 +91,7 @@ def questions_about(scene, rng, count):
         located.append(ask_loc(Object(rng.choice(calls), shape.box_px), scene, WORDING, rng))
         if shape in unique:
             located.append(ask_loc(shape, scene, WORDING, rng))
-        question, _ = ask_rev(shape, scene, WORDING, rng)
-        words = rng.choice((shape.name, scene.describe(shape, rng)))
+        question, words = ask_rev(shape, scene, WORDING, rng)[0], rng.choice((shape.name, scene.describe(shape, rng)))
         located.append((question, data.REV_ANSWER.format(category=words)))
     for name in rng.sample(scene.absent(), 2):
         words = rng.choice((name, f"{rng.choice(list(COLOURS))} {name}"))
@@ -202,7 +200,6 @@ def gate(llama, tokenizer, form, scenes=150):
 def main():
     torch.manual_seed(0)
     keep_freed_memory()
-    began = time.time()
     tokenizer = Tokenizer(FOLDER) if (FOLDER / "tokenizer.model").exists() else make_tokenizer()
     llama = Llama(CONFIG)
     for name, p in llama.named_parameters():
@@ -226,10 +223,9 @@ def main():
         loss = answer_loss(llama, x, batch["answers"], batch["positions"], batch["segments"])
         update(loss, {muon: LR_MUON * share, adamw: LR_ADAMW * share}, llama.parameters())
         if step % 25 == 24:  # the forms come in turns of another length
-            print(f"step {step + 1} {form} {loss:.3f} {time.time() - began:.0f} s", flush=True)
+            print(f"step {step + 1} {form} {loss:.3f}", flush=True)
         if step % 500 == 499 or step == STEPS - 1:
-            special = {"hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
-            save(FOLDER, llama, "model.", model_type="llama", architectures=["LlamaForCausalLM"], **special)
+            save(FOLDER, llama, "model.", **HF_CONFIG)
             for form in ("text", "bag"):
                 print(f"gate {form}: {gate(llama, tokenizer, form)}", flush=True)
 

@@ -62,8 +62,7 @@ class Scene:
         pen = ImageDraw.Draw(image)
         for name, (x1, y1, x2, y2), fill in parts:
             if name in ("circle", "ring"):
-                inside = fill if name == "circle" else None
-                pen.ellipse((x1, y1, x2, y2), inside, outline=fill, width=round((x2 - x1) * 0.17))
+                pen.ellipse((x1, y1, x2, y2), fill if name == "circle" else None, outline=fill, width=round((x2 - x1) * 0.17))
             else:
                 xs, ys = zip(*OUTLINES[name], strict=True)
                 to_x, to_y = (x2 - x1) / (max(xs) - min(xs)), (y2 - y1) / (max(ys) - min(ys))
