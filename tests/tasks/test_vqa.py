@@ -120,7 +120,7 @@ def test_what_is_wrong_with_files_is_said_before_anything_is_asked(tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=error):
             read("vqa", path, answers, images)
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="bad.json is not text in UTF-8"):
+    with pytest.raises(ValueError, match="bad.json cannot be read"):
         read("vqa", tmp_path / "bad.json", answers, images)
     with pytest.raises(FileNotFoundError, match="no .*absent.json"):
         read("vqa", tmp_path / "absent.json", answers, images)
