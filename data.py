@@ -121,8 +121,8 @@ def read_coco(instances, images, content=None, problems=None):
     content    the JSON of `instances`, if it was read already; `problems` of its rows are added to a schema.Problems
     A crowd, or an invalid box, counts as several of its category: it is present, and not asked for.
     """
-    problems, records = Problems() if problems is None else problems, []
-    content = read_json(require_file(instances, "COCO's instances_*.json")) if content is None else content
+    problems, records = problems if problems is not None else Problems(), []
+    content = content or read_json(require_file(instances, "COCO's instances_*.json"))
     owners, boxes, absent = coco_rows(content, instances, problems)
     for image_id, (file_name, size) in owners.items():
         count = Counter(box.name for box in boxes[image_id])
@@ -140,8 +140,8 @@ def read_llava(path, images, content=None, problems=None):
     Video-ChatGPT's {q, a, video_id} is read too. Rows that tools.prefcoco wrote (key `objective`) become objects and absent
     categories, so that this run writes their text in its own representation.
     """
-    problems, records, missing = Problems() if problems is None else problems, [], []
-    content = read_json(require_file(path, "a LLaVA-format JSON")) if content is None else content
+    problems, records, missing = problems if problems is not None else Problems(), [], []
+    content = content or read_json(require_file(path, "a LLaVA-format JSON"))
     rows = llava_rows(content, path, problems)
     clips = find_clips(images) if any(row.clip for row in rows) else {}
     for row in rows:
@@ -153,7 +153,9 @@ def read_llava(path, images, content=None, problems=None):
         if row.boxes_px is not None:
             objects = map(Object, row.names, row.boxes_px, row.descriptions)
             record = replace(record, objects=tuple(objects), present=row.names)
-        records.append(replace(record, absent=row.names) if row.names and row.boxes_px is None else record)
+        elif row.names:
+            record = replace(record, absent=row.names)
+        records.append(record)
     return records, problems.count() + missing_clips(missing, len(records), path, images)
 
 
@@ -480,7 +482,7 @@ class Examples:
         has_boxes = [record for record in records if record.present or record.absent] if is_asked else []
         if has_boxes and not any(targets_of(record, "object", wording, random.Random(0)) for record in has_boxes):
             raise ValueError(
-                f"no box to ask for in {len(has_boxes)} images: none has an object alone of its category with a valid box; "
+                f"no box to ask for in {len(has_boxes)} images: in each, every valid box shares its category with another; "
                 "list the problems with `python -m tools.check`, or train without loc and rev: --objectives neg"
             )
         if not self.records:

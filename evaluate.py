@@ -79,7 +79,7 @@ class Task:
     prompts     templates of the questions
     files       a benchmark's: what --questions and --answers are
     options     the options that it takes beside them: "split", "short"
-    paper       the paper's rows: [(model, {metric: percent})]
+    paper       the paper's rows: [(model, {metric: percent})], if has_paper(items): they are about such questions
     submission  items -> what the benchmark's own server or script takes, as JSON
     after       (job, items, folder, args) -> (more metrics, who judged), for a second judgement of all answers
     summary     (results of this task, folder) -> text, if several files make one figure
@@ -92,6 +92,7 @@ class Task:
     files: str = ""
     options: tuple = ()
     paper: tuple = ()
+    has_paper: Callable = bool
     submission: Callable | None = None
     after: Callable | None = None
     summary: Callable | None = None
@@ -223,9 +224,9 @@ def side_answer(side, obj_1, obj_2):
 def spatial_items(records, wording, rng):
     """Ask about sides directly and in context (App. E).
 
-    In context, "icl verbatim" has the paper's examples, which answer about the other object than they ask for; plain "icl" has
-    examples that answer what they ask, in random order. A direct question about left and right is also asked of the mirrored
-    image.
+    In context, "icl verbatim" (of left and right, if it names no axis) has the paper's examples, which answer about the other
+    object than they ask for; plain "icl" has examples that answer what they ask, in random order. A direct question about left
+    and right is also asked of the mirrored image.
     """
     items = []
     for axis, setting in enumerate(SIDE_PROMPTS):
@@ -238,8 +239,8 @@ def spatial_items(records, wording, rng):
             )
             rng.shuffle(right)
             texts = {setting: questions[0], f"icl {setting}": " ".join([*right, f"Q: {questions[2]}"])}
-            if setting == "left/right":
-                texts["icl verbatim"] = " ".join([*swapped, f"Q: {questions[2]}"])
+            verbatim = "icl verbatim" + f" {setting}" * (setting != "left/right")
+            texts[verbatim] = " ".join([*swapped, f"Q: {questions[2]}"])
             for name, text in texts.items():
                 objects, word = ((one, two), other) if name == setting else ((three, one), side)
                 truth = {"setting": name, "word": word, "boxes_px": [o.box_px for o in objects]}
@@ -280,8 +281,8 @@ def spatial_metrics(items):
         metrics[f"{setting}, macro"] = mean(by_word.values())  # the words are not asked equally often
         metrics[f"{setting}, strict"] = mean(item.truth["strict"] for item in of_setting)
         metrics[f"{setting}, neither word"] = mean(not i.correct and not i.truth["opposite"] for i in of_setting)
-        if setting == "icl verbatim":  # read as its own examples answer: about obj_3
-            metrics["icl verbatim, as its examples answer"] = mean(item.truth["opposite"] for item in of_setting)
+        if setting.startswith("icl verbatim"):  # read as its own examples answer: about obj_3
+            metrics[f"{setting}, as its examples answer"] = mean(item.truth["opposite"] for item in of_setting)
         metrics[f"{setting}, questions"] = len(of_setting)
         if setting in SIDE_PROMPTS:
             metrics[f"{setting}, questions with whole boxes"] = sum(item.truth["whole_boxes"] for item in of_setting)
@@ -340,7 +341,7 @@ def hal_metrics(items):
 def read_items(task, make, args, wording):
     """Read a task's questions about the annotated images of the command line; the file is read once for all tasks."""
     if not args.annotated:
-        args.annotated = read_file(args.coco, args.images)
+        args.annotated = read_file(args.coco, args.images or "")
     records, skipped = args.annotated
     return make(records[: args.limit], wording, random.Random(f"{args.seed} {task}")), skipped
 
@@ -456,7 +457,7 @@ def add_options(parser):
     either("--with-blind", action="store_true", help="ask with the images and without, and print both")
     add("--temperature", type=float, default=0.0, help="0 is greedy, the paper samples at 0.2 (default: 0)")
     add("--seed", type=int, default=0, help="of questions and sampling (default: 0)")
-    add("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
+    add("--max-new-tokens", type=int, default=64, help="longest answer (default: 64, judged ones 1024)")
     add("--batch", type=int, default=128, help="questions at a time, those about an image together (default: 128)")
     add("--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
     add("--compile", action="store_true", help="torch.compile the decoder: takes a minute, then faster")
@@ -469,7 +470,7 @@ def check_options(parser, args, refused=()):
     """Exit with a message if options do not go together. refused: further pairs (whether it is wrong, message)"""
     refused = [
         *refused,
-        (args.coco and not args.images, "--coco without --images, the folder of its images"),
+        (args.coco and not (args.images or getattr(args, "score", None)), "--coco without --images, the folder of its images"),
         (args.images and not (args.coco or getattr(args, "questions", None)), "--images without --coco, the annotations"),
         (not 0 <= args.temperature < math.inf, f"--temperature {args.temperature}; it must be 0 or more"),
     ]

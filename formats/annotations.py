@@ -33,7 +33,7 @@ def read_file(path, images, problems=None):
     content = read_rows(path, "an annotation file")
     is_coco = isinstance(content, dict)
     read = read_clips if schema.is_about_clips(content) else read_captions if schema.is_captions(content) else read_coco
-    problems = schema.Problems() if problems is None else problems
+    problems = problems if problems is not None else schema.Problems()
     records, skipped = (read if is_coco else read_llava)(path, images, content, problems)
     if any(record.image for record in records) and not Path(images).is_dir() and not split_zip(Path(images) / "x")[0]:
         raise FileNotFoundError(f"no folder or zip {images}, the images of {path}")
@@ -70,7 +70,7 @@ def read_clips(path, folder, content, problems):
     """Read a clips_*.json of tiny.moving or tools.panoptic: COCO's format, but of videos, with a box per frame."""
     records, missing = [], []
     owners, boxes, absent = schema.coco_rows(content, path, problems, "videos")
-    clips = find_clips(folder)
+    clips = find_clips(folder) if str(folder) else {name: Path(name) for name, *_ in owners.values()}  # --score opens none
     for clip, (name, size, count) in owners.items():
         if name not in clips:
             missing.append(name)
@@ -86,7 +86,7 @@ def read_clips(path, folder, content, problems):
 def merge(records):
     """Join the Records about one image file, so that its questions share a prefix. The largest weight counts.
 
-    An object is alone of its category only if it is so in every record that has the category, with the same box.
+    An object stays unique only if every record that has its category has it once, with the same box.
     """
     merged = {}
     for record in records:

@@ -13,20 +13,33 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
+from formats import images
 from formats.files import naming, require_file, some
-from formats.images import ANIMATIONS, CLIP_SUFFIXES, IMAGES, PIL_ERRORS, is_hidden, open_image, split_zip
+from formats.images import ANIMATIONS, CLIP_SUFFIXES, IMAGES, PIL_ERRORS, image_file, open_image, split_zip
 
+FRAMES = {*IMAGES} - {*CLIP_SUFFIXES}
 CLIP_KINDS = f"a {' '.join(CLIP_SUFFIXES)} or a folder of frames"
 
 
 def find_clips(folder):
-    """Find the clips in a folder: {file name, with and without its suffix: path}. A folder of frames has priority."""
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"no folder {folder} of clips, each {CLIP_KINDS}")
-    paths = sorted(Path(folder).iterdir(), reverse=True)
-    files = [path for path in paths if path.suffix.lower() in CLIP_SUFFIXES and not path.is_dir()]
+    """Find the clips in a folder, or anywhere in a zip: {file name, with and without its suffix: path}.
+
+    A folder of frames goes before a file of its name. Two clips of a zip with one name are refused.
+    """
+    if Path(folder).is_dir():
+        paths = list(Path(folder).iterdir())
+        files, folders = [path for path in paths if not path.is_dir()], list(filter(Path.is_dir, paths))
+    elif split_zip(Path(folder) / "_")[0]:
+        held = images.zip_folders(Path(folder)).items()
+        files = [Path(folder, at, name) for at, names in held for name in names]
+        folders = [Path(folder, at) for at, names in held if at and FRAMES & {Path(name).suffix.lower() for name in names}]
+    else:
+        raise FileNotFoundError(f"no folder or zip {folder} of clips, each {CLIP_KINDS}")
+    files = sorted((path for path in files if path.suffix.lower() in CLIP_SUFFIXES), reverse=True)
     files.sort(key=lambda path: CLIP_SUFFIXES.index(path.suffix.lower()), reverse=True)  # the first suffix overwrites
-    return {path.stem: path for path in files} | {path.name: path for path in [*files, *filter(Path.is_dir, paths)]}
+    if doubled := [name for name, count in Counter(path.name for path in files + folders).items() if count > 1]:
+        raise ValueError(f"{folder} holds {len(doubled)} names of clips twice ({some(doubled)}); unpack what you need")
+    return {path.stem: path for path in files} | {path.name: path for path in files + folders}
 
 
 def missing_clips(names, found, path, folder):
@@ -38,20 +51,22 @@ def missing_clips(names, found, path, folder):
 
 
 def open_clip(path, decode_all=False):
-    """Open a clip of any kind, by its name. A still image, which may lie in a zip, is a clip of one frame."""
+    """Open a clip of any kind, by its name; it may lie in a zip. A still image is a clip of one frame."""
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() or path.suffix.lower() not in (*IMAGES, *CLIP_SUFFIXES) and images.names_in(path):
         return open_folder(path)
-    if path.suffix.lower() in IMAGES and (path.suffix.lower() not in ANIMATIONS or split_zip(path)[0]):
+    if path.suffix.lower() in IMAGES and path.suffix.lower() not in ANIMATIONS:
         return "still image", 1, lambda places: {0: open_image(path)}
-    if require_file(path, "a video file, an animation, a folder of frames, or an .npy").suffix.lower() == ".npy":
+    if not (split_zip(path)[0] and images.has_image(path)):
+        require_file(path, "a video file, an animation, a folder of frames, or an .npy")
+    if path.suffix.lower() == ".npy":
         return open_array(path)
     return open_animation(path) if path.suffix.lower() in ANIMATIONS else open_video(path, decode_all)
 
 
 def open_folder(folder):
     """Open a folder of frames: image files in the order of the numbers in their names, 2 before 10."""
-    names = [p.name for p in folder.iterdir() if p.suffix.lower() in IMAGES and not is_hidden(p.name)]
+    names = [name for name in images.names_in(folder) if Path(name).suffix.lower() in IMAGES]
     names.sort(key=lambda name: (re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name), name))
     if not names:
         raise ValueError(f"{folder} holds no image file; its frames must be {', '.join(IMAGES)}")
@@ -61,7 +76,8 @@ def open_folder(folder):
 def open_array(path):
     """Open an .npy of frames, uint8 (T, H, W, 3). Only the requested frames are read."""
     with naming(path, *PIL_ERRORS):
-        frames = np.load(path, mmap_mode="r", allow_pickle=False)
+        in_zip = split_zip(path)[0]  # which cannot be mapped
+        frames = np.load(image_file(path) if in_zip else path, None if in_zip else "r", allow_pickle=False)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"{path} holds {frames.dtype} {frames.shape}, not uint8 (T, H, W, 3); save the frames so")
     return "array", len(frames), lambda places: {place: Image.fromarray(np.array(frames[place])) for place in places}
@@ -70,7 +86,7 @@ def open_array(path):
 def open_animation(path):
     """Open a GIF, WebP or PNG, animated or still. Frames are as a viewer shows them, without transparency."""
     spans = []
-    with naming(path, *PIL_ERRORS), Image.open(path) as image:
+    with naming(path, *PIL_ERRORS), image_file(path) as file, Image.open(file) as image:
         for frame in ImageSequence.Iterator(image):
             frame.load()  # WebP knows its span only then
             spans.append(frame.info.get("duration", 0))
@@ -79,7 +95,7 @@ def open_animation(path):
     def read(places):
         if len(spans) == 1:
             return {0: open_image(path)}
-        with naming(path, *PIL_ERRORS), Image.open(path) as image:
+        with naming(path, *PIL_ERRORS), image_file(path) as file, Image.open(file) as image:
             return {place: ImageSequence.Iterator(image)[place].convert("RGB") for place in places}
     return about, len(spans), read
 
@@ -134,7 +150,8 @@ def open_video(path, decode_all=False):
 @contextmanager
 def opened(path):
     import av
-    with naming(path, av.FFmpegError), av.open(str(path)) as file:
+    source = image_file(path) if split_zip(path)[0] else str(path)
+    with naming(path, av.FFmpegError, *images.ZIP_ERRORS), av.open(source) as file:
         yield file
 
 

@@ -25,7 +25,7 @@ import torch
 from data import NEG_ANSWER
 from formats.annotations import coco_id, image_ids, image_ids_of, parse_sources, require_usable
 from formats.files import read_json, remove_temporary, sha256, some, write_json, write_rows
-from formats.images import has_image, is_hidden
+from formats.images import has_image, is_hidden, names_in
 from formats.journal import work_in_parts
 from formats.pictures import overlay
 
@@ -42,6 +42,10 @@ class Job:
     items: list
     skipped: dict  # reason -> count
     files: list  # that its questions came from
+
+    @property
+    def paper(self):
+        return self.rules.paper if self.rules.has_paper(self.items) else ()
 
 
 def name_of(task, file=None, split=None):
@@ -76,17 +80,18 @@ def read_jobs(tasks, args, wording):
         hint = "is it the right file, or split?" if task.files else "it needs boxes and absent categories"
         raise ValueError(f"{files[0]} yields no question for {', '.join(tasks)}; {hint}")
     items = [item for job in jobs for item in job.items]
-    require_images([item.image for item in items], files[0], args.images)
-    require_usable([item for item in items if item.size], files[0])
+    if not getattr(args, "score", None):  # which opens no image
+        require_images([item.image for item in items], files[0], args.images)
+        require_usable([item for item in items if item.size], files[0])
     return jobs
 
 
 def require_images(paths, source, images):
     """Raise FileNotFoundError if an image or clip that the file `source` asks about is not in the folder or zip `images`."""
     paths = dict.fromkeys(path for path in paths if path)
-    missing = [path.name for path in paths if not (path.exists() or has_image(path))]
-    if missing:
-        raise FileNotFoundError(f"{len(missing)} of the {len(paths)} images of {source} are not in {images} ({some(missing)})")
+    if missing := [path.name for path in paths if not (path.exists() or has_image(path) or names_in(path))]:
+        where = images or "--images, which is not given"
+        raise FileNotFoundError(f"{len(missing)} of the {len(paths)} images of {source} are not in {where} ({some(missing)})")
 
 
 def by_picture(items):
@@ -257,10 +262,11 @@ def write_results(job, items, folder, wording, about, args):
     figures = {  # JSON has no NaN, which stands for: there was no such question
         "task": job.task, "metrics": {name: None if math.isnan(value) else value for name, value in (metrics | more).items()},
         "questions": len(items), "images": len({item.image for item in items}), "skipped": job.skipped, "judge": judge,
-        "paper": paper_of(job), "paper_rows": job.rules.paper, "prompts": list(job.rules.prompts),
+        "paper": paper_of(job), "paper_rows": job.paper, "prompts": list(job.rules.prompts),
         "questions_sha256": questions_sha256(items), "answers_sha256": answers_sha256(items),
     }
-    overlay(items, folder / f"{job.name}.png")
+    if not getattr(args, "score", None):
+        overlay(items, folder / f"{job.name}.png")
     # written last, as it says that all is complete; figures win over older ones in `about` (--score)
     write_json(folder / f"{job.name}.json", figures | about | figures)
     remove_temporary(folder.glob(f"{glob.escape(job.name)}.*"))
@@ -268,7 +274,7 @@ def write_results(job, items, folder, wording, about, args):
 
 def paper_of(job):
     """Return LocVLM-B's figures, in percent, or None: it reads no clips."""
-    return None if job.rules.is_about_clips(job.items) else dict(job.rules.paper).get("LocVLM-B")
+    return None if job.rules.is_about_clips(job.items) else dict(job.paper).get("LocVLM-B")
 
 
 def read_results(folder, order=()):
@@ -302,9 +308,10 @@ def print_table(job, folders):
     for name in dict.fromkeys(name for title, figures in columns.items() if title != "paper" for name in figures):
         print(f"  {name:40}" + "".join(f"{shown(figures.get(name)):>10}" for figures in columns.values()).rstrip())
     if job.rules.summary:
-        of_task = [result for result in read_results(folders["ours"]).values() if result["task"] == job.task]
-        print(job.rules.summary(of_task, folders["ours"]), end="")
-    for model, figures in job.rules.paper:
+        folder = folders.get("scored", folders["ours"])
+        of_task = [result for result in read_results(folder).values() if result["task"] == job.task]
+        print(job.rules.summary(of_task, folder), end="")
+    for model, figures in job.paper:
         print(f"  paper, {model}: " + ", ".join(f"{name} {value} %" for name, value in figures.items()))
 
 

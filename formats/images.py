@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import zipfile
 import zlib
 from functools import lru_cache
@@ -28,7 +29,8 @@ def is_hidden(name):
 
 def is_clip(path):
     """Return True for a path that is opened as a clip where no annotation decides: a folder, or one of CLIP_SUFFIXES."""
-    return Path(path).suffix.lower() in CLIP_SUFFIXES or Path(path).is_dir()
+    suffix = Path(path).suffix.lower()
+    return suffix in CLIP_SUFFIXES or suffix not in IMAGES and bool(names_in(path))
 
 
 def open_image(path):
@@ -84,6 +86,24 @@ def split_zip(path):
     return None, None
 
 
+def names_in(folder):
+    """Return the names of the files in a folder, which may lie in a zip; none if there is no such folder."""
+    if Path(folder).is_dir():
+        return [path.name for path in Path(folder).iterdir() if not is_hidden(path.name)]
+    zip_path, member = split_zip(Path(folder) / "_")
+    return zip_folders(zip_path).get(member.removesuffix("_"), []) if zip_path else []
+
+
+@lru_cache(maxsize=8)
+def zip_folders(path):
+    """Return the folders in a zip that hold files: {path that ends in /: names of the files}, without what is hidden."""
+    folders = {}
+    for folder, name in (re.fullmatch("(.*/)?(.*)", name, re.DOTALL).groups("") for name in open_zip(path).namelist()):
+        if name and not is_hidden(folder + name):
+            folders.setdefault(folder, []).append(name)
+    return folders
+
+
 @lru_cache(maxsize=8)
 def open_zip(path):
     """Open a zip once; any thread may read it."""
@@ -108,7 +128,7 @@ def image_size(path):
 
 
 def image_problem(path, size=(), decode=False):
-    """Return what is wrong with an image file, or None. size: (width, height) that annotations state, if they do"""
+    """Return the problem of an image file, or None. size: (width, height) that annotations state, if they do"""
     try:
         found = open_image(path).size if decode else image_size(path)
     except (FileNotFoundError, ValueError) as error:

@@ -35,9 +35,8 @@ def meta_tensors(folder):
     norm_eps = params.get("norm_eps", 1e-6)
     return {
         "hidden_size": params["dim"], "intermediate_size": stored["layers.0.mlp.gate_proj.weight"].shape[0],
-        "num_hidden_layers": params["n_layers"], "num_attention_heads": params["n_heads"],
-        "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
-        "rms_norm_eps": norm_eps, "rope_theta": params.get("rope_theta", 10000.0),
+        "num_hidden_layers": params["n_layers"], "num_attention_heads": params["n_heads"], "rms_norm_eps": norm_eps,
+        "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"], "rope_theta": params.get("rope_theta", 10000.0),
         "max_position_embeddings": 2048 if norm_eps == 1e-6 else 4096,  # not in the file: LLaMA-2's eps is 1e-5
     }, stored
 

@@ -21,7 +21,7 @@ HARMLESS = ("boxes where bbox has no area", "images that --exclude", *NOTES)  # 
 
 
 class Problems(dict):
-    """What is wrong with the rows of a file: {kind of problem: [the problem of each row]}."""
+    """The problems of a file's rows: {kind: [the problem of each row]}."""
 
     def add(self, kind, text):
         self.setdefault(kind, []).append(text)
@@ -235,7 +235,8 @@ def coco_rows(content, path, problems, key="images"):
     for index, a in enumerate(content["annotations"]):
         where = f"annotation {a.get('id', index)}"
         owner, category = values(a, f"{path}: {where}", **{f"{key[:-1]}_id": identity, "category_id": identity})
-        if (i := alias.get(owner)) is None:
+        i = alias.get(owner)
+        if owner not in alias:
             problems.add(f"annotations of unknown {key}", f"{where}: no {key[:-1]} {owner}")
             unsure_everywhere.update([names[category]] if category in names else names.values())
         elif i not in owners:
@@ -261,7 +262,7 @@ def coco_rows(content, path, problems, key="images"):
 
 
 def box_row(a, name, size, where, problems):
-    """Read one annotation: a Box, whose box_px is None if it is invalid."""
+    """Read one annotation: a Box, without box_px if that is invalid."""
     box_px, is_crowd, text = None, True, a.get("description")
     try:
         is_crowd = flag(a.get("iscrowd"))
@@ -323,7 +324,7 @@ def llava_rows(content, path, problems):
             rows.append(llava_row(row, index))
         except ValueError as error:
             kind, *detail = error.args
-            problems.add(f"rows that {kind}", f"row {index}: it {kind}" + "".join(f": {str(d)[:80]}" for d in detail))
+            problems.add(f"bad rows, each {kind}", f"row {index}: it {kind}" + "".join(f": {str(d)[:80]}" for d in detail))
     if not rows:
         raise ValueError(f"{path}: no usable row: {next(iter(problems.count()), 'the list is empty')}")
     return rows
@@ -341,7 +342,7 @@ def llava_row(row, index):
             turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
         except (KeyError, TypeError):
             pass
-    if turns is None:
+    if not isinstance(turns, list):
         raise ValueError("has no conversations [{from, value}], or texts q, a and video_id", row)
     if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError("does not have human and gpt in turn", [speaker for speaker, _ in turns])
@@ -365,7 +366,7 @@ def llava_row(row, index):
 
 
 def only_one(image):
-    """Return the image that a row names: null, "" and an empty list are none, a list of one is that one."""
+    """Return the image that a row names, or None for null, "" and an empty list. A list of one is that one."""
     if isinstance(image, list) and len(image) > 1:
         raise ValueError("names several images; this model reads one", image)
     return (image[0] if isinstance(image, list) and image else image) or None

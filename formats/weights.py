@@ -86,8 +86,8 @@ def find_weights(path):
 
 def weights_sha256(path):
     """Hash what identifies a model: {file name: sha256} of its config and weights. A path may be a single file."""
-    files = ([] if Path(path).is_file() else [Path(path) / "config.json"]) + find_weights(path)
-    return {file.name: sha256(require_file(file, "a model: config.json beside its weights")) for file in files}
+    config = [] if Path(path).is_file() else [require_file(Path(path) / "config.json", "a model: config.json beside its weights")]
+    return {file.name: sha256(file) for file in config + find_weights(path)}
 
 
 def open_file(path):
@@ -213,5 +213,4 @@ def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
         weight_map |= dict.fromkeys(shard, file.name)
     if count > 1:
         path.unlink(missing_ok=True)  # before the index, for a single file goes first
-        size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-        write_json(index, {"metadata": size, "weight_map": weight_map})
+        write_json(index, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map})

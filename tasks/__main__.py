@@ -17,9 +17,14 @@ from formats.files import read_json, require_file, run_command, sha256
 from formats.journal import start_processes
 from model import LocVLMConfig
 from tasks import TASKS
-from tasks.files import Rows
+from tasks.files import Rows, read_rows
+from tasks.words import bare
 
-ANSWERS = Rows("rows as in NAME.jsonl", {"id": str, "answer": str})
+KEYS = {  # of rows that others write, each in order of preference: beside Video-ChatGPT's "pred", "answer" is the truth
+    "id": ("id", "question_id", "questionId"),
+    "answer": ("pred", "text", "prediction", "answer"),
+    "question": ("question", "prompt"),
+}
 
 
 def parse(argv):
@@ -29,11 +34,12 @@ def parse(argv):
     add = parser.add_argument
     add("task", metavar="NAME", choices=(*TASKS, *evaluate.TASKS), help=f"a benchmark: {', '.join(TASKS)}; or one of {own}")
     evaluate.add_options(parser)
+    parser.set_defaults(max_new_tokens=None)
     add("--questions", help="a benchmark's file of questions, see below")
     add("--answers", help="its file of answers, if that is another one")
     add("--split", help="for a file that holds several splits")
     add("--short", action="store_true", help="ask for a single word or phrase, as LLaVA-1.5 is asked")
-    add("--score", metavar="ROWS", help="judge the answers in this file, rows as in NAME.jsonl; no weights are loaded")
+    add("--score", metavar="ROWS", help="judge the answers in this file, rows as in NAME.jsonl or LLaVA's, without images")
     group = parser.add_argument_group("a language model as judge of answers about clips")
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     either("--judgements", help="its replies to NAME.requests.jsonl: JSON lines with custom_id and response")
@@ -43,28 +49,57 @@ def parse(argv):
     name, task = args.task, TASKS.get(args.task)
     files, options = (task.files, task.options) if task else ("", ())
     options += ("answers",) if "answers:" in files else ()
-    return evaluate.check_options(parser, args, [
+    evaluate.check_options(parser, args, [
         (args.score and int(os.environ.get("WORLD_SIZE", 1)) > 1, "--score runs in one process only"),
         (args.score and (args.blind or args.with_blind), "--score asks no model; leave out --blind and --with-blind"),
         (args.judgements and args.with_blind, "--judgements are about one run; leave out --with-blind"),
         (task and args.coco, f"{name} takes --questions and --images, not --coco"),
         (task and not args.questions, f"{name} needs --questions FILE ({files})"),
-        (task and not args.images, f"{name} needs --images, the folder or zip of its images, or the folder of its clips"),
+        (task and not (args.images or args.score), f"{name} needs --images, the folder or zip of its images or clips"),
         (not task and args.questions, f"{name} takes --coco, not --questions, which are for {', '.join(TASKS)}"),
         (not (task and task.after) and (args.judgements or args.judge_url), f"{name} takes no judge; leave out its options"),
         *((getattr(args, o) and o not in options, f"{name} has no --{o}") for o in ("answers", "split", "short")),
     ])
+    args.max_new_tokens = args.max_new_tokens or (1024 if task and task.after else 64)
+    return args
+
+
+def read_answers(path, items):
+    """Read answers to items that anybody wrote: pairs (id, answer). Others are counted; other questions raise ValueError."""
+    content = read_rows(path, "rows as in NAME.jsonl")
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    held = {key for row in values if isinstance(row, dict) for key in row}
+    key_of = {what: next((key for key in keys if key in held), keys[-1]) for what, keys in KEYS.items()}
+    rows = Rows("rows as in NAME.jsonl", {key_of["id"]: str | int, key_of["answer"]: str}).read(path, content)
+    print(f"{path}: answers are read from {key_of['answer']!r}, ids from {key_of['id']!r}")
+    asked = {item.id: item.question for item in items}
+    if surplus := len(rows.keys() - asked.keys()):
+        print(f"  {surplus} answers are to questions that are not asked; they do not count")
+    for name, row in rows.items():
+        theirs = row.get(key_of["question"])
+        if name in asked and isinstance(theirs, str) and plain(theirs) != plain(asked[name]):
+            problem = f"the question of {name} is {theirs[:200]!r}, not {asked[name][:200]!r}"
+            raise ValueError(f"{path}: {problem}; pass the file (and --seed) whose questions were answered")
+    pairs = [(name, row[key_of["answer"]]) for name, row in rows.items() if name in asked]
+    if pairs and all(plain(answer) == plain(asked[name]) for name, answer in pairs):
+        raise ValueError(f"{path}: its {key_of['answer']!r} holds the questions; name the answers \"pred\"")
+    return pairs
+
+
+def plain(question):
+    """Return a question without what is around it in LLaVA's files."""
+    return " ".join(bare(question.replace("<image>", "")).split())
 
 
 def score(args, job, wording, about):
     """Judge answers in a file. A run's own rows stay its results; answers made elsewhere go to a folder beside them."""
     path, folders = Path(args.score), eval_folder.folders_of(args.run, args.into)
-    eval_folder.join(job.items, [(name, row["answer"]) for name, row in ANSWERS.read(path).items()], path)
+    eval_folder.join(job.items, read_answers(path, job.items), path)
     folder, about = folders["scored"], about | {"scored": {"file": str(path), "sha256": sha256(path)}}
     own = [f for f in folders.values() if (f / f"{job.name}.jsonl").resolve() == path.resolve()]
     before = read_json(path.with_suffix(".json")) if own and path.with_suffix(".json").is_file() else {}
     hashes = eval_folder.questions_sha256(job.items), eval_folder.answers_sha256(job.items)
-    if hashes == (before.get("questions_sha256"), before.get("answers_sha256")):
+    if args.images and hashes == (before.get("questions_sha256"), before.get("answers_sha256")):
         folder, about = own[0], before | {key: about[key] for key in ("git_commit", "torch")}
     if not args.fresh:
         eval_folder.require_own(job, folder, about["data_sha256"])

@@ -1,6 +1,7 @@
 """Read the files of benchmarks: rows of JSON, JSON lines or tables, joined by id, and images under the names they go by."""
 
 import csv
+import io
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from formats.images import has_image
 from formats.schema import leaves_folder
 
 FOLDER = Path(__file__).parent  # also holds texts
-ROW_KEYS = {"question_id", "expression", "id", "custom_id"}  # one of them is in a row, none in a dictionary of rows
+ROW_KEYS = {"question_id", "questionId", "expression", "id", "custom_id"}  # a row has one, a dictionary of rows none
 
 
 def read_rows(path, expected):
@@ -21,8 +22,9 @@ def read_rows(path, expected):
         text = read_text(require_file(path, expected))
         if text[:1] not in ("[", "{"):
             with naming(path, csv.Error):
-                delimiter = "\t" if "\t" in text else ","
-                return list(csv.DictReader(text.split("\n"), delimiter=delimiter, quoting=csv.QUOTE_NONE))
+                if "\t" in text.partition("\n")[0]:  # a quotation mark is a part of the text
+                    return list(csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
+                return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     content = files.read_rows(path, expected)
     return [content] if isinstance(content, dict) and ROW_KEYS & content.keys() else content
 
@@ -66,6 +68,7 @@ def match_answers(questions, kind, args, left_over="answers to questions that ar
 
 def find_image(images, name, folder="."):
     """Return an image's path in a folder or zip, by the first of its possible names that exists, else by its own."""
+    images = images or ""  # --score needs none
     number = re.sub(r".*(?=\d{12}\.jpg$)", "", name)  # of a COCO image: its name since 2017
     names = (name, f"{folder}/{name}", number, f"{Path(name).stem}.png")  # .png: the shapes world's
     if any(map(leaves_folder, names)):

@@ -3,7 +3,8 @@
 Files      testdev_balanced_questions.json and images.zip, from cs.stanford.edu/people/dorarad/gqa; or LLaVA's JSON lines of the
            same questions, with the official file as --answers
 Questions  {"201307251": {"question": "Is it overcast?", "answer": "yes", "imageId": "n161313", ...}}
-Score      exact match in LLaVA's way: lower case, without the last full stop. `contains` also counts answers in sentences
+Score      exact match in LLaVA's way: lower case, without the last full stop. `contains` also counts answers in sentences. By
+           type as officially, where the file has types: "binary" is every question that is no query, also "left or right?"
 Run        python -m tasks gqa runs/l2 --questions testdev_balanced_questions.json --images gqa/images --short
     >>> item = Item("201307251", None, None, "Is it overcast?", {"answer": "yes"}, "Yes, it is.")
     >>> judge_gqa(item, None); item.correct, item.truth["contains"]
@@ -12,7 +13,7 @@ Run        python -m tasks gqa runs/l2 --questions testdev_balanced_questions.js
 
 from collections import Counter
 
-from evaluate import Item, Task, paper_rows
+from evaluate import Item, Task, mean, paper_rows
 from tasks.files import Rows, find_image, match_answers, read_rows
 from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
 
@@ -31,9 +32,21 @@ def read_gqa(args, wording):
             skipped["questions that are not balanced"] += 1
             continue
         text, image = (row["question"], f"{row['imageId']}.jpg") if is_official else (row["text"], row["image"])
-        path, facts = find_image(args.images, image, "images"), {"answer": truth[name]["answer"]}
-        items.append(Item(name, path, None, add_short(text, args.short), facts))
+        facts = {"answer": truth[name]["answer"], "types": types_of(truth[name])}
+        items.append(Item(name, find_image(args.images, image, "images"), None, add_short(text, args.short), facts))
     return items, skipped + left_over
+
+
+def types_of(row):
+    """Return the types of a question that the official script counts by: binary or open, and the file's own three."""
+    types = row.get("types") if isinstance(row.get("types"), dict) else {}
+    kinds = [f"{key} {types[key]}" for key in ("structural", "semantic", "detailed") if types.get(key)]
+    return ["open" if types["structural"] == "query" else "binary", *kinds] if types.get("structural") else kinds
+
+
+def gqa_metrics(items):
+    metrics, kinds = exact_metrics(items), sorted({kind for item in items for kind in item.truth["types"]})
+    return metrics | {f"exact match, {k}": mean(i.correct for i in items if k in i.truth["types"]) for k in kinds}
 
 
 def normal(answer):
@@ -49,4 +62,4 @@ def submission(items):
 
 
 FILES = "questions: testdev_balanced_questions.json; or LLaVA's .jsonl, and answers: testdev_balanced_questions.json"
-TASKS = {"gqa": Task(read_gqa, judge_gqa, exact_metrics, PROMPTS, FILES, ("short",), paper_rows("gqa"), submission=submission)}
+TASKS = {"gqa": Task(read_gqa, judge_gqa, gqa_metrics, PROMPTS, FILES, ("short",), paper_rows("gqa"), submission=submission)}

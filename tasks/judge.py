@@ -22,9 +22,11 @@ from evaluate import mean
 from formats.files import write_rows
 from formats.journal import open_journal, read_journal, write_line
 from tasks.files import FOLDER, read_rows
-from tasks.words import SHORT
+from tasks.words import bare
 
 PROMPTS = {role: (FOLDER / f"judge_{role}.txt").read_text("utf-8").strip() for role in ("system", "user")}
+NO_REDIRECT = HTTPRedirectHandler()
+NO_REDIRECT.redirect_request = lambda *args: None  # a redirection would carry the key elsewhere
 
 
 def judge_answers(job, items, folder, args):
@@ -49,7 +51,7 @@ def judge_answers(job, items, folder, args):
 def judge_requests(items, model="gpt-3.5-turbo"):
     """Yield a request per answered item, rows of OpenAI's batch format."""
     for item in items:
-        facts = {"question": item.question.removesuffix(SHORT), "truth": item.truth["answer"], "answer": item.answer}
+        facts = {"question": bare(item.question), "truth": item.truth["answer"], "answer": item.answer}
         body = {"model": model, "messages": [{"role": role, "content": PROMPTS[role].format(**facts)} for role in PROMPTS]}
         yield {"custom_id": item.id, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
@@ -98,11 +100,6 @@ def read_judgements(rows, items):
     }
 
 
-class NoRedirect(HTTPRedirectHandler):
-    def redirect_request(self, *args):
-        """Follow no redirection: it would carry the key elsewhere."""
-
-
 def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0):
     """Ask an OpenAI-compatible endpoint to judge the items that no row of `done` replies to. Yield rows as they arrive."""
     if key and not re.fullmatch(r"[!-~]+", key):
@@ -132,7 +129,7 @@ def send_request(row, url, headers, failures, retries, wait):
     for attempt in range(retries):
         time.sleep(min(60, wait * 2 ** (attempt - 1)) if attempt else 0)  # longer after each try
         try:
-            with build_opener(NoRedirect).open(request, timeout=60) as response:
+            with build_opener(NO_REDIRECT).open(request, timeout=60) as response:
                 reply = {"custom_id": row["custom_id"], "response": {"status_code": 200, "body": json.load(response)}}
             if reply_of(reply) is not None:
                 return reply

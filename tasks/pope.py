@@ -1,6 +1,7 @@
 """POPE (Tab. 9): is there a ... in the image? Yes and no, about COCO's val2014.
 
-Files      coco_pope_{random,popular,adversarial}.json (JSON lines or an array), from github.com/RUCAIBox/POPE, output/coco
+Files      coco_pope_{random,popular,adversarial}.json (JSON lines or an array), from github.com/RUCAIBox/POPE, output/coco: the
+           present ones, or those before August 2023, LLaVA's; or POPE's questions about GQA's images, output/seem/gqa
 Questions  {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in ...?", "label": "yes"}
 Score      accuracy, precision, recall, F1 and share of yes (evaluate.says_no), and the mean F1 of the files beside each other
 Run        python -m tasks pope runs/b2 --questions coco_pope_adversarial.json --images val2014 --with-blind
@@ -10,12 +11,12 @@ Run        python -m tasks pope runs/b2 --questions coco_pope_adversarial.json -
 """
 
 from evaluate import HAL_PROMPT, Item, Task, hal_metrics, judge_hal, mean, paper_rows
+from formats.annotations import coco_id
 from formats.eval_folder import shown
 from tasks.files import Rows, find_image
-from tasks.words import spaced
+from tasks.words import add_short, spaced
 
 ROWS = Rows("a file of POPE", {"question_id": int | str, "image": str, "text": str, "label": str})
-VERSIONS = {3000: "the present files", 2910: "the old random file, LLaVA's"}
 
 
 def read_pope(args, wording):
@@ -23,15 +24,28 @@ def read_pope(args, wording):
     for name, row in ROWS.read(args.questions).items():
         if row["label"] not in ("yes", "no"):
             raise ValueError(f"{args.questions}: question {name} has label {row['label']!r}, neither yes nor no")
-        items.append(Item(name, find_image(args.images, row["image"], "val2014"), None, row["text"], {"label": row["label"]}))
+        path, question = find_image(args.images, row["image"], "val2014"), add_short(row["text"], args.short)
+        items.append(Item(name, path, None, question, {"label": row["label"]}))
     return items, {}
 
 
+def is_about_coco(items):
+    return None not in (coco_id(item.image) for item in items)
+
+
+def release_of(items):
+    """Name the release that questions are of. The older one has fewer random questions, and misspells some texts."""
+    if not is_about_coco(items):
+        return "about GQA's images" if all(item.image.stem.isdecimal() for item in items) else "about other images than COCO's"
+    if len(items) == 2910 or len(items) == 3000 and any("imange" in item.question for item in items):
+        return "the older files, LLaVA's"
+    return "the present files" if len(items) == 3000 else "as many as in no release"
+
+
 def pope_metrics(items):
-    """Count the five figures and answers with neither word, and name the released version by its number of questions."""
+    """Count the five figures and answers with neither word, and name the release."""
     neither = mean(not {"yes", "no", "not"} & set(spaced(item.answer).split()) for item in items)
-    version = VERSIONS.get(len(items), "as many as in neither released version")
-    return hal_metrics(items) | {"neither yes nor no": neither, f"questions ({version})": len(items)}
+    return hal_metrics(items) | {"neither yes nor no": neither, f"questions ({release_of(items)})": len(items)}
 
 
 def mean_f1(results, folder):
@@ -40,4 +54,5 @@ def mean_f1(results, folder):
 
 
 FILES = "questions: coco_pope_{random,popular,adversarial}.json"
-TASKS = {"pope": Task(read_pope, judge_hal, pope_metrics, (HAL_PROMPT,), FILES, paper=paper_rows("pope"), summary=mean_f1)}
+TASKS = {"pope": Task(read_pope, judge_hal, pope_metrics, (HAL_PROMPT,), FILES, ("short",), paper_rows("pope"),
+                      has_paper=is_about_coco, summary=mean_f1)}

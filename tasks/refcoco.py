@@ -110,7 +110,7 @@ def read_split(args):
         raise ValueError(f"split {args.split} of {args.questions}, which has {names}; choose one of them with --split")
     refs = [ref for ref in refs if args.split in (None, ref["split"])]
     paths = [find_image(args.images, ref["file_name"], "train2014") for ref in refs]
-    require_images(paths, args.questions, args.images)  # some sizes are read from them
+    require_images([path for ref, path in zip(refs, paths, strict=True) if not ref["size"]], args.questions, args.images)
     for ref, path in zip(refs, paths, strict=True):
         size = tuple(ref["size"] or image_size(path))
         if box_px := clip_box(ref["bbox"], size, skipped, "refs"):

@@ -33,7 +33,7 @@ def read_questions(path):
     """Read the questions of any of the four sets by id. ActivityNet-QA's hold no answers."""
     content = read_rows(path, FILE)
     first = content[0] if isinstance(content, list) and content and isinstance(content[0], dict) else {}
-    is_qa, is_table = "video_id" in first and "question_id" not in first, Path(path).suffix.lower() in (".csv", ".tsv")
+    is_qa, is_table = "video_id" in first and "question_id" not in first, "gif_name" in first
     return (TABLE if is_table else QA if is_qa else QUESTIONS).read(path, content)
 
 
@@ -41,12 +41,15 @@ def read_video_qa(args, wording, types, prefix):
     """Read questions and answers, and find each clip. types, prefix: see SETS"""
     rows, items, missing = read_questions(args.questions), [], Counter()
     truth, skipped = match_answers(rows, ANSWERS, args)
-    clips, mapping = find_clips(args.images), Path(args.questions).with_name("youtube_mapping.txt")  # MSVD's other names
+    clips = find_clips(args.images) if args.images else None  # --score needs none
+    mapping = Path(args.questions).with_name("youtube_mapping.txt")  # MSVD's other names
     lines = [line.split() for line in read_text(mapping).splitlines()] if mapping.is_file() else []
     other = {line[1]: line[0] for line in lines if len(line) == 2}
     for name, row in rows.items():
-        clip = row.get("video_name") or row.get("gif_name") or row.get("video") or f"{prefix}{row.get('video_id')}"
-        path = next((clips[key] for key in (clip, f"v_{clip}", other.get(clip)) if key in clips), None)
+        number = str(row.get("video_id")).removeprefix(prefix)
+        clip = row.get("video_name") or row.get("gif_name") or row.get("video") or prefix + number
+        names = [clip, f"v_{clip}", other.get(clip)]
+        path = next((clips[key] for key in names if key in clips), None) if clips is not None else Path(clip)
         if path is None:
             missing[clip] += 1
             continue

@@ -13,9 +13,14 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # and "." apart
 REPLACED = dict(line.split() for line in (FOLDER / "vqa_words.txt").read_text("utf-8").splitlines())  # two: 2, dont: don't
 
 
+def bare(question):
+    """Return a question without the request for a short answer that the files of some releases hold."""
+    return re.sub(rf"\s*{re.escape(SHORT.strip())}\s*$", "", question)
+
+
 def add_short(question, short):
     """Return a question with the request for a short answer, or without."""
-    return question.removesuffix(SHORT) + SHORT * short
+    return bare(question) + SHORT * short
 
 
 def spaced(text):

@@ -18,7 +18,7 @@ from PIL import Image
 import data
 import evaluate
 from coords import CoordFormat
-from data import Object, Record, Wording, first_named, judge_loc, judge_neg
+from data import SIDE_ANSWERS, SIDE_PROMPTS, Object, Record, Wording, first_named, judge_loc, judge_neg
 from evaluate import (
     ITEMS,
     TASKS,
@@ -132,6 +132,26 @@ def test_spatial_questions_read_as_in_the_paper():
         f"Q: Which side of the {second} is the dog located? A: The {second} is located to the right of the dog. "
         f"Q: Which side of the {third} is the dog located?"
     )
+
+
+def test_above_and_below_are_asked_as_the_paper_prints_it_too():
+    """Each example answers the other's question; the draws of the other settings are as without it."""
+    objects = tuple(Object(n, (40, y, 60, y + 10)) for n, y in (("dog", 0), ("cat", 85), ("cup", 88)))
+    items = {i.truth["setting"]: i for i in spatial_items([Record("1", "x", (100, 100), objects)], WORDING, random.Random(0))}
+    assert [*items] == ["above/below", "icl above/below", "icl verbatim above/below"]
+    direct, right, verbatim = items.values()
+    second, third = ("cat", "cup") if "cat" in direct.question else ("cup", "cat")
+    questions = [SIDE_PROMPTS["above/below"].format(obj_1=f"the {a}", obj_2=f"the {b}")
+                 for a, b in (("dog", second), (second, "dog"), (third, "dog"))]  # fmt: skip
+    answers = [SIDE_ANSWERS["above"].format(obj_1=f"the {second}", obj_2="The dog"),
+               SIDE_ANSWERS["below"].format(obj_1="the dog", obj_2=f"The {second}")]  # fmt: skip
+    assert verbatim.question == " ".join(f"Q: {q} A: {a}" for q, a in zip(questions, answers, strict=False)) + f" Q: {questions[2]}"
+    assert verbatim.truth["word"] == right.truth["word"] == "above"
+    for item in items.values():
+        item.answer = "below"
+        judge_spatial(item, WORDING)
+    metrics = spatial_metrics([*items.values()])
+    assert metrics["icl verbatim above/below"] == 0 and metrics["icl verbatim above/below, as its examples answer"] == 1
 
 
 def test_a_word_counts_where_it_is_said_and_strictly_where_only_it_is():

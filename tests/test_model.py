@@ -72,8 +72,10 @@ def assert_close(ours, theirs):
 
 
 @pytest.fixture
-def golden_llava(tmp_path, tokenizer):
-    """transformers' own checkpoint folder, with what ours adds: its `locvlm` part and a tokenizer."""
+def golden_llava(tmp_path, tokenizer, monkeypatch):
+    """transformers' own checkpoint folder, with what ours adds: its `locvlm` part and a tokenizer, which has 64 pieces here."""
+    small = type("Small", (list,), {"path": tokenizer.path})(range(64))
+    monkeypatch.setattr("formats.llava_hf.read_tokenizer", lambda folder: small)
     shutil.copytree(GOLDEN / "llava", tmp_path / "llava")
     shutil.copyfile(tokenizer.path, tmp_path / "llava/tokenizer.model")
     config = json.loads((GOLDEN / "llava/config.json").read_text())

@@ -14,7 +14,9 @@ from PIL import Image
 import video
 from clip_vit import CLIPVisionTower, preprocess
 from formats import clips
-from formats.pictures import sheet
+from formats.eval_folder import require_images
+from formats.images import is_clip
+from formats.pictures import sheet, still
 from tools import frames as command
 
 COLOURS = [(230, 20, 20), (20, 200, 20), (20, 20, 230), (220, 220, 20), (20, 220, 220), (220, 20, 220), (240, 240, 240)]
@@ -386,3 +388,42 @@ def test_boxes_are_drawn_on_every_frame(tmp_path):
                 0,
                 255,
             )
+
+
+# ----- clips in a zip
+
+
+@pytest.mark.parametrize("top", ["", "clips/"])
+def test_clips_of_every_kind_are_read_inside_a_zip_as_beside_it(tmp_path, top):
+    folder, shots = tmp_path / "clips", pictures(5, (32, 32))
+    (folder / "frames.v1").mkdir(parents=True)
+    for i, shot in enumerate(shots):
+        shot.save(folder / f"frames.v1/{i + 8}.png")
+    shots[0].save(folder / "anim.gif", save_all=True, append_images=shots[1:])
+    np.save(folder / "array.npy", np.stack([np.array(shot) for shot in shots]))
+    make_video(folder / "video.mp4", shots)
+    with zipfile.ZipFile(tmp_path / "clips.zip", "w") as file:
+        for path in sorted(folder.rglob("*.*")):
+            if path.is_file():
+                file.write(path, f"{top}{path.relative_to(folder).as_posix()}")
+                file.writestr(f"__MACOSX/{top}._{path.name}", "macOS adds such companions")
+    beside, inside = clips.find_clips(folder), clips.find_clips(tmp_path / "clips.zip")
+    assert inside.keys() == beside.keys() == {
+        "frames.v1", "anim", "anim.gif", "array", "array.npy", "video", "video.mp4"}  # fmt: skip
+    for name in beside:
+        (about, *_, frames), (about_beside, *_, frames_beside) = (video.look(found[name], 4) for found in (inside, beside))
+        assert about == about_beside and [f.tobytes() for f in frames] == [f.tobytes() for f in frames_beside], name
+        assert is_clip(inside[name]) and still(inside[name]).size == (32, 32)
+    require_images(inside.values(), "q.json", "clips.zip")
+    with pytest.raises(FileNotFoundError, match="1 of the 1 images of q.json are not in clips.zip .gone"):
+        require_images([tmp_path / "clips.zip/gone"], "q.json", "clips.zip")
+    with pytest.raises(FileNotFoundError, match="no file .*clips.zip/gone.mp4"):
+        video.look(tmp_path / "clips.zip/gone.mp4", 1)
+
+
+def test_two_clips_of_a_zip_with_one_name_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "clips.zip", "w") as file:
+        file.writestr("train/a.mp4", "")
+        file.writestr("val/a.mp4", "")
+    with pytest.raises(ValueError, match="holds 1 names of clips twice .a.mp4."):
+        clips.find_clips(tmp_path / "clips.zip")

@@ -6,8 +6,8 @@ questions about it in the chat format of stage 2, packed behind the shared scene
     copy    "small red circle at (12, 30, 50, 66). ..." three times, word for word or in another order, with loss from the
             second time on, when all can be copied. Training starts with this form alone: looking-up grows from it (LOG.md)
     text    the scene in sentences, up to three times in other order and wording, then questions
-    bag     the scene as a grid of bags of words, one for each patch of a picture: several words at one position, their weighted
-            embeddings added. A visual token holds several facts at once, and a model this small must have met that before.
+    bag     a grid of bags of words, one for each patch of a picture: several words at one position, their weighted embeddings
+            added. A visual token holds several facts at once, and a model this small must have met that before.
     caption, drill, place, name    bags, then one kind of question: caption; colours and presence; box by name; name by box
 
 The gate at the end asks about held-out scenes. (In llama.log, copy is "retell" and text is "told".)
@@ -15,7 +15,6 @@ The gate at the end asks about held-out scenes. (In llama.log, copy is "retell" 
 
 import math
 import random
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import data
 from coords import iou
 from data import Object, article, ask_loc, ask_neg, ask_rev, encode_segment
 from formats.fast_cpu import keep_freed_memory
-from formats.files import run_command
+from formats.files import read_json, run_command
 from llama import Llama, Tokenizer
 from model import VARIANTS, answer_loss, packed_mask
 from tiny.make_vision import save, update
@@ -36,30 +35,20 @@ FOLDER = Path(__file__).parent / "llama"
 CONFIG, FORMAT = VARIANTS["tiny"].text_config, VARIANTS["tiny"].coord_format()
 GRID, WORDING = FORMAT.grid, data.Wording(FORMAT)  # data.ask_* take a scene as a record, for its size, and a shape as an object
 STEPS, BATCH, QUESTIONS = 6800, 8, 6
+# Documents of a form in a step, over BATCH; until which step which forms come in turn; options of sentencepiece; HF's keys. One
+# easy skill at a time, and nothing else; then all of them together, because a skill that is not practised is forgotten. All of
+# them from the start teach nothing (LOG.md).
+WEIGHT, SCHEDULE, TOKENIZER, HF_CONFIG = read_json(Path(__file__).with_suffix(".json")).values()
 CYCLES, DECAY = (6050, STEPS), 600  # before each of these steps, learning rates fall to 0 over DECAY steps
 LR_MUON, LR_ADAMW = 3e-3, 1.2e-3  # matrices of the blocks; embeddings, head and norms
-WEIGHT = {"copy": 2, "text": 1, "caption": 4, "drill": 3, "bag": 2, "place": 3, "name": 3}  # documents, times BATCH
-# The forms of documents, in turn, each tuple until that step. One easy skill at a time, and nothing else; then all of them
-# together, because a skill that is not practised is forgotten. All of them from the start teach nothing (LOG.md).
-SCHEDULE = {
-    200: ("copy",), 500: ("text", "text", "text", "copy"),
-    620: ("caption",), 750: ("drill",), 1000: ("place",), 1200: ("name",),
-    5500: ("bag", "place", "name", "text", "caption", "drill"),
-    6050: ("place", "text", "place", "bag", "place", "name", "place", "text", "place", "caption", "place", "drill"),
-    STEPS: ("place", "place", "name", "place", "place", "bag", "place", "text"),
-}  # fmt: skip
-
-
-def places(scene):
-    """List what is where: (phrase, location) of each shape."""
-    return [(scene.phrase(shape), WORDING.place(shape.box_px, scene.size)) for shape in scene.shapes]
 
 
 def write_text(scene, rng):
     """Write a scene with coordinates once, in random order and wording."""
     form = rng.choice(("{a} at {loc}", "there is {a} at {loc}", "at {loc} there is {a}", "{p}: {loc}"))
-    shuffled = rng.sample(places(scene), len(scene.shapes))
-    return ". ".join(form.format(a=article(words), p=words, loc=loc) for words, loc in shuffled) + "."
+    shapes = rng.sample(scene.shapes, len(scene.shapes))
+    places = [(scene.phrase(shape), WORDING.place(shape.box_px, scene.size)) for shape in shapes]
+    return ". ".join(form.format(a=article(words), p=words, loc=loc) for words, loc in places) + "."
 
 
 def bags(scene, tokenizer, rng):
@@ -102,15 +91,13 @@ def questions_about(scene, rng, count):
         located.append(ask_loc(Object(rng.choice(calls), shape.box_px), scene, WORDING, rng))
         if shape in unique:
             located.append(ask_loc(shape, scene, WORDING, rng))
-        question, _ = ask_rev(shape, scene, WORDING, rng)
-        words = rng.choice((shape.name, scene.describe(shape, rng)))
+        question, words = ask_rev(shape, scene, WORDING, rng)[0], rng.choice((shape.name, scene.describe(shape, rng)))
         located.append((question, data.REV_ANSWER.format(category=words)))
     for name in rng.sample(scene.absent(), 2):
         words = rng.choice((name, f"{rng.choice(list(COLOURS))} {name}"))
         located.append(ask_neg(Object(words, None), scene, WORDING, rng))
     sides, talk = side_questions(scene, rng), [(question, answer) for question, answer, _ in scene.quiz(rng)]
-    pairs = rng.sample(located, min(len(located), count // 2 + 1)) + rng.sample(sides, min(len(sides), 2)) + talk
-    return pairs[:count]
+    return (rng.sample(located, min(len(located), count // 2 + 1)) + rng.sample(sides, min(len(sides), 2)) + talk)[:count]
 
 
 def draw_unique(rng):
@@ -120,25 +107,25 @@ def draw_unique(rng):
 
 def document(tokenizer, rng, form):
     """Draw one packed row of a form that SCHEDULE names."""
-    scene, pairs, texts, template = draw_unique(rng), [], [], "v1"
+    scene, pairs, texts = draw_unique(rng), [], []
     if form == "copy":
-        parts, is_shuffled, template = [f"{words} at {loc}" for words, loc in places(scene)], rng.random() < 0.5, "plain"
+        parts = [f"{scene.phrase(shape)} at {WORDING.place(shape.box_px, scene.size)}" for shape in scene.shapes]
+        is_shuffled = rng.random() < 0.5
         texts = [". ".join(rng.sample(parts, len(parts)) if is_shuffled else parts) + "." for _ in range(3)]
     elif form == "drill":  # short, plain questions, whose answers depend on one shape alone
         absent = Object(rng.choice(scene.absent()), None)
         pairs = [(f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}.") for shape in scene.unique()]
         pairs += scene.presence(rng) + [ask_neg(absent, scene, WORDING, rng)]
-    elif form == "place":
-        pairs = [ask_loc(shape, scene, WORDING, rng) for shape in rng.choices(scene.unique(), k=4)]
-    elif form == "name":
-        pairs = [ask_rev(shape, scene, WORDING, rng) for shape in rng.choices(scene.shapes, k=4)]
+    elif form in ("place", "name"):
+        ask, shapes = (ask_loc, scene.unique()) if form == "place" else (ask_rev, scene.shapes)
+        pairs = [ask(shape, scene, WORDING, rng) for shape in rng.choices(shapes, k=4)]
     else:
         pairs = questions_about(scene, rng, QUESTIONS)
     if form == "caption":  # what stage 1 says about an image
-        pairs, template = [("", scene.caption(rng))], "plain"
+        pairs = [("", scene.caption(rng))]
     if form == "text":
         texts = [write_text(scene, rng) for _ in range(rng.randint(1, 3))]
-    return pack_scene(scene, tokenizer, rng, pairs, texts, template)
+    return pack_scene(scene, tokenizer, rng, pairs, texts, "plain" if form in ("copy", "caption") else "v1")
 
 
 def pack_scene(scene, tokenizer, rng, pairs, texts=(), template="v1", stop=None):
@@ -175,10 +162,8 @@ def make_tokenizer(scenes=6000):
         lines.append("abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 -+.,:;!?'()[]")
     FOLDER.mkdir(exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(FOLDER / "tokenizer"), model_type="bpe", vocab_size=CONFIG.vocab_size,
-        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0,
-        bos_id=1, eos_id=2, pad_id=-1, character_coverage=1.0, max_sentence_length=20000, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(lines), model_prefix=str(FOLDER / "tokenizer"), vocab_size=CONFIG.vocab_size, **TOKENIZER
+    )
     (FOLDER / "tokenizer.vocab").unlink()
     return Tokenizer(FOLDER)
 
@@ -201,9 +186,8 @@ def gate(llama, tokenizer, form, scenes=150):
         texts = [write_text(scene, rng)] if form == "text" else []
         row = pack_scene(scene, tokenizer, rng, questions.values(), texts, stop=-1)  # without the end tokens
         batch = data.collate([row])
-        x = embed(llama, [row], batch["input_ids"])
+        x, (_, columns, truth) = embed(llama, [row], batch["input_ids"]), batch["answers"]
         hidden = llama.hidden(x, batch["positions"], packed_mask(batch["segments"]))
-        _, columns, truth = batch["answers"]
         guess = llama.lm_head(hidden)[0, columns].argmax(-1)  # (N,): the most likely tokens of all answers
         number = torch.tensor(row["segments"])[torch.tensor(row["labels"]) != data.IGNORE]  # (N,): the question of each token
         for i, kind in enumerate(questions, start=1):
@@ -216,7 +200,6 @@ def gate(llama, tokenizer, form, scenes=150):
 def main():
     torch.manual_seed(0)
     keep_freed_memory()
-    began, running = time.time(), {}
     tokenizer = Tokenizer(FOLDER) if (FOLDER / "tokenizer.model").exists() else make_tokenizer()
     llama = Llama(CONFIG)
     for name, p in llama.named_parameters():
@@ -225,7 +208,6 @@ def main():
             std = p.shape[1] ** -0.5 / (math.sqrt(2 * CONFIG.num_hidden_layers) if is_last else 1)
             torch.nn.init.normal_(p, std=0.2 if "embed" in name else std)
     torch.nn.init.normal_(llama.lm_head.weight, std=0.02)
-    print(f"{sum(p.numel() for p in llama.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} pieces", flush=True)
     matrices = [p for p in llama.layers.parameters() if p.ndim == 2]
     others = [p for name, p in llama.named_parameters() if not (name.startswith("layers.") and p.ndim == 2)]
     muon = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
@@ -233,20 +215,17 @@ def main():
     for step in range(STEPS):
         end = next(end for end in CYCLES if step < end)
         share = min(1, (step + 1) / 30, (end - step) / DECAY)
-        forms = next(forms for until, forms in SCHEDULE.items() if step < until)
+        forms = next(forms for until, forms in SCHEDULE.items() if step < int(until))
         form = forms[step % len(forms)]
         rows = [document(tokenizer, random.Random(f"{step} {i}"), form) for i in range(BATCH * WEIGHT[form])]
         batch = data.collate(rows)
         x = embed(llama, rows, batch["input_ids"])  # (B, T, D)
         loss = answer_loss(llama, x, batch["answers"], batch["positions"], batch["segments"])
         update(loss, {muon: LR_MUON * share, adamw: LR_ADAMW * share}, llama.parameters())
-        running[form] = 0.9 * running.get(form, loss.item()) + 0.1 * loss.item()
-        if step % 25 == 24:
-            losses = " ".join(f"{form} {value:.3f}" for form, value in running.items())
-            print(f"step {step + 1} {losses} {time.time() - began:.0f} s", flush=True)
+        if step % 25 == 24:  # the forms come in turns of another length
+            print(f"step {step + 1} {form} {loss:.3f}", flush=True)
         if step % 500 == 499 or step == STEPS - 1:
-            special = {"hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
-            save(FOLDER, llama, "model.", model_type="llama", architectures=["LlamaForCausalLM"], **special)
+            save(FOLDER, llama, "model.", **HF_CONFIG)
             for form in ("text", "bag"):
                 print(f"gate {form}: {gate(llama, tokenizer, form)}", flush=True)
 

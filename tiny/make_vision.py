@@ -8,8 +8,6 @@ features without places (LOG.md). The gate at the end: from the patch at a shape
 
 import math
 import random
-import sys
-import time
 from pathlib import Path
 
 import torch
@@ -54,28 +52,21 @@ def patch_targets(boxes_unit, names, colours):
     return name, colours.gather(1, which), box.gather(1, which[..., None].expand(-1, -1, 4))
 
 
-class Heads(nn.Sequential):
-    """One linear layer that predicts, for each patch, name, colour, box, and the box's distances from the patch."""
-
-    def __init__(self):
-        super().__init__(nn.LayerNorm(CONFIG.hidden_size), nn.Linear(CONFIG.hidden_size, sum(SIZES)))
-
-    def loss(self, features, name, colour, box):
-        """Features (B, P, Dv) and the targets of `patch_targets` -> the sum of four losses."""
-        name_logits, colour_logits, box_guess, distance_guess = self(features).split(SIZES, -1)
-        centre, on = torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID)).flip(1) + 0.5, name < len(NAMES)  # (P, 2)
-        distances = box - centre.repeat(1, 2)  # sides of the box relative to the patch, in cells
-        loss = F.cross_entropy(name_logits.flatten(0, 1), name.flatten()) + F.cross_entropy(colour_logits[on], colour[on])
-        loss = loss + F.smooth_l1_loss(box_guess[on], box[on], beta=0.2)
-        return loss + F.smooth_l1_loss(distance_guess[on], distances[on], beta=0.2)
+def patch_loss(guess, name, colour, box):
+    """What the heads predict (B, P, sum(SIZES)) and the targets of `patch_targets` -> the sum of four losses."""
+    name_logits, colour_logits, box_guess, distance_guess = guess.split(SIZES, -1)
+    centre, on = torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID)).flip(1) + 0.5, name < len(NAMES)  # (P, 2)
+    distances = box - centre.repeat(1, 2)  # sides of the box relative to the patch, in cells
+    loss = F.cross_entropy(name_logits.flatten(0, 1), name.flatten()) + F.cross_entropy(colour_logits[on], colour[on])
+    loss = loss + F.smooth_l1_loss(box_guess[on], box[on], beta=0.2)
+    return loss + F.smooth_l1_loss(distance_guess[on], distances[on], beta=0.2)
 
 
 def both_layers(tower, images):
     """Return the patches of the last layer but one, and of the last (post-normalised)."""
-    x = tower.pre_layrnorm(tower.embeddings(images))
-    for block in tower.encoder["layers"][:-1]:
-        x = block(x)
-    return x[:, 1:], tower.post_layernorm(tower.encoder["layers"][-1](x))[:, 1:]
+    *blocks, last = tower.encoder["layers"]
+    x = nn.Sequential(*blocks)(tower.pre_layrnorm(tower.embeddings(images)))
+    return x[:, 1:], tower.post_layernorm(last(x))[:, 1:]
 
 
 @torch.no_grad()
@@ -123,25 +114,24 @@ def save(folder, module, prefix, **config):
     write_json(folder / "config.json", config | sizes)
 
 
-def main(steps=STEPS):
+def main():
     torch.manual_seed(0)
-    began, running = time.time(), 0.0
     data, held_out = paint(IMAGES, "tower train"), paint(500, "tower held out")
-    print(f"painted {IMAGES} scenes in {time.time() - began:.0f} s", flush=True)
-    tower, heads = CLIPVisionTower(CONFIG), Heads()
+    tower, width = CLIPVisionTower(CONFIG), CONFIG.hidden_size
+    heads = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(SIZES)))  # one linear layer reads all from a patch
     for module in tower.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.04)
             nn.init.zeros_(module.bias)
     # positions start as sine and cosine of row and column, zero for the class token
-    quarter = CONFIG.hidden_size // 4
+    quarter = width // 4
     angles = torch.arange(GRID).float()[:, None] * torch.exp(-math.log(100.0) * torch.arange(quarter).float() / quarter)
     axis = torch.cat([angles.sin(), angles.cos()], 1) * 0.5  # (grid, Dv / 2)
     positions = torch.cat([axis.repeat_interleave(GRID, 0), axis.repeat(GRID, 1)], 1)  # (P, Dv)
     tower.embeddings.position_embedding.weight.data.zero_()[1:] = positions
     params = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(params, weight_decay=0.05, betas=(0.9, 0.98))
-    for step in range(steps):
+    for step in range(STEPS):
         pick = torch.randint(len(data[0]), (BATCH,))
         images, boxes_unit, names, colours = (part[pick] for part in data)
         images = images.float() * (1 + 0.1 * torch.randn(BATCH, 1, 1, 1)) + 0.1 * torch.randn(BATCH, 3, 1, 1)
@@ -149,18 +139,15 @@ def main(steps=STEPS):
             x1, y1, x2, y2 = boxes_unit.unbind(-1)
             images, boxes_unit = images.flip(3), torch.stack([1 - x2, y1, 1 - x1, y2], -1)
         targets = patch_targets(boxes_unit, names, colours)
-        loss = sum(heads.loss(features, *targets) for features in both_layers(tower, images))
-        lr = LR * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss = sum(patch_loss(heads(features), *targets) for features in both_layers(tower, images))
+        lr = LR * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         update(loss, {optimizer: lr}, params)
-        running = 0.98 * running + 0.02 * loss.item()
         if step % 100 == 99:
-            print(f"step {step + 1} loss {running / (1 - 0.98 ** (step + 1)):.4f} {time.time() - began:.0f} s", flush=True)
-        if step % 1000 == 999 or step == steps - 1:
-            save(FOLDER, tower, "vision_model.", model_type="clip_vision_model", architectures=["CLIPVisionModel"])
-    tower.eval()
+            print(f"step {step + 1} loss {loss:.4f}", flush=True)
+    save(FOLDER, tower, "vision_model.", model_type="clip_vision_model", architectures=["CLIPVisionModel"])
     name, box = gate(tower, tuple(part[:6000] for part in data), held_out)
-    print(f"gate: centre-patch probe names {name:.1%} (>= 95%), acc@0.5 {box:.1%} (>= 80%), {time.time() - began:.0f} s")
+    print(f"gate: centre-patch probe names {name:.1%} (>= 95%), acc@0.5 {box:.1%} (>= 80%)")
 
 
 if __name__ == "__main__":
-    run_command("tiny.make_vision", lambda: main(*map(int, sys.argv[1:])))
+    run_command("tiny.make_vision", main)

@@ -1,6 +1,4 @@
-"""The shapes world in motion, written to disk in the formats of clips.
-
-    python -m tiny.moving FOLDER      see `write_clips`; a minute
+"""The shapes world in motion, written to disk in the formats of clips: `python -m tiny.moving FOLDER`, a minute.
 
 Functions of a seed, as in tiny.shapes: `draw_clip` moves the shapes of a scene, and a `Clip` renders its frames, paints their
 panoptic masks and asks about itself. Unlike questions about images, these also ask for sides, of shapes that stay.
@@ -44,9 +42,9 @@ class Clip:
         return [(name, (x1, y1, x2 - 1, y2 - 1), fills[number]) for number, name, (x1, y1, x2, y2) in corners]
 
     def render(self, rng):
-        """Paint the frames: list of PIL RGB images. A shape keeps its shade; each frame has its own grain. Snow falls in front
-        of the shapes, so that a single frame shows less than the clip. Masks and boxes ignore the snow."""
-        (width, height), shades, frames = self.scene.size, [shape.shade(rng) for shape in self.scene.shapes], []
+        """Yield the frames, PIL RGB images. A shape keeps its shade; each frame has its own grain. Snow falls in front of the
+        shapes, so that a single frame shows less than the clip. Masks and boxes ignore the snow."""
+        (width, height), shades = self.scene.size, [shape.shade(rng) for shape in self.scene.shapes]
         snow = [(rng.uniform(0.02, 0.06), rng.random(), rng.random(), rng.uniform(0.1, 0.3)) for _ in range(FLAKES)]
         for index in range(len(self.tracks[0])):
             parts = self.parts(index, shades)
@@ -54,8 +52,7 @@ class Clip:
                 x, r = left * width, radius * min(width, height)
                 y = (start * height + fall * height * index) % (height + 2 * r) - r
                 parts.append(("circle", [v * world.SCALE for v in (x - r, y - r, x + r, y + r)], WHITE))
-            frames.append(self.scene.picture(parts, rng))
-        return frames
+            yield self.scene.render(rng, parts)
 
     def mask(self, index):
         """Paint the segments of a frame as COCO's panoptic PNGs encode them: id = R + 256 G + 65536 B, 0 for no segment."""
@@ -134,16 +131,16 @@ def write_clips(folder, clips=CLIPS, frames=8, seed=0):
         for index in range(count):
             rng, clip_id = random.Random(f"{seed} clip {split} {index}"), f"{index + world.FIRST_IDS.get(split, 1):012d}"
             clip = draw_clip(rng, frames)
-            images, (width, height) = clip.render(rng), clip.scene.size
+            images, (width, height) = list(clip.render(rng)), clip.scene.size
             videos.append({"id": clip_id, "file_name": clip_id, "width": width, "height": height, "frames": frames})
-            (folder / "clips" / clip_id).mkdir(parents=True, exist_ok=True)
+            into = folder / "clips" / clip_id
+            into.mkdir(parents=True, exist_ok=True)
             if split == "val" and index % 10 == 0:
-                gif = folder / "clips" / f"{clip_id}.gif"
-                images[0].save(gif, save_all=True, append_images=images[1:], duration=125, loop=0)
+                images[0].save(f"{into}.gif", save_all=True, append_images=images[1:], duration=125, loop=0)
             if index % 4 == 0:
                 write_panoptic(folder / f"panoptic_{split}" / clip_id, clip, categories)
             for i, image in enumerate(images):  # grain does not compress: level 1 is five times faster, and no larger
-                image.save(folder / "clips" / clip_id / f"{i:02d}.png", compress_level=1)
+                image.save(into / f"{i:02d}.png", compress_level=1)
                 for number, shape, (x1, y1, x2, y2) in clip.boxes(i):
                     row = {"video_id": clip_id, "frame": i, "category_id": world.CATEGORY_IDS[shape.name]}
                     annotations.append(row | {"bbox": [x1, y1, x2 - x1, y2 - y1], "track_id": number + 1, "iscrowd": 0})
@@ -166,7 +163,7 @@ def write_panoptic(folder, clip, categories):
     for index in range(len(clip.tracks[0])):
         mask, name, segments = clip.mask(index), f"{index:02d}.png", []
         mask.save(folder / name)
-        counts = np.unique(np.asarray(mask).astype(int) @ [1, 256, 65536], return_counts=True)
+        counts = np.unique(np.asarray(mask) @ [1, 256, 65536], return_counts=True)
         ids, areas = (column[1:].tolist() for column in counts)  # without 0, which is no segment
         for (_, shape, (x1, y1, x2, y2)), segment, area in zip(clip.boxes(index), ids, areas, strict=True):
             row = {"id": segment, "category_id": world.CATEGORY_IDS[shape.name], "bbox": [x1, y1, x2 - x1, y2 - y1]}
@@ -176,11 +173,8 @@ def write_panoptic(folder, clip, categories):
 
 
 def ensure_clips(folder="data/moving"):
-    """Return the folder of the default clips; write them if they are missing."""
-    if not (Path(folder) / "clips_val.json").exists():
-        print(f"writing the shapes world in motion to {folder}")
-        write_clips(folder)
-    return Path(folder)
+    """Return the folder of the clips; write them if they are missing."""
+    return world.ensure_world(folder, write_clips, "clips_val.json")
 
 
 if __name__ == "__main__":

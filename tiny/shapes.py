@@ -1,41 +1,26 @@
-"""A world of coloured shapes, written to disk in COCO's formats, so that it is read as real data is.
-
-    python -m tiny.shapes FOLDER      see `write_world`; a minute. `tiny.moving` sets the same shapes in motion
+"""A world of coloured shapes, written in COCO's formats, so that it is read as real data is: `python -m tiny.shapes FOLDER`.
 
 Everything is a function of a seed. Captions and questions never say left, right, above or below, and go from large shapes to
-small ones, so that a model learns sides from coordinates and descriptions alone.
+small ones, so that a model learns sides from coordinates and descriptions alone. `tiny.moving` sets the shapes in motion.
 """
 
-import json
 import random
 import sys
 from dataclasses import dataclass, replace
-from math import cos, pi, sin, sqrt
+from math import sqrt
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from data import article
-from formats.files import run_command, write_json, writing
+from formats.files import read_json, run_command, write_json, writing
 
-COLOURS = {"red": (210, 45, 45), "green": (45, 150, 65), "blue": (50, 85, 205), "yellow": (228, 198, 50),
-           "purple": (140, 60, 165), "orange": (238, 130, 40)}  # fmt: skip
-NAMES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
-CATEGORY_IDS = dict(zip(NAMES, (1, 2, 3, 5, 8, 13, 21, 34), strict=True))  # with gaps, as COCO's
+# RGB; ids with gaps, as COCO's; (width, height) in pixels; corners in a square from -1 to 1, y down (round ones: of their box)
+COLOURS, CATEGORY_IDS, SIZES, OUTLINES = read_json(Path(__file__).with_name("shapes.json")).values()
+NAMES = tuple(CATEGORY_IDS)
 FIRST_IDS = {"train": 1, "val": 1_000_001}  # of images and clips: those of train and val differ, as COCO's do
 SPLITS = {"train": 4000, "val": 300}  # images
-SIZES = ((112, 112), (144, 112), (112, 144), (160, 120), (120, 160), (128, 96))  # width, height in pixels
 SCALE = 3  # pictures are painted this many times larger, then reduced: smooth edges
-TURNS = {count: [2 * pi * i / count for i in range(count)] for count in (3, 10, 40)}  # clockwise from the top
-S, A = 0.88, 0.36  # half a side of the square, half the width of the cross's arms
-OUTLINES = {  # corners in a square from -1 to 1, y down; of circle and ring, those of their box
-    "circle": [(-1, -1), (1, 1)], "ring": [(-1, -1), (1, 1)],
-    "square": [(-S, -S), (S, -S), (S, S), (-S, S)], "diamond": [(0, -1), (0.72, 0), (0, 1), (-0.72, 0)],
-    "triangle": [(sin(t), -cos(t)) for t in TURNS[3]],
-    "star": [(r * sin(t), -r * cos(t)) for r, t in zip([1.0, 0.42] * 5, TURNS[10], strict=True)],
-    "cross": [(-A, -1), (A, -1), (A, -A), (1, -A), (1, A), (A, A), (A, 1), (-A, 1), (-A, A), (-1, A), (-1, -A), (-A, -A)],
-    "heart": [(sin(t) ** 3, -(13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 17) for t in TURNS[40]],
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,8 +50,7 @@ class Scene:
 
     def unique(self):
         """List the shapes whose name occurs once."""
-        names = [shape.name for shape in self.shapes]
-        return [shape for shape in self.shapes if names.count(shape.name) == 1]
+        return [shape for shape in self.shapes if sum(other.name == shape.name for other in self.shapes) == 1]
 
     def absent(self, names=NAMES):
         """List the names that do not occur."""
@@ -77,26 +61,21 @@ class Scene:
         image = Image.new(mode, (self.size[0] * SCALE, self.size[1] * SCALE), background)
         pen = ImageDraw.Draw(image)
         for name, (x1, y1, x2, y2), fill in parts:
-            if name == "circle":
-                pen.ellipse((x1, y1, x2, y2), fill=fill)
-            elif name == "ring":
-                pen.ellipse((x1, y1, x2, y2), outline=fill, width=round((x2 - x1) * 0.17))
+            if name in ("circle", "ring"):
+                pen.ellipse((x1, y1, x2, y2), fill if name == "circle" else None, outline=fill, width=round((x2 - x1) * 0.17))
             else:
                 xs, ys = zip(*OUTLINES[name], strict=True)
                 to_x, to_y = (x2 - x1) / (max(xs) - min(xs)), (y2 - y1) / (max(ys) - min(ys))
                 pen.polygon([(x1 + (x - min(xs)) * to_x, y1 + (y - min(ys)) * to_y) for x, y in OUTLINES[name]], fill=fill)
         return image
 
-    def picture(self, parts, rng):
-        """Paint parts with smooth edges and grain: a PIL RGB image."""
+    def render(self, rng, parts=None):
+        """Paint the scene, colours slightly off, or the given parts, with smooth edges and grain: a PIL RGB image."""
+        if parts is None:
+            parts = [(shape.name, [v * SCALE for v in shape.box_px], shape.shade(rng)) for shape in self.shapes]
         image = self.paint("RGB", self.background, parts).reduce(SCALE)
         grain = Image.frombytes("L", image.size, rng.randbytes(image.width * image.height)).convert("RGB")
         return Image.blend(image, grain, 0.05)
-
-    def render(self, rng):
-        """Paint the scene, colours slightly off."""
-        parts = [(shape.name, [v * SCALE for v in shape.box_px], shape.shade(rng)) for shape in self.shapes]
-        return self.picture(parts, rng)
 
     def phrase(self, shape):
         """Name a shape: 'small red circle', with a size word only if the shape is clearly small or large."""
@@ -207,20 +186,18 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
                 x1, y1, x2, y2 = shape.box_px
                 bbox, words = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)], scene.phrase(shape)
                 row = {"id": number, "image_id": image_id, "category_id": CATEGORY_IDS[shape.name], "iscrowd": 0, "bbox": bbox}
-                row |= {"area": round(bbox[2] * bbox[3], 2), "description": scene.describe(shape, rng)}
-                annotations.append(row)
+                annotations.append(row | {"area": round(bbox[2] * bbox[3], 2), "description": scene.describe(shape, rng)})
                 relation = scene.describe(shape, random.Random(f"{number} {split}")).partition(", ")[2]
                 sentences = enumerate(dict.fromkeys((str(shape), words, f"{words} {relation}".strip())))
                 row = {"ref_id": str(number), "file_name": file_name, "size": scene.size, "split": split, "bbox": bbox}
                 refs.append(row | {"sentences": [(f"{number}-{i}", sentence) for i, sentence in sentences]})
             captions.append({"id": len(captions) + 1, "image_id": image_id, "caption": scene.caption(rng)})
             for number, (question, answer, short) in enumerate(scene.quiz(rng, names)):
-                name, turns = f"{image_id}_{number}", {"human": "<image>\n" + question, "gpt": answer}
-                turns = [{"from": speaker, "value": text} for speaker, text in turns.items()]
-                talks.append({"id": name, "image": file_name, "conversations": turns})
+                turns = [{"from": "human", "value": "<image>\n" + question}, {"from": "gpt", "value": answer}]
+                talks.append({"id": f"{image_id}_{number}", "image": file_name, "conversations": turns})
                 if short:
-                    row = {"question": question, "answer": short, "fullAnswer": answer, "imageId": stem}
-                    gqa[name] = row | {"isBalanced": True}
+                    row = {"question": question, "answer": short, "fullAnswer": answer, "imageId": stem, "isBalanced": True}
+                    gqa[f"{image_id}_{number}"] = row
         coco, info = {"images": pictures, "annotations": captions}, {"description": "shapes world", "seed": seed}
         instances = {"info": info, "images": pictures, "annotations": annotations, "categories": categories}
         files = {"captions": coco, "conversations": talks, "gqa": gqa, "refs": {"refs": refs}, "instances": instances}
@@ -228,21 +205,21 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
             write_json(Path(folder) / f"{name}_{split}.json", content)
 
 
-def ensure_world(folder="data/shapes"):
-    """Return the folder of the default world; write the world if it is missing."""
-    if not (Path(folder) / "instances_val.json").exists():
-        print(f"writing the shapes world to {folder}")
-        write_world(folder)
+def ensure_world(folder="data/shapes", write=write_world, last="instances_val.json", **options):
+    """Return the folder of a world; write the world if the file that completes it is missing."""
+    if not (Path(folder) / last).exists():
+        print(f"writing a world of shapes to {folder}")
+        write(folder, **options)
     return Path(folder)
 
 
 def run(write):
-    """Write a world to the folder named on the command line, and print the sizes of its JSON files."""
+    """Write a world to the folder named on the command line, and list its JSON files."""
     if len(sys.argv) != 2:
         raise ValueError("usage: python -m tiny.shapes FOLDER, or tiny.moving")
     with writing(sys.argv[1]):
         write(sys.argv[1])
-    print(json.dumps({path.name: path.stat().st_size for path in sorted(Path(sys.argv[1]).glob("*.json"))}, indent=1))
+    print(*sorted(Path(sys.argv[1]).glob("*.json")), sep="\n")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def check(path, images):
 
 
 def clip_problem(path):
-    """Return what is wrong with a clip, or None."""
+    """Return the problem of a clip, or None."""
     try:
         read_frames(path, 1)
     except (FileNotFoundError, ValueError) as error:

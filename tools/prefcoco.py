@@ -203,9 +203,7 @@ def localize(prefcoco, coco, out, images="", kind: Literal[KINDS] = "ivb", locat
     for image, objects in described.items():
         rng, record = random.Random(f"{seed} {image}"), replace(records[image], objects=tuple(objects))
         if targets_of(record, "object", wording, rng):  # else the model's square shows none of them
-            questions = draw_questions(record, wording, rng, descriptions)
-            turns = {name: [turn for objective, *turn in questions if objective == name] for name in OBJECTIVES}
-            rows += [conversation(name, record, turns[name]) for name in OBJECTIVES if turns[name]]
+            rows += conversations(record, wording, rng, descriptions)
     if not rows:
         raise ValueError(f"{prefcoco} describes no object that the model's square shows; check its rows, and --geometry")
     write_json(out, rows)
@@ -213,6 +211,13 @@ def localize(prefcoco, coco, out, images="", kind: Literal[KINDS] = "ivb", locat
     for objective in OBJECTIVES:
         counts = [len(row["conversations"]) // 2 for row in rows if row["objective"] == objective]
         print(f"  {objective}: {len(counts)} conversations of {sum(counts)} questions")
+
+
+def conversations(record, wording, rng, descriptions=None):
+    """Draw questions about an image. Return a row of LLaVA's per objective."""
+    questions = draw_questions(record, wording, rng, descriptions)
+    turns = {name: [turn for objective, *turn in questions if objective == name] for name in OBJECTIVES}
+    return [conversation(name, record, turns[name]) for name in OBJECTIVES if turns[name]]
 
 
 def conversation(objective, record, turns):

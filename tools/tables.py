@@ -24,7 +24,7 @@ from formats.files import read_json, write_json, write_text
 from tasks import __main__ as benchmarks
 from tasks.words import require_meteor
 from tiny.moving import ensure_clips
-from tiny.shapes import NAMES, SPLITS, ensure_world, write_world
+from tiny.shapes import NAMES, SPLITS, ensure_world
 from tools import command, prefcoco
 from tools.features import features
 from train import TrainConfig, parse_config
@@ -55,10 +55,8 @@ def ensure_worlds():
     """Write the worlds that are missing."""
     ensure_world(STILL)
     ensure_clips(MOVING)
-    for folder, names, images in ((FEW, SEEN, SPLITS), (OTHER, UNSEEN, {"val": SPLITS["val"]})):
-        if not (folder / "instances_val.json").exists():
-            print(f"writing the world of {', '.join(names)} to {folder}")
-            write_world(folder, images, names=names)
+    ensure_world(FEW, names=SEEN)
+    ensure_world(OTHER, names=UNSEEN, images={"val": SPLITS["val"]})
     if not (FEW / "silent_train.json").exists():  # conversations as LLaVA's, in which nothing is denied
         rows = read_json(FEW / "conversations_train.json")
         silent = [row for row in rows if not re.match(r"(Yes|No)\b", row["conversations"][1]["value"])]

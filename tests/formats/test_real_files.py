@@ -210,7 +210,7 @@ def test_an_empty_answer_is_a_bad_row(coco, answer):
     (coco / "x.json").write_text(json.dumps([*LLAVA, row]))
     assert check(coco / "x.json", coco) == ["row 2: it has an empty answer"]
     records, skipped = read_llava(coco / "x.json", coco)
-    assert len(records) == 2 and list(skipped) == ["rows that has an empty answer (the first: row 2: it has an empty answer)"]
+    assert len(records) == 2 and list(skipped) == ["bad rows, each has an empty answer (the first: row 2: it has an empty answer)"]
 
 
 def test_a_byte_order_mark_is_no_content(instances, tmp_path):
@@ -377,7 +377,7 @@ def test_paths_with_other_signs_can_be_sources(tmp_path):
             parse_sources(text, "d")
 
 
-@pytest.mark.parametrize("content, words", [(b"\x80\x04K\x01.", "ids.x is not text"), (b'{"image_id": 1}\n{"image', "ids.x cannot be read")])
+@pytest.mark.parametrize("content, words", [(b"\x80\x04K\x01.", "ids.x cannot be read"), (b'{"image_id": 1}\n{"image', "ids.x cannot be read")])
 def test_a_list_of_ids_that_cannot_be_read_is_named(tmp_path, content, words):
     (tmp_path / "ids.x").write_bytes(content)
     with pytest.raises(ValueError, match=words):

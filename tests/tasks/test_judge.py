@@ -56,6 +56,17 @@ def test_judgements_are_joined_by_id_and_what_cannot_be_read_is_counted():
     assert math.isnan(read_judgements([], items)["judge accuracy"])
 
 
+@pytest.mark.parametrize("reply, judgement", [
+    ("{'pred': 'yes', 'score': 4.8}", (True, 4)), ('{"pred": "yes", "score": 5}', (True, 5)), ("{'pred': 'no', 'score': 0}", (False, 0)),
+    ("{'pred': 'YES.', 'score': '3'}", (True, 3)), ("{'pred': 'yes/no', 'score': 2}", (True, 2)), ("{'score': 1, 'pred': 'not'}", (False, 1)),
+    ("{'pred': 'yes', 'score': 4, 'why': {'a': 1}}", (True, 4)), ("{'pred': 'Yes', 'score': -0.5}", (True, 0)),
+    ('{"pred": "yes", "score": true, }', None), ("{'pred': 'yes', 'score': '4.8'}", None), ("{'pred': yes, 'score': 4}", None),
+])  # fmt: skip
+def test_replies_are_read_as_video_chatgpts_script_reads_them(reply, judgement):
+    """Fixed values: ast.literal_eval, int(score), "yes" in pred.lower(); where that fails, the script asks again for ever."""
+    assert parse_judgement(reply) == judgement
+
+
 def test_no_reply_breaks_the_parser():
     for text in (
         "",

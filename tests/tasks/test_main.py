@@ -20,7 +20,8 @@ from data import Wording
 from evaluate import Item, LocVLM, Task
 from formats.files import read_json, write_json, write_rows
 from tasks import TASKS, judge
-from tasks.__main__ import main
+from tasks.__main__ import main, parse
+from tasks.words import SHORT
 from tiny.shapes import write_world
 
 WORDING = Wording(CoordFormat("ivb", 224))
@@ -122,11 +123,89 @@ def test_answers_are_scored_without_a_model_in_any_order(run, tmp_path, monkeypa
     for wrong, message in (
         (rows[1:], r"1 ids are missing"),
         (rows + rows[:2], r"elsewhere.jsonl has id .* twice"),
-        ([*rows, {"id": "else", "answer": ""}], r"1 ids belong to no question \(else\)"),
         ([{**rows[0], "answer": 5}, *rows[1:]], r"row 0 is .*; is this another file.*: rows with id, answer"),
+        ([rows[0] | {"question": "Where?"}, *rows[1:]], f"the question of {rows[0]['id']} is 'Where\\?', not"),
+        ([row | {"answer": row["question"]} for row in rows], "its 'answer' holds the questions"),
     ):
         with pytest.raises(ValueError, match=message):
             score(wrong)
+
+
+@pytest.fixture
+def pope(tmp_path):
+    """Two files of POPE under the same ids, and no image: score(rows, name, *options) gives the figures of answers."""
+    def score(rows, name="random", *more):
+        write_rows(tmp_path / "rows.jsonl", rows)
+        main(["pope", str(tmp_path / "run"), "--questions", str(tmp_path / f"{name}.json"), "--score", str(tmp_path / "rows.jsonl"), *more])
+        return read_json(tmp_path / f"run/eval_scored/pope-{name}.json")
+
+    for name, thing in (("random", "cup"), ("popular", "dog")):
+        images = [f"COCO_val2014_{n:012}.jpg" for n in range(4)]
+        rows = [{"question_id": n, "image": images[n // 2], "text": f"Is there a {thing}{n} in it?", "label": "no"} for n in range(8)]
+        write_rows(tmp_path / f"{name}.json", rows)
+    return score
+
+
+def rows_of(thing="cup", count=8, **more):
+    return [{"question_id": n, "prompt": f"<image>\nIs there a {thing}{n} in it?"} | more for n in range(count)]
+
+
+def test_the_models_answer_is_read_from_the_key_that_others_use(pope, capsys):
+    """Beside Video-ChatGPT's pred, "answer" is the truth: all-wrong predictions must not score 100 %."""
+    for key in ("pred", "text", "prediction", "answer"):
+        others = {other: "No." for other in ("text", "prediction", "answer")} if key == "pred" else {}
+        assert pope(rows_of(**others | {key: "Yes."}))["metrics"]["accuracy"] == 0, key
+        assert f"answers are read from {key!r}, ids from 'question_id'" in capsys.readouterr().out
+    for name in ("id", "questionId"):
+        rows = [{name: str(n), "pred": "No.", "answer": "Yes."} for n in range(8)]
+        assert pope(rows)["metrics"]["accuracy"] == 1
+    rows[0].pop("pred")
+    with pytest.raises(ValueError, match="row 0 is .*rows with questionId, pred"):
+        pope(rows)
+
+
+def test_rows_about_other_questions_are_refused_and_surplus_ones_counted(pope, capsys):
+    """POPE's three files share their ids, and LLaVA's numbers begin elsewhere: the texts tell."""
+    with pytest.raises(ValueError, match="the question of 0 is .*dog0 in it.* not 'Is there a cup0 in it.'"):
+        pope(rows_of("dog", text="No."))
+    rows = [row | {"prompt": f"{row['prompt']}  {SHORT} "} for row in rows_of(count=11, text="No.")]
+    assert pope(rows)["metrics"]["accuracy"] == 1
+    assert "3 answers are to questions that are not asked" in capsys.readouterr().out
+    assert pope(rows, "random", "--limit", "2", "--short", "--fresh")["questions"] == 4
+    with pytest.raises(ValueError, match="1 ids are missing"):
+        pope(rows[1:])
+
+
+def test_scored_files_of_pope_have_a_mean_f1(pope, capsys, tmp_path):
+    for name, thing in (("random", "cup"), ("popular", "dog")):
+        result = pope(rows_of(thing, text="Yes."), name)
+    out = capsys.readouterr().out
+    assert out.count(f"mean F1 of the 2 files of POPE in {tmp_path / 'run/eval_scored'}") == 1 and "paper, LocVLM-B, random" in out
+    assert result["images"] == 4 and not list(tmp_path.rglob("*.png")), "no image is opened"
+
+
+def test_answers_about_annotated_images_and_clips_are_scored_without_them(run, tmp_path):
+    main(["spatial", *run[1:]])
+    rows = [json.loads(line) for line in (Path(run[1]) / "eval/spatial-instances_val.jsonl").read_text().splitlines()]
+    write_rows(tmp_path / "rows.jsonl", rows[::-1])
+    main(["spatial", run[1], *run[2:4], "--score", str(tmp_path / "rows.jsonl")])
+    before, after = (read_json(Path(run[1]) / f"{name}/spatial-instances_val.json") for name in ("eval", "eval_scored"))
+    assert before["metrics"] == after["metrics"]
+    with pytest.raises(ValueError, match="the question of .* is .*--seed"):
+        main(["spatial", run[1], *run[2:4], "--score", str(tmp_path / "rows.jsonl"), "--seed", "1"])
+    videos = [{"id": 1, "file_name": "a.mp4", "width": 9, "height": 9, "frames": 1}]
+    boxes = [{"id": 1, "video_id": 1, "category_id": 1, "bbox": [1, 1, 3, 3], "frame": 0}]
+    write_json(tmp_path / "clips.json", {
+        "videos": videos, "annotations": boxes, "categories": [{"id": 1, "name": "cup"}, {"id": 2, "name": "dog"}]})  # fmt: skip
+    write_rows(tmp_path / "rows.jsonl", [{"id": f"1:{name}", "answer": "Yes"} for name in ("cup", "dog")])
+    main(["hal", str(tmp_path / "act"), "--coco", str(tmp_path / "clips.json"), "--score", str(tmp_path / "rows.jsonl")])
+    assert read_json(tmp_path / "act/eval_scored/hal-clips.json")["metrics"]["accuracy"] == 0.5
+
+
+def test_judged_answers_may_be_long(capsys):
+    for name, more, tokens in (("pope", [], 64), ("msvd-qa", [], 1024), ("msvd-qa", ["--max-new-tokens", "9"], 9)):
+        assert parse([name, "r", "--questions", "q", "--images", "i", *more]).max_new_tokens == tokens
+    assert parse(["hal", "r"]).max_new_tokens == evaluate.parse(["r"]).max_new_tokens == 64
 
 
 # ----- public benchmarks
@@ -279,7 +358,7 @@ def test_a_judge_is_asked_once_about_each_answer(run, tmp_path, monkeypatch):
     clip = tmp_path / "clips" / "a"
     clip.mkdir(parents=True)
     shutil.copy(sorted((Path(run[3]).parent / "images").iterdir())[0], clip / "1.png")
-    items = [Item(str(i), clip, None, f"What is it, {i}?", {"answer": "dog"}) for i in range(3)]
+    items = [Item(str(i), clip, None, f"What is it, {i}?", {"answer": "dog"}, is_clip=True) for i in range(3)]
     task = Task(
         lambda args, wording: (copy.deepcopy(items), {}), lambda item, wording: None, lambda items: {"exact": 0.0},
         files="questions: any", after=judge.judge_answers,
@@ -325,7 +404,6 @@ def test_a_judge_is_asked_once_about_each_answer(run, tmp_path, monkeypatch):
     assert asked == ["0", "1", "2"] * 2, "another judge"
     main(by_address)
     assert asked == ["0", "1", "2"] * 2, "the first one's judgements are still there"
-    for question in ("What else?", "And what else?"):  # no longer the run's own rows: they are judged in eval_scored
-        items[1].question = question
+    items[1].question = "What else?"
+    with pytest.raises(ValueError, match="the question of 1 is"):
         main(by_address)
-    assert asked == ["0", "1", "2"] * 3 + ["1"], "another question under the same id"

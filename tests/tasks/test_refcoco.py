@@ -6,7 +6,7 @@ import pickle
 import shutil
 
 import pytest
-from benchmark_helpers import LONG, answered, options, picture, read, touch, write
+from benchmark_helpers import LONG, answered, options, picture, read, write
 
 from coords import CoordFormat, iou
 from data import Wording, judge_loc
@@ -37,7 +37,7 @@ def refs_pickle(folder, protocol=2, **changes):
     }
     write(folder / "instances.json", instances)
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol))
-    touch(folder / "images", "train2014/COCO_train2014_000000000009.jpg")
+    picture(folder / "images/train2014/COCO_train2014_000000000009.jpg", (448, 224))
     return folder / "refs(unc).p", folder / "images"
 
 
@@ -94,7 +94,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
 def test_boxes_that_are_none_are_skipped_and_counted(tmp_path):
     path, images = refs_pickle(tmp_path)
     instances = json.loads((tmp_path / "instances.json").read_text())
-    for bbox, why in (([math.nan, 0, 9, 9], "finite"), ([440, 0, 99, 9], "outside"), ([0, 0, 0, 9], "no area")):
+    for bbox, why in (([math.nan, 0, 9, 9], "finite"), ([440, 0, 99, 9], "over the edge"), ([0, 0, 0, 9], "no area")):
         instances["annotations"][0]["bbox"] = bbox
         write(tmp_path / "instances.json", instances)
         _, skipped = read_split(options(path, None, images, split="testB"))

@@ -11,7 +11,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from benchmark_helpers import LONG, WORDING, answered, read, touch, write
+from benchmark_helpers import LONG, WORDING, answered, options, picture, read, touch, write
 from PIL import Image
 
 import evaluate
@@ -19,6 +19,7 @@ import tasks
 from coords import CoordFormat
 from data import Object, Record, Wording
 from evaluate import Item, flip_consistency, hal_items, judge_spatial, spatial_items, spatial_metrics, spatial_triplets
+from formats.eval_folder import read_jobs
 from tasks import TASKS, hal_ade, pope
 from tasks.files import find_image
 from tasks.words import SHORT, spaced
@@ -65,6 +66,35 @@ def test_gqa_is_read_from_its_official_file_and_counted_by_exact_match(tmp_path)
     metrics = answered("gqa", items, "Yes, it is.", "leftover")
     assert metrics["exact match"] == 0 and metrics["contains"] == 0.5
     assert TASKS["gqa"].submission(items)[1] == {"questionId": "20", "prediction": "leftover"}
+
+
+@pytest.mark.parametrize("answer, truth, right", [
+    ("yes", "yes", True), ("Yes.", "yes", True), (" YES...\n", "yes", True), ("yes!", "yes", False), ("yes, it is", "yes", False),
+    ("", "yes", False), (".", "yes", False), ("the left", "left", False), ("T-Shirt.", "t-shirt", True), ("yes .", "yes", False),
+    ("lefts", "left", False), ("2.", "2", True),
+])  # fmt: skip
+def test_gqas_exact_match_is_the_official_one_after_llavas_conversion(answer, truth, right):
+    """Fixed values: lower case without full stops at the end, then equality, as convert_gqa_for_eval.py and GQA's eval.py."""
+    item = Item("1", None, None, "?", {"answer": truth, "types": []}, answer)
+    TASKS["gqa"].judge(item, WORDING)
+    assert item.correct == right
+
+
+def test_gqa_is_counted_by_the_official_types(tmp_path):
+    """Binary are all questions that are no query; an official file without types gives no figures by type."""
+    kinds = ("verify", "query", "choose", "query")
+    rows = {
+        str(n): gqa()["20"] | {"types": {"structural": kind, "semantic": "rel", "detailed": f"d{n % 2}"}}
+        for n, kind in enumerate(kinds)
+    }
+    items, _ = read("gqa", write(tmp_path / "q.json", rows), None, touch(tmp_path, "n2.jpg"))
+    metrics = answered("gqa", items, "left", "left", "right", "right")
+    by_type = {name.removeprefix("exact match, "): value for name, value in metrics.items() if name.startswith("exact match, ")}
+    assert by_type == {
+        "binary": 0.5, "open": 0.5, "structural verify": 1, "structural query": 0.5, "structural choose": 0,
+        "semantic rel": 0.5, "detailed d0": 0.5, "detailed d1": 0.5,
+    }  # fmt: skip
+    assert metrics["exact match"] == 0.5 and metrics["questions"] == 4
 
 
 def test_gqa_asks_balanced_questions_only_and_finds_images_in_a_zip(tmp_path):
@@ -115,27 +145,66 @@ def test_popes_real_files_are_read_lines_or_array(real, tmp_path, name):
     items, skipped = read("pope", path, None, tmp_path / "val2014.zip")
     assert len(items) == 3000 and not skipped and items[0].question == rows[0]["text"]
     metrics = answered("pope", items, *[item.truth["label"] for item in items])
-    assert metrics["accuracy"] == metrics["F1"] == 1 and metrics["questions (the present files)"] == 3000
-    if name.startswith("coco"):
-        assert metrics["says yes"] == 0.5
+    release = "the present files" if name.startswith("coco") else "about GQA's images"
+    assert metrics["accuracy"] == metrics["F1"] == 1 and metrics[f"questions ({release})"] == 3000
+    assert metrics["says yes"] == 0.5 or not name.startswith("coco")
 
 
 def test_popes_figures_and_version(tmp_path):
     """2 true yes, 1 false yes, 1 false no, 1 true no; an empty answer reads as yes."""
     said = [("yes", "Yes."), ("yes", ""), ("yes", "No, there is no cup."), ("no", "Both yes"), ("no", "There is not.")]
-    rows = [{"question_id": n, "image": "a.jpg", "text": "?", "label": label} for n, (label, _) in enumerate(said)]
-    items, _ = read("pope", write(tmp_path / "p.json", rows, True), None, touch(tmp_path, "a.jpg"))
+    name = "COCO_val2014_000000000042.jpg"
+    rows = [{"question_id": n, "image": name, "text": "?", "label": label} for n, (label, _) in enumerate(said)]
+    items, _ = read("pope", write(tmp_path / "p.json", rows, True), None, touch(tmp_path, name))
     metrics = answered("pope", items, *[text for _, text in said])
     five = ("accuracy", "precision", "recall", "F1", "says yes")
     assert [metrics[name] for name in five] == [3 / 5, 2 / 3, 2 / 3, 2 / 3, 3 / 5]
     assert metrics["neither yes nor no"] == 1 / 5
-    assert metrics["questions (as many as in neither released version)"] == 5
-    old = pope.pope_metrics(items * 582)
-    assert old["questions (the old random file, LLaVA's)"] == 2910
+    assert metrics["questions (as many as in no release)"] == 5
     one = write(tmp_path / "one.json", rows[:1], True)
     assert len(read("pope", one, None, tmp_path)[0]) == 1, "a single line is not an object"
     with pytest.raises(ValueError, match="label 'maybe'"):
         read("pope", write(tmp_path / "p.json", [rows[0] | {"label": "maybe"}]), None, tmp_path)
+
+
+def test_popes_release_is_told_by_content(tmp_path):
+    """Of the older files, one has 2,910 rows and two have 3,000, some of which say "imange"; the paper's rows are of COCO."""
+    def release(image, count, misspelt=0, **more):
+        texts = ["Is there a cup in the imange?"] * misspelt + ["Is there a cup in the image?"] * (count - misspelt)
+        rows = [{"question_id": n, "image": image, "text": text, "label": "no"} for n, text in enumerate(texts)]
+        write(tmp_path / "p.json", rows, True)
+        args = options(tmp_path / "p.json", None, tmp_path, **more)
+        [job] = read_jobs({"pope": TASKS["pope"]}, args, WORDING)
+        return [pope.release_of(job.items), bool(job.paper)]
+
+    touch(tmp_path, coco := "COCO_val2014_000000000042.jpg", "2405722.jpg", "other.jpg")
+    assert release(coco, 2910, 144) == release(coco, 3000, 44) == release(coco, 3000, 58) == ["the older files, LLaVA's", True]
+    assert release(coco, 3000) == release(coco, 3000, short=True) == ["the present files", True]
+    assert release("2405722.jpg", 3000) == release("2405722.jpg", 2910) == ["about GQA's images", False]
+    assert release("other.jpg", 3000) == ["about other images than COCO's", False]
+
+
+def test_popes_short_questions_end_in_the_request_once(tmp_path):
+    """LLaVA's and lmms-eval's texts hold it already."""
+    touch(tmp_path, "a.jpg")
+    for end in ("", SHORT, SHORT.replace("\n", " ") + "\n"):
+        row = {"question_id": 1, "image": "a.jpg", "text": f"Is there a cup in the image?{end}", "label": "no"}
+        for short in (True, False):
+            [item], _ = read("pope", write(tmp_path / "p.json", [row]), None, tmp_path, short=short)
+            assert item.question == "Is there a cup in the image?" + SHORT * short
+
+
+@pytest.mark.parametrize("answer, yes", [
+    ("No", False), ("no.", False), ("No, there is", False), ("not", False), ("There is no cup", False), ("", True), ("NO", True),
+    ("Nope", True), ("None", True), ("no!", True), ("no\n", True), ("Yes. No", True), (". no", True), ("yes,no", True),
+    ("isn't", True), ("There is not, I think. Yes", False), ("It cannot", True), ("no\u00a0cup", True), ("a,no b", True),
+    ("yes no", False), ("0.5 no", True),
+])  # fmt: skip
+def test_answers_are_read_as_popes_own_script_reads_them(answer, yes):
+    """Fixed values, from evaluate.py of RUCAIBox/POPE."""
+    [item] = [Item("1", None, None, "?", {"label": "yes"}, answer)]
+    TASKS["pope"].judge(item, WORDING)
+    assert item.correct == yes
 
 
 # ----- which side
@@ -192,7 +261,7 @@ def coco_spatial(folder, **changes):
         ]
     }
     data = {"9": entry | {"good_pairs": [[0, 1]]} | changes, "10": entry}
-    touch(folder, "val2014/COCO_val2014_000000000009.jpg")
+    picture(folder / "val2014/COCO_val2014_000000000009.jpg", (100, 50))
     categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
     return write(folder / "coco_spatial.json", {"categories": categories, "data": data}), None, folder
 
@@ -273,7 +342,7 @@ def test_hal_ade_asks_for_two_that_are_there_and_two_that_are_not_none_of_cocos(
 
 
 def test_hal_act_says_video_of_clips_to_a_model_of_video():
-    clip, still = (Record("1", name, (9, 9), (), ("cup",), ("dog",)) for name in ("clip.mp4", "photo.jpg"))
+    clip, still = (Record("1", f"x{n}", (9, 9), (), ("cup",), ("dog",), is_clip=not n) for n in range(2))
     video = Wording(CoordFormat("ivb", 224), medium="video")
     for wording, record, medium in ((video, clip, "video"), (video, still, "image"), (WORDING, clip, "image")):
         for item in hal_items([record], wording, random.Random(0)):

@@ -38,8 +38,20 @@ def test_tgif_qas_real_table_is_read(real, tmp_path):
     assert items[0].truth == {"answer": "cookie", "type": "object"} and items[0].id == "FRAMEQA1159"
     for content in (b"gif_name\tanswer\n\xff", b"x" * 200_000):  # of another encoding; a field beyond csv's limit
         (tmp_path / "bad.csv").write_bytes(content)
-        with pytest.raises(ValueError, match="bad.csv cannot be read"):
+        with pytest.raises(ValueError, match="bad.csv (cannot be read|is not text)"):
             read("tgif-qa", tmp_path / "bad.csv", None, clips)
+
+
+def test_tables_with_tabs_or_commas_are_read_under_any_suffix(tmp_path):
+    """In the released table, a quotation mark is a letter; in one saved again with commas, it encloses a field."""
+    row = {"gif_name": "g1", "question": 'what says "hi, you" ?', "answer": "dog", "type": "0", "vid_id": "F1"}
+    touch(tmp_path, "g1.gif")
+    for suffix in ("csv", "CSV", "tsv", "TSV", "txt"):
+        for sign, quoted in (("\t", row["question"]), (",", '"what says ""hi, you"" ?"')):
+            lines = [sign.join(row), sign.join([*row.values()]).replace(row["question"], quoted)]
+            (tmp_path / f"q.{suffix}").write_text("\r\n".join(lines) + "\r\n", newline="")
+            [item], _ = read("tgif-qa", tmp_path / f"q.{suffix}", None, tmp_path)
+            assert (item.id, item.question, item.truth) == ("F1", row["question"], {"answer": "dog", "type": "object"})
 
 
 def test_msvd_and_msrvtt_clips_go_by_their_numbers(tmp_path):
@@ -48,6 +60,8 @@ def test_msvd_and_msrvtt_clips_go_by_their_numbers(tmp_path):
     for name, clip in (("msvd-qa", "vid1451.avi"), ("msrvtt-qa", "video1451.mp4")):
         [item], _ = read(name, path, None, touch(tmp_path / name, clip))
         assert item.id == "7" and item.image.name == clip and item.truth == {"answer": "dog"}
+        write(tmp_path / "named.json", [rows[0] | {"video_id": clip.partition(".")[0]}])  # as others repack it
+        assert read(name, tmp_path / "named.json", None, tmp_path / name)[0][0].image == item.image
     (tmp_path / "youtube_mapping.txt").write_text("-4wsuPCjDBc_5_15 vid1451\n")
     [item], _ = read("msvd-qa", path, None, touch(tmp_path / "tube", "-4wsuPCjDBc_5_15.avi"))
     assert item.image.name == "-4wsuPCjDBc_5_15.avi"

@@ -57,6 +57,22 @@ def test_the_official_normalisation_is_kept_with_its_slips():
         assert vqa_normal(text) == normal, text
 
 
+CAT, RED = ["cat"] * 4 + ["dog"] * 6, ["red white"] * 6 + ["red"] * 4
+
+
+@pytest.mark.parametrize("answer, annotators, score", [
+    ("Cat.", CAT, 1), ("a  CAT!", ["cat"] * 2 + ["the cat"] + ["dog"] * 7, 0.9), ("none", ["0"] * 3 + ["1"] * 7, 0.9),
+    ("two", ["2"] * 3 + ["two"] * 2 + ["3"] * 5, 1), ("dont know", ["don't know"] * 5 + ["x"] * 5, 1), ("", ["the"] * 4 + CAT[4:], 1),
+    ("1,000", ["1000"] * 4 + ["100"] * 6, 1), ("10,5 a-b", ["105 ab"] * 3 + ["no"] * 7, 0.9), ("red/white", RED, 1),
+    ("red / white", RED, 1), ("t-shirt", ["t shirt"] * 2 + ["tshirt"] * 8, 0.6), ("t - shirt", ["t shirt"] * 2 + ["tshirt"] * 8, 0.6),
+    ("3.5 m.", ["3.5 m"] * 9 + ["3"], 1), ("yes, it is", ["yes"] * 9 + ["no"], 0), ("Yes", ["yes"] * 10, 0), ("yes\n", ["yes"] * 10, 1),
+    ("ten", ["10", "ten"] + ["9"] * 8, 0.6), ("a.b", ["ab"] * 3 + ["x"] * 7, 0.9), ("cat", ["cat"] + ["dog"] * 9, 0.3),
+])  # fmt: skip
+def test_hostile_answers_score_as_officially(answer, annotators, score):
+    """Fixed values, from vqaEval.py of GT-Vision-Lab/VQA."""
+    assert vqa_scores(answer, annotators)[0] == pytest.approx(score)
+
+
 def test_nothing_is_normalised_where_all_annotators_agree():
     assert vqa_scores("Yes.", ["yes"] * 10)[0] == 0 and vqa_scores("yes", ["yes"] * 10)[0] == 1
     assert vqa_scores("Yes.", ["yes"] * 9 + ["no"])[0] == 1

@@ -39,7 +39,9 @@ def test_every_patch_is_asked_for_the_shape_that_covers_it():
         assert (name[image, patch], colour[image, patch]) == (names[image, shape], colours[image, shape])
         assert box[image, patch].tolist() == pytest.approx((boxes_unit[image, shape] * make_vision.GRID).tolist())
     assert (name == len(NAMES)).float().mean() > 0.3  # nothing
-    tower, heads = CLIPVisionTower.from_pretrained(ROOT / "tiny/clip"), make_vision.Heads()
-    loss = sum(heads.loss(part, name, colour, box) for part in make_vision.both_layers(tower, images.float()))
+    tower = CLIPVisionTower.from_pretrained(ROOT / "tiny/clip")
+    heads = torch.nn.Sequential(torch.nn.LayerNorm(128), torch.nn.Linear(128, sum(make_vision.SIZES)))
+    guesses = [heads(part) for part in make_vision.both_layers(tower, images.float())]
+    loss = sum(make_vision.patch_loss(guess, name, colour, box) for guess in guesses)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in heads.parameters())

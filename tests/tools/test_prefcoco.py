@@ -293,7 +293,7 @@ def test_an_image_of_another_size_is_refused_before_any_work(prefcoco, coco, tmp
 
 
 def test_a_folder_without_a_model_is_named(coco, tmp_path):
-    refused("no weights in .*; it needs", caption, tmp_path, coco / "instances.json", coco, tmp_path / "out.json")
+    refused("no .*config.json", caption, tmp_path, coco / "instances.json", coco, tmp_path / "out.json")
 
 
 # ----- localize
