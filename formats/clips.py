@@ -58,7 +58,8 @@ def open_clip(path, decode_all=False):
     if path.suffix.lower() in IMAGES and path.suffix.lower() not in ANIMATIONS:
         return "still image", 1, lambda places: {0: open_image(path)}
     if not (split_zip(path)[0] and images.has_image(path)):
-        require_file(path, "a video file, an animation, a folder of frames, or an .npy")
+        if not require_file(path, "a video file, an animation, a folder of frames, or an .npy").stat().st_size:
+            raise ValueError(f"{path} is an empty file; replace it")
     if path.suffix.lower() == ".npy":
         return open_array(path)
     return open_animation(path) if path.suffix.lower() in ANIMATIONS else open_video(path, decode_all)

@@ -164,7 +164,7 @@ def test_bad_clips_are_refused_by_name(tmp_path):
     noise = [Image.effect_noise((40, 40), 90) for _ in range(3)]
     noise[0].save(tmp_path / "cut.gif", save_all=True, append_images=noise[1:])
     (tmp_path / "cut.gif").write_bytes((tmp_path / "cut.gif").read_bytes()[:-300])
-    hints = {"empty": "no image file", "floats.npy": "float64", "lfs.mp4": "LFS"}
+    hints = {"empty": "no image file", "none.mp4": "an empty file", "floats.npy": "float64", "lfs.mp4": "LFS"}
     for name in ("empty", "none.mp4", "text.gif", "floats.npy", "objects.npy", "lfs.mp4", "cut.gif"):
         with pytest.raises(ValueError, match=f"(?s){name}.*{hints.get(name, 'cannot be read')}.*; "):
             video.read_frames(tmp_path / name, 8, "linspace")
