@@ -237,6 +237,7 @@ def train_stage(config, stage, model, examples, run, processes):
     recipe = config.recipe(stage)
     steps = recipe.steps or math.ceil(recipe.epochs * examples.epoch_length / recipe.batch)
     parameters = trainable(model, stage)
+    processes.begin_stage(model)
     optimizer = make_optimizer(parameters)
     first_step = run.begin_stage(stage, steps, model, optimizer)
     for layer in model.language_model.layers:

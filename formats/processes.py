@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -51,6 +51,13 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(total)
         return total
+
+    def begin_stage(self, model):
+        """Let FSDP see which parameters learn now: else it keeps the dtypes of the first stage's gradients (pytorch 186998)."""
+        for part in model.modules() if self.is_fsdp else ():
+            if isinstance(part, FSDPModule):
+                part.unshard()
+                part.reshard()
 
     def wrap(self, model):
         """Make gradients travel between processes (DDP). FSDP's do already, see `shard`."""

@@ -170,6 +170,14 @@ def test_two_processes_equal_one(parts, tmp_path):
     assert all(torch.allclose(one[name], split[name], atol=1e-4) for name in one) and one.keys() == split.keys()
 
 
+def test_stage_two_follows_stage_one_in_bf16_under_fsdp(parts, tmp_path):
+    """LLaMA is frozen in stage 1 and learns in stage 2, in bfloat16 with float32 gradients: near the losses of fp32."""
+    own = {**parts, "steps": 6}
+    train.main(TrainConfig(**own, out=str(tmp_path / "one")))
+    torchrun({**own, "out": tmp_path / "two", "parallel": "fsdp", "precision": "bf16"})
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
+
+
 def test_a_run_resumes_on_another_number_of_processes(parts, tmp_path):
     """Begun on two processes under fsdp and ended on one, and the other way: the losses of a run left alone."""
     own = {**parts, "stages": "2", "steps": 6, "save_every": 3}
