@@ -12,7 +12,6 @@ Read `Llama.forward` first. `Llama.generate` is the same path with a cache. This
 import math
 import re
 import zlib
-from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,29 +86,26 @@ class LlamaConfig:
 
 
 class KVCache:
-    """Keys and values of B rows for L positions, allocated once: (layers, B, G, L, K) each. The first `length` are filled."""
+    """Keys and values of B rows for L positions, a pair of (B, G, L, K) for each layer. The first `length` are filled."""
 
     def __init__(self, config, rows, capacity, device, dtype):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.layers = [[torch.empty(shape, device=device, dtype=dtype) for _ in "kv"] for _ in layers]
         self.length = 0
 
     def of_layer(self, layer):
         """Return what a block needs: its keys and values (B, G, L, K), and how many positions are filled."""
-        return self.keys[layer], self.values[layer], self.length
+        return *self.layers[layer], self.length
 
     def spread(self, rows, capacity=None):
-        """Copy the filled part into a new cache, whose row i continues this cache's row rows[i]."""
-        layers, _, heads, old_capacity, size = self.keys.shape
-        other = copy(self)
-        other.keys, other.values = (
-            t.new_empty(layers, len(rows), heads, capacity or old_capacity, size) for t in (self.keys, self.values)
-        )
-        for new, old in enumerate(rows):
-            other.keys[:, new, :, : self.length] = self.keys[:, old, :, : self.length]
-            other.values[:, new, :, : self.length] = self.values[:, old, :, : self.length]
-        return other
+        """Let row i continue what was row rows[i]. A layer is replaced at a time, so that two caches are never alive."""
+        for layer in self.layers:
+            for which, old in enumerate(layer):
+                new = old.new_empty(len(rows), old.shape[1], capacity or old.shape[2], old.shape[3])
+                for row, source in enumerate(rows):
+                    new[row, :, : self.length] = old[source, :, : self.length]
+                layer[which] = new
 
 
 # ----- the decoder, from leaf to root
@@ -287,7 +283,7 @@ class Llama(nn.Module):
 
         temperature  0 takes the most likely token; else multinomial over softmax(logits / temperature)
         prefix       KVCache that every prompt continues, one row each, or None; its capacity must hold the longest prompt
-                     and max_new_tokens. It is used up: pass a copy (`KVCache.spread`)
+                     and max_new_tokens. It is used up
         on_token     called with (number of the prompt, its ids so far) for each new token
         A row's answer does not depend on the other rows: padding lies between prefix and prompt and is masked, and each
         row samples from its own generator, seeded by (seed, prompt).
@@ -332,7 +328,8 @@ class Llama(nn.Module):
                 break
             if 2 * len(running) <= len(prompt_of):  # half are done: continue with the others alone
                 keep = [row for row, prompt in enumerate(prompt_of) if prompt in running]
-                cache, pads, seen = cache.spread(keep), pads[keep], seen[keep]
+                cache.spread(keep)
+                pads, seen = pads[keep], seen[keep]
                 prompt_of, chosen = [prompt_of[row] for row in keep], [chosen[row] for row in keep]
             ids = torch.tensor(chosen, device=device)[:, None]  # (B, 1)
             positions = (past + longest + step - pads)[:, None]

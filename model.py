@@ -187,7 +187,7 @@ class LocVLM(nn.Module):
         llama.hidden(x, cache=cache)  # the prefix, once; below, each question continues a copy of it
 
         prompts = [encode_question(tokenizer, question) for of_image in questions for question in of_image]
-        cache = cache.spread(image_of, len(prefix) + max(map(len, prompts)) + max_new_tokens)
+        cache.spread(image_of, len(prefix) + max(map(len, prompts)) + max_new_tokens)
 
         def on_token(row, ids):
             on_text(row, tokenizer.decode(ids).strip())

@@ -9,9 +9,12 @@ import pytest
 import torch
 from conftest import GOLDEN, TEXT
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coords import KINDS, CoordFormat
 from llama import KVCache, Llama, LlamaConfig, Tokenizer, rotary, rotate
+from model import VARIANTS
+from tools.plan import BytesAlive
 
 PROMPTS = [[1, 5, 9], [1, 7, 8, 9, 10, 11, 12, 13], [1], [1, 30, 31, 5, 6]]
 
@@ -94,8 +97,22 @@ def test_a_shared_prefix_equals_prompts_that_spell_it_out(llama):
     cache = KVCache(TEXT, 2, 5, "cpu", torch.float32)
     with torch.inference_mode():
         llama.hidden(llama.embed_tokens(torch.tensor(prefixes)), cache=cache)
-        answers = llama.generate(PROMPTS, 12, prefix=cache.spread(rows, 5 + 8 + 12))
+        cache.spread(rows, 5 + 8 + 12)
+        answers = llama.generate(PROMPTS, 12, prefix=cache)
     assert answers == [uncached(llama, prefixes[row] + prompt, 12) for row, prompt in zip(rows, PROMPTS, strict=True)]
+
+
+def test_a_cache_is_spread_without_a_second_one():
+    """LocVLM-L's, from 4 prefixes to 128 questions: at most a sixteenth more than the new cache is alive at a time."""
+    config = VARIANTS["l"].text_config
+    with FakeTensorMode(), BytesAlive([]) as alive:
+        cache = KVCache(config, 4, 650, "cpu", torch.bfloat16)
+        cache.length = 650
+        cache.spread([row // 32 for row in range(128)], 800)
+        for keep in (range(60), range(20)):  # half of the questions are answered
+            before = alive.now
+            cache.spread(list(keep))
+            assert alive.peak <= 2 * 2 * 32 * 128 * 32 * 800 * 128 * 17 / 16 and alive.now < before
 
 
 def test_an_answer_ends_before_its_end_token(llama):
