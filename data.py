@@ -421,7 +421,8 @@ def collate(rows):
     answers               long (3, A): for each of A answer tokens its row, the column that predicts it, and its id
     The lookup runs here, on the CPU, so that a GPU never waits for it.
     """
-    longest = max(len(row["input_ids"]) for row in rows)
+    multiple = 128 if torch.cuda.is_available() else 1  # cuDNN's attention builds a graph for each length
+    longest = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
 
     def padded(key, fill):
         return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])  # (B, T)

@@ -303,7 +303,7 @@ def build_records(config, processes):
     """
     sources = config.sources or world_sources(config, processes)
     records, skipped = read_records(sources, image_ids_of(config.exclude))
-    bad = unreadable(records)
+    bad = processes.from_first(partial(unreadable, records))
     records = [record for record in records if record.image not in bad]
     wrong = {reason: count for reason, count in skipped.items() if not reason.startswith(HARMLESS)}
     if clips := [] if config.is_about_clips else [record.id for record in records if record.is_clip]:
@@ -427,7 +427,8 @@ def main(config):
 
     # 2 data and model
     records, sources = build_records(config, processes)
-    model = build_model(config, "meta" if processes.is_fsdp and processes.rank > 0 else "cpu")  # whole in one process only
+    whole = "cpu" if processes.is_fsdp else processes.device  # with fsdp, whole in one process only
+    model = build_model(config, "meta" if processes.is_fsdp and processes.rank > 0 else whole)
     features = None
     if config.features or config.is_about_clips:
         records, features = open_features(config, records, model, processes)

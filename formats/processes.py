@@ -33,6 +33,7 @@ class Processes:
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)  # before anything asks CUDA: fsdp gathers on the current device
+            torch.backends.cuda.enable_math_sdp(False)  # attention that no fused kernel takes raises an error, and takes no GiBs
         for batch in [config.recipe(stage).batch for stage in config.stage_list]:
             if batch % world and not config.dry_run:
                 fix = max(1, round(batch / world)) * world
@@ -44,6 +45,13 @@ class Processes:
         has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16)
         return cls(rank, world, device, torch.bfloat16 if bf16 else torch.float32, is_fsdp)
+
+    def from_first(self, make):
+        """Return make() of rank 0 to all processes."""
+        made = [make() if self.rank == 0 or not dist.is_initialized() else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(made, device=torch.device("cpu"))
+        return made[0]
 
     def sum(self, value):
         """Sum a number over all processes: a float64 tensor on the device."""

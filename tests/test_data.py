@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import LLAVA
 
 import data
@@ -18,6 +19,7 @@ from data import (
     Object,
     Record,
     Wording,
+    collate,
     draw_questions,
     encode_prefix,
     encode_segment,
@@ -235,6 +237,16 @@ def test_a_batch_mixes_rows_with_and_without_an_image(coco, tokenizer):
     assert text == [1, *tokenizer.encode(data.SYSTEM + " USER: Say hi. ASSISTANT:"), *tokenizer.encode("Hi."), 2]
     alone, _ = examples_of(examples.records[-1:], tokenizer).batch([0])
     assert alone["pixel_values"].shape == (0, 3, 28, 28)
+
+
+def test_rows_are_padded_to_few_lengths_beside_a_gpu(tokenizer, monkeypatch):
+    """cuDNN's attention builds a graph for each length. The answers stay where they are."""
+    rows = [pack([1], [([5, 6, 7], [IGNORE, 6, 7])], 200), pack([1, 2], [([5] * 150, [5] * 150)], 200)]
+    plain = collate(rows)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    padded = collate(rows)
+    assert padded["input_ids"].shape == padded["positions"].shape == (2, 256) and torch.equal(padded["answers"], plain["answers"])
+    assert torch.equal(padded["input_ids"][:, :152], plain["input_ids"]) and not padded["input_ids"][:, 152:].any()
 
 
 def test_weights_say_how_often_an_epoch_draws_an_image(tokenizer):

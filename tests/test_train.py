@@ -23,7 +23,9 @@ import formats.features
 import train
 from clip_vit import CLIPVisionTower
 from formats import run_folder
+from formats.fast_cpu import keep_freed_memory
 from formats.files import read_json, write_json
+from formats.processes import Processes
 from formats.weights import write_tensors
 from llama import Llama
 from model import LocVLM
@@ -176,6 +178,21 @@ def test_stage_two_follows_stage_one_in_bf16_under_fsdp(parts, tmp_path):
     train.main(TrainConfig(**own, out=str(tmp_path / "one")))
     torchrun({**own, "out": tmp_path / "two", "parallel": "fsdp", "precision": "bf16"})
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
+
+
+def test_one_process_looks_at_the_images_and_tells_the_others(monkeypatch):
+    told = []
+    monkeypatch.setattr("formats.processes.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("formats.processes.dist.broadcast_object_list", lambda made, device: told.append(made) or made.__setitem__(0, 7))
+    device = torch.device("cpu")
+    first, second = (Processes(rank, 2, device, torch.float32, False) for rank in (0, 1))
+    assert first.from_first(lambda: 7) == second.from_first(lambda: 1 / 0) == 7 and len(told) == 2
+
+
+def test_freed_memory_is_not_kept_beside_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: 1 / 0)
+    keep_freed_memory()
 
 
 def test_a_run_resumes_on_another_number_of_processes(parts, tmp_path):
