@@ -217,20 +217,12 @@ def tokenizer_json(tokenizer, special):
     bos = tokenizer.piece(tokenizer.bos_token_id)
     start = {"SpecialToken": {"id": bos, "type_id": 0}}
     text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {
-        "version": "1.0",
+    return read_json(Path(__file__).with_name("tokenizer.json")) | {
         "added_tokens": [{"id": i, "single_word": False, **token} for i, token in special.items()],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        ]},
         "post_processor": {
             "type": "TemplateProcessing", "single": [start, text], "pair": [start, text, second],
             "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_token_id], "tokens": [bos]}},
         },
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        ]},
         "model": {
             "type": "BPE", "unk_token": tokenizer.piece(tokenizer.unk_token_id), "fuse_unk": True, "byte_fallback": True,
             "vocab": vocab, "merges": [f"{left} {right}" for *_, left, right in merges],
