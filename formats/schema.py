@@ -36,9 +36,11 @@ class Problems(dict):
 
 def identity(value):
     """a number or a text"""
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or value == "":
-        raise ValueError
-    return str(int(value) if isinstance(value, float) and value == int(value) else value)
+    if type(value) is int or (type(value) is str and value):
+        return str(value)
+    if type(value) is float and value == int(value):
+        return str(int(value))
+    raise ValueError
 
 
 def number(value):
@@ -144,8 +146,8 @@ class Box(NamedTuple):
     name: str
     box_px: tuple | None
     is_crowd: bool
-    description: str | None
     frame: int | None
+    description: str | None
 
 
 def require_lists(content, needs, path, expected):
@@ -203,7 +205,7 @@ def category_rows(content, path, problems):
     """
     rows = [(*values(row, f"{path}: category {index}", id=identity, name=words), row.get("supercategory"))
             for index, row in enumerate(content["categories"])]  # fmt: skip
-    used = {str(a["category_id"]) for a in content["annotations"]}
+    used = {str(a["category_id"]).removesuffix(".0") for a in content["annotations"]}
     parents = {str(parent) for _, name, parent in rows if parent != name}
     names, first_of = {}, {}
     for i, name, _ in rows:
@@ -231,7 +233,7 @@ def coco_rows(content, path, problems, key="images"):
     keys = {key: IMAGE_KEYS | more[0], "annotations": {f"{key[:-1]}_id", "category_id"} | more[1], "categories": {"id", "name"}}
     require_lists(content, keys, path, expected)
     (owners, alias), names = owner_rows(content, path, problems, key), category_rows(content, path, problems)
-    boxes, seen, unsure, unsure_everywhere = {i: [] for i in owners}, set(), set(), set()
+    boxes, unsure, unsure_everywhere = {i: [] for i in owners}, set(), set()
     for index, a in enumerate(content["annotations"]):
         where = f"annotation {a.get('id', index)}"
         owner, category = values(a, f"{path}: {where}", **{f"{key[:-1]}_id": identity, "category_id": identity})
@@ -246,14 +248,13 @@ def coco_rows(content, path, problems, key="images"):
             unsure.add(i)
         elif key == "videos" and not (isinstance(a.get("frame"), int) and 0 <= a["frame"] < owners[i][2]):
             problems.add("annotations of frames beyond their clip's last", f"{where}: no frame {a.get('frame')}")
-            boxes[i].append(Box(names[category], None, True, None, 0))
+            boxes[i].append(Box(names[category], None, True, 0, None))
         else:
             box = box_row(a, names[category], owners[i][1], where, problems)
-            if box.box_px and (i, box[:3], box.frame) in seen:
+            if box.box_px and any(box[:4] == other[:4] for other in boxes[i]):
                 problems.add("annotations that repeat another one", f"{where}: {box.name} {a['bbox']} is there twice")
-                continue
-            seen.add((i, box[:3], box.frame))
-            boxes[i].append(box)
+            else:
+                boxes[i].append(box)
     if content["annotations"] and not any(boxes.values()):
         first = next(text for texts in problems.values() for text in texts if text.startswith("annotation"))
         raise ValueError(f"{path}: none of its annotations belongs to its images and categories (the first: {first})")
@@ -274,7 +275,7 @@ def box_row(a, name, size, where, problems):
             problems.add("parts of boxes over the edge of their image", f"{where}: bbox {a['bbox']} is cut at {size}")
     except ValueError as error:
         problems.add(f"boxes where bbox {error}", f"{where}: bbox {str(a.get('bbox'))[:80]} {error}")
-    return Box(name, box_px, is_crowd, words(text) if isinstance(text, str) and text.strip() else None, a.get("frame"))
+    return Box(name, box_px, is_crowd, a.get("frame"), words(text) if isinstance(text, str) and text.strip() else None)
 
 
 def caption_rows(content, path, problems):

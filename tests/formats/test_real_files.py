@@ -68,6 +68,8 @@ def test_a_parent_category_without_boxes_is_never_absent(instances):
     assert absent == {"a.png": {"dog", "cup"}, "b.png": {"cat", "cup"}} and "parent of others" in reasons and is_clean(path)
     used = instances(categories=parent + children, annotations=[*BOXES, changed(BOXES[0], category_id=0)])
     assert read(used)[1]["b.png"] == {"animals", "cat", "cup"}
+    by_float = instances(categories=parent + children, annotations=[*BOXES, changed(BOXES[0], category_id=0.0)])
+    assert read(by_float)[1]["b.png"] == {"animals", "cat", "cup"}
     person = instances(categories=[*CATEGORIES, {"id": 4, "name": "person", "supercategory": "person"}])
     assert "person" in read(person)[1]["a.png"]
 
