@@ -1,7 +1,7 @@
 """A world of coloured shapes, written in COCO's formats, so that it is read as real data is: `python -m tiny.shapes FOLDER`.
 
-Everything is a function of a seed. Captions and questions never say left, right, above or below, and go from large shapes to
-small ones, so that a model learns sides from coordinates and descriptions alone. `tiny.moving` sets the shapes in motion.
+Everything is a function of a seed. Captions and conversations never say left, right, above or below, and go from large shapes
+to small ones, so that a model learns sides from coordinates and descriptions alone. `tiny.moving` sets the shapes in motion.
 """
 
 import random
@@ -20,6 +20,7 @@ COLOURS, CATEGORY_IDS, SIZES, OUTLINES = read_json(Path(__file__).with_name("sha
 NAMES = tuple(CATEGORY_IDS)
 FIRST_IDS = {"train": 1, "val": 1_000_001}  # of images and clips: those of train and val differ, as COCO's do
 SPLITS = {"train": 4000, "val": 300}  # images
+GQA_TYPES = {"How": "number", "What colour": "colour", "Is there": "presence", "Is the": "colour, yes or no", "Which": "size"}
 SCALE = 3  # pictures are painted this many times larger, then reduced: smooth edges
 
 
@@ -131,6 +132,20 @@ class Scene:
         rng.shuffle(rows)
         return rows
 
+    def side_quiz(self, rng):
+        """Draw such rows about a pair's sides, which no conversation has: the right side, the wrong one, and which it is."""
+        unique, rows = self.unique(), []
+        a, b = rng.sample(unique, 2) if len(unique) > 1 else (None, None)
+        sides = zip(("left or right", "above or below"), self.side_of(a, b), self.side_of(b, a), strict=True) if a else ()
+        for choice, true, false in sides:
+            if true:
+                of = " of" * choice.startswith("left")
+                truth = f"the {a.name} is {true}{of} the {b.name}."
+                rows.append((f"Is the {a.name} {true}{of} the {b.name}?", "Yes.", "yes"))
+                rows.append((f"Is the {a.name} {false}{of} the {b.name}?", f"No, {truth}", "no"))
+                rows.append((f"Is the {a.name} {choice}{of} the {b.name}?", truth.capitalize(), true))
+        return rows
+
 
 def enumerate_words(words):
     """Join words as in a sentence: 'a, b and c'."""
@@ -169,7 +184,7 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
 
     images/ID.png                                   the pictures
     captions_SPLIT.json, conversations_SPLIT.json   COCO's and LLaVA's
-    gqa_SPLIT.json          GQA's: the conversations' questions that one word answers
+    gqa_SPLIT.json          GQA's: the conversations' questions that one word answers, and others about sides
     refs_SPLIT.json         RefCOCO's refs, in JSON: three things that people might call a shape
     instances_SPLIT.json    COCO's, and a pseudo-caption for each annotation. Written last: a split that has it is complete
     """
@@ -192,12 +207,16 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
                 row = {"ref_id": str(number), "file_name": file_name, "size": scene.size, "split": split, "bbox": bbox}
                 refs.append(row | {"sentences": [(f"{number}-{i}", sentence) for i, sentence in sentences]})
             captions.append({"id": len(captions) + 1, "image_id": image_id, "caption": scene.caption(rng)})
-            for number, (question, answer, short) in enumerate(scene.quiz(rng, names)):
-                turns = [{"from": "human", "value": "<image>\n" + question}, {"from": "gpt", "value": answer}]
-                talks.append({"id": f"{image_id}_{number}", "image": file_name, "conversations": turns})
+            quiz, sides = scene.quiz(rng, names), scene.side_quiz(random.Random(f"{seed} {split} {index} sides"))
+            for number, (question, answer, short) in enumerate(quiz + sides):
+                kind = "side" + ", yes or no" * (short in ("yes", "no"))
+                if number < len(quiz):
+                    turns = [{"from": "human", "value": "<image>\n" + question}, {"from": "gpt", "value": answer}]
+                    talks.append({"id": f"{image_id}_{number}", "image": file_name, "conversations": turns})
+                    kind = next((kind for start, kind in GQA_TYPES.items() if question.startswith(start)), None)
                 if short:
                     row = {"question": question, "answer": short, "fullAnswer": answer, "imageId": stem, "isBalanced": True}
-                    gqa[f"{image_id}_{number}"] = row
+                    gqa[f"{image_id}_{number}"] = row | {"types": {"detailed": kind}}
         coco, info = {"images": pictures, "annotations": captions}, {"description": "shapes world", "seed": seed}
         instances = {"info": info, "images": pictures, "annotations": annotations, "categories": categories}
         files = {"captions": coco, "conversations": talks, "gqa": gqa, "refs": {"refs": refs}, "instances": instances}

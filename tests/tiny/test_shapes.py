@@ -1,7 +1,9 @@
 """The shapes world is what it says it is."""
 
+import hashlib
 import json
 import random
+import re
 
 import numpy as np
 
@@ -85,6 +87,26 @@ def test_a_word_answers_what_a_sentence_does(tmp_path):
     assert all(row["answer"] in row["fullAnswer"].lower().strip(".").replace(",", "").split() for row in rows.values())
     starts = {row["question"].split()[0] for row in rows.values()}
     assert starts == {"How", "What", "Is", "Which"} and "What is in" not in str(rows)
+
+
+def test_questions_about_sides_are_true_and_gqas_alone(tmp_path):
+    """As many are answered yes as no. Their generator is their own: the other files are those of a world without them."""
+    for scene, rng in scenes(200):
+        shapes = {shape.name: shape.box_px for shape in scene.unique()}
+        rows = scene.side_quiz(rng)
+        assert [short for *_, short in rows].count("yes") == [short for *_, short in rows].count("no") == len(rows) / 3
+        for question, answer, short in rows:
+            one, sides, other = re.fullmatch(r"Is the (\w+) (.+?)(?: of)? the (\w+)\?", question).groups()
+            (x1, y1, x2, y2), (u1, v1, u2, v2) = shapes[one], shapes[other]
+            truths = {"left" if x1 + x2 < u1 + u2 else "right", "above" if y1 + y2 < v1 + v2 else "below"}
+            assert (sides in truths) == (short == "yes") and (short in truths or short in ("yes", "no"))
+            assert answer == "Yes." or truths & set(answer.split()) and short in answer.lower()
+    write_world(tmp_path, {"val": 30})
+    types = [row["types"]["detailed"] for row in json.loads((tmp_path / "gqa_val.json").read_text()).values()]
+    assert types.count("side") > 15 and types.count("side, yes or no") == 2 * types.count("side") and types.count("number") == 30
+    assert not re.search("left|right|above|below", (tmp_path / "conversations_val.json").read_text())
+    digest = hashlib.sha256((tmp_path / "conversations_val.json").read_bytes() + (tmp_path / "refs_val.json").read_bytes())
+    assert digest.hexdigest()[:16] == "d2e2fd12d15ee2ee"
 
 
 def test_refs_call_a_shape_what_it_is(tmp_path):
