@@ -11,6 +11,7 @@ from math import sqrt
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from data import article
 from formats.files import read_json, run_command, write_json, writing
@@ -177,7 +178,7 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
     categories = [{"id": CATEGORY_IDS[name], "name": name, "supercategory": "shape"} for name in names]
     for split, count in images.items():
         pictures, annotations, captions, talks, gqa, refs = [], [], [], [], {}, []
-        for index in range(count):
+        for index in tqdm(range(count), desc=split, disable=None):
             rng, image_id = random.Random(f"{seed} {split} {index}"), index + FIRST_IDS.get(split, 1)
             scene, stem, file_name = draw_scene(rng, names), f"{image_id:012d}", f"{image_id:012d}.png"
             scene.render(rng).save(Path(folder) / "images" / file_name)
