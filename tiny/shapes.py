@@ -181,7 +181,7 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
         for index in tqdm(range(count), desc=split, disable=None):
             rng, image_id = random.Random(f"{seed} {split} {index}"), index + FIRST_IDS.get(split, 1)
             scene, stem, file_name = draw_scene(rng, names), f"{image_id:012d}", f"{image_id:012d}.png"
-            scene.render(rng).save(Path(folder) / "images" / file_name)
+            scene.render(rng).save(Path(folder) / "images" / file_name, compress_level=1)  # as in tiny.moving
             pictures.append({"id": image_id, "file_name": file_name, "width": scene.size[0], "height": scene.size[1]})
             for number, shape in enumerate(scene.shapes, start=len(annotations) + 1):
                 x1, y1, x2, y2 = shape.box_px
