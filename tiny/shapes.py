@@ -1,7 +1,8 @@
 """A world of coloured shapes, written in COCO's formats, so that it is read as real data is: `python -m tiny.shapes FOLDER`.
 
-Everything is a function of a seed. Captions and questions never say left, right, above or below, and go from large shapes to
-small ones, so that a model learns sides from coordinates and descriptions alone. `tiny.moving` sets the shapes in motion.
+Everything is a function of a seed. Captions and conversations never say left, right, above or below, and go from large shapes to
+small ones: about sides, these files teach only coordinates and descriptions (the tiny LLaMA has read of sides before, see
+tiny.make_llama). `tiny.moving` sets the shapes in motion.
 """
 
 import random
