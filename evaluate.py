@@ -159,11 +159,13 @@ def accuracy(items):
 
 
 def locpred_metrics(items):
-    """Points have no IoU and no extent: their "acc@0.5" counts what lies in the true box, and two figures are NaN."""
+    """Points have no IoU and no extent: their "acc@0.5" counts what lies in the true box, and three figures are NaN."""
+    ious = [item.truth["iou"] for item in items if "iou" in item.truth]
     with_iou = [item for item in items if item.boxes_px and "iou" in item.truth]
     return {
         "acc@0.5": mean(item.correct for item in items),
-        "mean IoU": mean(item.truth["iou"] for item in items if "iou" in item.truth),
+        "acc@0.75": mean(iou >= 0.75 for iou in ious),
+        "mean IoU": mean(ious),
         "no box": mean(not item.boxes_px for item in items),
         "box outside image": mean(bool(fault(item.boxes_px[0], item.size)) for item in with_iou),
     }

@@ -37,7 +37,7 @@ from formats.files import run_command, some
 from formats.images import are_faces_blurred
 from formats.meter import Meter
 from formats.processes import Processes, prefetched, shard, whole_state_dict
-from formats.run_folder import RunFolder
+from formats.run_folder import RunFolder, print_next
 from formats.schema import HARMLESS
 from model import ADAPTERS, LocVLM
 from tiny.moving import ensure_clips
@@ -302,6 +302,8 @@ def build_records(config, processes):
     Without --data these are the shapes world or, for clips, the moving world, written first if it does not exist.
     """
     sources = config.sources or world_sources(config, processes)
+    if processes.rank == 0:
+        print("reading " + ", ".join(path for path, *_ in sources))
     records, skipped = read_records(sources, image_ids_of(config.exclude))
     bad = processes.from_first(partial(unreadable, records))
     records = [record for record in records if record.image not in bad]
@@ -427,6 +429,8 @@ def main(config):
 
     # 2 data and model
     records, sources = build_records(config, processes)
+    if processes.rank == 0:
+        print("loading " + (config.init_from or "the tower and LLaMA"))
     whole = "cpu" if processes.is_fsdp else processes.device  # with fsdp, whole in one process only
     model = build_model(config, "meta" if processes.is_fsdp and processes.rank > 0 else whole)
     features = None
@@ -456,8 +460,10 @@ def main(config):
         dist.barrier()
         dist.destroy_process_group()
         os.environ["WORLD_SIZE"] = "1"
-    if processes.rank == 0 and config.evaluate:
-        evaluate_held_out(config, sources)
+    if processes.rank == 0:
+        if config.evaluate:
+            evaluate_held_out(config, sources)
+        print_next(config, records, model.config.location)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ complete, its folder is renamed: a kill or a full disk leaves the one before. An
 """
 
 import json
+import shlex
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
 
+from data import LOC_PROMPTS, REPR
 from formats.files import read_json, require_file, write_json, write_rows, writing
 from formats.journal import read_journal, require_same_options
 
@@ -115,3 +117,15 @@ class RunFolder:
             path.rename(path.with_suffix(""))
             for stage, step in self.complete()[:-KEEP]:
                 shutil.rmtree(self.folder / f"state/{stage}-{step}")
+
+
+def print_next(config, records, location):
+    """Print what to try with a finished run: look at its page, ask it a question, train on other data."""
+    page, record = Path(config.out) / "eval/report.html", next((r for r in records if r.image and r.objects), None)
+    if page.is_file():
+        print(f"look:  {page}")
+    if record and config.stages != "1":  # which teaches no questions
+        question = LOC_PROMPTS[2].format(category=record.objects[0].name, repr=REPR[location])
+        words = "python", "evaluate.py", config.out, "--image", str(record.image), "--ask", question
+        print(f"ask:   {shlex.join(words)}")
+    print("train: docs/data.md, on images of your own")

@@ -54,6 +54,8 @@ def test_locpred_counts_iou_of_the_first_box():
     assert not judged(judge_loc, "(200, 200, 210, 210) or (0, 0, 100, 100)", box_px=box_px).correct
     items = [judged(judge_loc, text, box_px=box_px) for text in ("(0, 0, 100, 100)", "no", "(0, 0, 300, 50)")]
     metrics = evaluate.locpred_metrics(items)
+    tight = [judged(judge_loc, f"(0, 0, 100, {y2})", box_px=box_px) for y2 in (75, 74)]
+    assert evaluate.locpred_metrics(tight)["acc@0.75"] == 1 / 2 and metrics["acc@0.75"] == 1 / 3
     assert metrics["acc@0.5"] == 1 / 3 and metrics["no box"] == 1 / 3 and metrics["box outside image"] == 1 / 2
     assert metrics["mean IoU"] == pytest.approx((1 + 0 + 5000 / 20000) / 3)
 
@@ -65,7 +67,7 @@ def test_points_count_inside_the_true_box():
     item.answer = "It is located at (0, 1)"
     judge_loc(item, Wording(CoordFormat("ivb", 224), location="point"))
     metrics = evaluate.locpred_metrics([item])
-    assert metrics["acc@0.5"] == 1 and math.isnan(metrics["mean IoU"]) and math.isnan(metrics["box outside image"])
+    assert metrics["acc@0.5"] == 1 and all(math.isnan(metrics[name]) for name in ("acc@0.75", "mean IoU", "box outside image"))
 
 
 def test_negpred_wants_the_refusal():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -587,6 +588,27 @@ def test_bad_files_are_refused_or_left_out_and_counted(parts, tmp_path, capsys):
     train.main(TrainConfig(**own, skip_bad=True, evaluate=False, out=str(tmp_path / "run")))
     out = capsys.readouterr().out
     assert "22 images" in out and "skipped: 1 boxes" in out and "skipped: 2 images that cannot be read" in out
+
+
+def test_its_last_lines_say_what_to_try_next(parts, tmp_path, capsys, monkeypatch):
+    """The command that is printed is accepted, and asks about an object of the image it names. Stage 1 teaches no questions."""
+    monkeypatch.setattr(evaluate, "main", lambda argv: write_json(tmp_path / "a run/eval/report.html", {}))
+    write_json(world_of(parts) / "instances_val.json", {})
+    config = {**parts, "stages": "2", "steps": 1, "out": str(tmp_path / "a run")}
+    train.main(TrainConfig(**config))
+    (world_of(parts) / "instances_val.json").unlink()
+    *before, look, ask, last = capsys.readouterr().out.splitlines()
+    before = [line.split()[0] for line in before]
+    assert before[0] == "reading" and "loading" in before, "what happens before the bar moves"
+    assert look.endswith("a run/eval/report.html") and "docs/data.md" in last
+    args = evaluate.parse(shlex.split(ask.partition(" evaluate.py ")[2]))
+    name = Path(args.image).name
+    instances = read_json(world_of(parts) / "instances_train.json")
+    number = next(image["id"] for image in instances["images"] if image["file_name"] == name)
+    present = {a["category_id"] for a in instances["annotations"] if a["image_id"] == number}
+    assert args.run == config["out"] and any(c["name"] in args.ask for c in instances["categories"] if c["id"] in present)
+    train.main(TrainConfig(**{**config, "stages": "1", "out": str(tmp_path / "one")}, evaluate=False))
+    assert "evaluate.py" not in (out := capsys.readouterr().out) and "report.html" not in out and out.endswith("of your own\n")
 
 
 def test_a_dry_run_writes_nothing(parts, tmp_path, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from formats.files import run_command, write_json
 from tiny import shapes as world
@@ -128,7 +129,7 @@ def write_clips(folder, clips=CLIPS, frames=8, seed=0):
     categories = [{"id": i, "name": name, "supercategory": "shape", "isthing": 1} for name, i in world.CATEGORY_IDS.items()]
     for split, count in clips.items():
         videos, annotations, talks, questions, answers = [], [], [], [], []
-        for index in range(count):
+        for index in tqdm(range(count), desc=split, disable=None):
             rng, clip_id = random.Random(f"{seed} clip {split} {index}"), f"{index + world.FIRST_IDS.get(split, 1):012d}"
             clip = draw_clip(rng, frames)
             images, (width, height) = list(clip.render(rng)), clip.scene.size

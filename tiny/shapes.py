@@ -1,7 +1,8 @@
 """A world of coloured shapes, written in COCO's formats, so that it is read as real data is: `python -m tiny.shapes FOLDER`.
 
-Everything is a function of a seed. Captions and conversations never say left, right, above or below, and go from large shapes
-to small ones, so that a model learns sides from coordinates and descriptions alone. `tiny.moving` sets the shapes in motion.
+Everything is a function of a seed. Captions and conversations never say left, right, above or below, and go from large shapes to
+small ones: about sides, these files teach only coordinates and descriptions (the tiny LLaMA has read of sides before, see
+tiny.make_llama). `tiny.moving` sets the shapes in motion.
 """
 
 import random
@@ -11,6 +12,7 @@ from math import sqrt
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from data import article
 from formats.files import read_json, run_command, write_json, writing
@@ -192,10 +194,10 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
     categories = [{"id": CATEGORY_IDS[name], "name": name, "supercategory": "shape"} for name in names]
     for split, count in images.items():
         pictures, annotations, captions, talks, gqa, refs = [], [], [], [], {}, []
-        for index in range(count):
+        for index in tqdm(range(count), desc=split, disable=None):
             rng, image_id = random.Random(f"{seed} {split} {index}"), index + FIRST_IDS.get(split, 1)
             scene, stem, file_name = draw_scene(rng, names), f"{image_id:012d}", f"{image_id:012d}.png"
-            scene.render(rng).save(Path(folder) / "images" / file_name)
+            scene.render(rng).save(Path(folder) / "images" / file_name, compress_level=1)  # as in tiny.moving
             pictures.append({"id": image_id, "file_name": file_name, "width": scene.size[0], "height": scene.size[1]})
             for number, shape in enumerate(scene.shapes, start=len(annotations) + 1):
                 x1, y1, x2, y2 = shape.box_px

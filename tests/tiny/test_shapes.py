@@ -37,7 +37,7 @@ def test_boxes_are_tight_around_what_is_painted():
 
 
 def test_captions_and_conversations_say_nothing_of_sides():
-    """What a model knows of left and right must come from coordinates or descriptions."""
+    """Of the files that models train on, only coordinates and descriptions may tell of left and right."""
     for scene, rng in scenes(300):
         text = scene.caption(rng) + " ".join(q + a for q, a, _ in scene.quiz(rng))
         words = set(text.replace(".", " ").replace("?", " ").split())
