@@ -60,7 +60,7 @@ def parse(argv):
         (not (task and task.after) and (args.judgements or args.judge_url), f"{name} takes no judge; leave out its options"),
         *((getattr(args, o) and o not in options, f"{name} has no --{o}") for o in ("answers", "split", "short")),
     ])
-    args.max_new_tokens = args.max_new_tokens or (1024 if task and task.after else 64)
+    args.max_new_tokens = args.max_new_tokens or (None if task and task.after else 64)
     return args
 
 
@@ -117,6 +117,8 @@ def main(argv=None):
     rank, world, wait = processes = start_processes()
     model = None if args.score and not (Path(args.run) / "config.json").is_file() else evaluate.Answerer(args, world)
     config = model.config if model else LocVLMConfig()
+    if model and not args.max_new_tokens:  # judged answers may be long; half of the context is the question's
+        model.decoding["max_new_tokens"] = min(1024, config.text_config.max_position_embeddings // 2)
     if not model:
         print(f"{args.run} holds no model: boxes are read as {config.coord_format()}")
     wording = evaluate.wording_of(args, config)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TEXT
 from PIL import ImageOps
 
 import evaluate
@@ -203,7 +203,7 @@ def test_answers_about_annotated_images_and_clips_are_scored_without_them(run, t
 
 
 def test_judged_answers_may_be_long(capsys):
-    for name, more, tokens in (("pope", [], 64), ("msvd-qa", [], 1024), ("msvd-qa", ["--max-new-tokens", "9"], 9)):
+    for name, more, tokens in (("pope", [], 64), ("msvd-qa", [], None), ("msvd-qa", ["--max-new-tokens", "9"], 9)):
         assert parse([name, "r", "--questions", "q", "--images", "i", *more]).max_new_tokens == tokens
     assert parse(["hal", "r"]).max_new_tokens == evaluate.parse(["r"]).max_new_tokens == 64
 
@@ -366,6 +366,11 @@ def test_a_judge_is_asked_once_about_each_answer(run, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "clips-qa", task)
     (tmp_path / "q.json").write_text("[]")
     words = ["clips-qa", run[1], "--questions", str(tmp_path / "q.json"), "--images", str(tmp_path / "clips")]
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr("formats.eval_folder.run_jobs", lambda args, jobs, wording, model, processes: asked.append(model.decoding))
+        main(words)
+    assert asked[0]["max_new_tokens"] == TEXT.max_position_embeddings // 2, "1,024 in a model that has room for them"
     words += ["--max-new-tokens", "3"]
     main(words)
     folder = Path(run[1]) / "eval"
