@@ -27,7 +27,7 @@ import torch
 
 from clip_vit import open_image, preprocess
 from coords import CoordFormat, iou
-from formats.clips import find_clips, missing_clips
+from formats.clips import find_clip, find_clips, missing_clips
 from formats.files import read_json, require_file
 from formats.schema import Problems, coco_rows, llava_rows
 
@@ -145,10 +145,11 @@ def read_llava(path, images, content=None, problems=None):
     rows = llava_rows(content, path, problems)
     clips = find_clips(images) if any(row.clip for row in rows) else {}
     for row in rows:
-        if row.clip and row.clip not in clips:
+        clip = row.clip and find_clip(clips, images, row.clip)
+        if row.clip and not clip:
             missing.append(row.clip)
             continue
-        image = clips[row.clip] if row.clip else Path(images) / row.image if row.image else None
+        image = clip or (Path(images) / row.image if row.image else None)
         record = Record(row.id, image, row.size, conversations=(row.turns,) if row.turns else (), is_clip=bool(row.clip))
         if row.boxes_px is not None:
             objects = map(Object, row.names, row.boxes_px, row.descriptions)
@@ -483,7 +484,7 @@ class Examples:
         has_boxes = [record for record in records if record.present or record.absent] if is_asked else []
         if has_boxes and not any(targets_of(record, "object", wording, random.Random(0)) for record in has_boxes):
             raise ValueError(
-                f"no box to ask for in {len(has_boxes)} images: in each, every valid box shares its category with another; "
+                f"no box to ask for in {len(has_boxes)} images: boxes are missing, invalid, or share their category with another; "
                 "list the problems with `python -m tools.check`, or train without loc and rev: --objectives neg"
             )
         if not self.records:

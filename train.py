@@ -38,7 +38,7 @@ from formats.images import are_faces_blurred
 from formats.meter import Meter
 from formats.processes import Processes, prefetched, shard, whole_state_dict
 from formats.run_folder import RunFolder, print_next
-from formats.schema import HARMLESS
+from formats.schema import HARMLESS, NOTES
 from model import ADAPTERS, LocVLM
 from tiny.moving import ensure_clips
 from tiny.shapes import ensure_world, write_world
@@ -322,7 +322,7 @@ def build_records(config, processes):
             print("faces are not blurred in all of these images; the paper blurs them first (App. C): python -m tools.blur")
         print(
             f"{len(records)} images, {sum(len(r.objects) for r in records)} unique objects"
-            + "".join(f"; skipped: {count} {reason}" for reason, count in skipped.items() if count)
+            + "".join(f"; {'note' if reason.startswith(NOTES) else 'skipped'}: {n} {reason}" for reason, n in skipped.items() if n)
         )
     return records, sources
 

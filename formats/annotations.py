@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data import Object, Record, read_coco, read_llava
 from formats import schema
-from formats.clips import find_clips, missing_clips
+from formats.clips import find_clip, find_clips, missing_clips
 from formats.files import naming, read_rows, read_text, require_file
 from formats.images import image_problem, split_zip
 
@@ -72,14 +72,15 @@ def read_clips(path, folder, content, problems):
     owners, boxes, absent = schema.coco_rows(content, path, problems, "videos")
     clips = find_clips(folder) if str(folder) else {name: Path(name) for name, *_ in owners.values()}  # --score opens none
     for clip, (name, size, count) in owners.items():
-        if name not in clips:
+        found = find_clip(clips, folder, name)
+        if not found:
             missing.append(name)
             continue
         frames, present = [[] for _ in range(count)], {box.name for box in boxes[clip]}
         for box in boxes[clip]:
             frames[box.frame].append((box.name, None if box.is_crowd else box.box_px))
         names, objects = tuple(name for name in absent[clip] if name not in present), tuple(static_objects(frames, size))
-        records.append(Record(clip, clips[name], size, objects, tuple(sorted(present)), names, is_clip=True))
+        records.append(Record(clip, found, size, objects, tuple(sorted(present)), names, is_clip=True))
     return records, problems.count() + missing_clips(missing, len(records), path, folder)
 
 
@@ -94,6 +95,7 @@ def merge(records):
         first = merged.setdefault(key, record)
         if first is record:
             continue
+        record = respelled(record, first)
         objects, others = ({o.name: o for o in r.objects} for r in (first, record))
         for name, o in others.items():
             same = objects.setdefault(name, o)  # the description comes from whichever file has one
@@ -110,6 +112,17 @@ def merge(records):
             captions=first.captions + record.captions, conversations=first.conversations + record.conversations,
         )  # fmt: skip
     return list(merged.values())
+
+
+def respelled(record, first):
+    """Spell a record's categories as another record does that has them in other case."""
+    spelled = {name.casefold(): name for name in first.present + first.absent}
+
+    def spell(names):
+        return tuple(spelled.get(name.casefold(), name) for name in names)
+
+    objects = tuple(replace(o, name=name) for o, name in zip(record.objects, spell([o.name for o in record.objects]), strict=True))
+    return replace(record, objects=objects, present=spell(record.present), absent=spell(record.absent))
 
 
 def read_records(sources, exclude=()):

@@ -42,6 +42,12 @@ def find_clips(folder):
     return {path.stem: path for path in files} | {path.name: path for path in files + folders}
 
 
+def find_clip(clips, folder, name):
+    """Return the path of a clip that annotations name: by find_clips, or with its sub-folders; None if it is missing."""
+    inside = Path(folder, name)
+    return clips.get(name) or (inside if str(folder) and (inside.exists() or images.has_image(inside)) else None)
+
+
 def missing_clips(names, found, path, folder):
     """Count the clips of an annotation file that are not in their folder. Raise FileNotFoundError if none was found."""
     names = sorted(set(names))

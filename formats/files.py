@@ -75,7 +75,7 @@ def read_text(path):
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} cannot be read ({error}); is it another file?") from None
+        raise ValueError(f"{path} cannot be read as UTF-8 ({error}); is it another file, or in another encoding?") from None
 
 
 def read_rows(path, expected):

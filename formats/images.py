@@ -3,13 +3,14 @@
 import io
 import os
 import re
+import unicodedata
 import zipfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from formats.files import naming, read_json
 
@@ -18,7 +19,10 @@ IMAGES = (*ANIMATIONS, ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff")
 CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".npy")
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError)  # damaged; RuntimeError: encrypted
 PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, *ZIP_ERRORS)
-NO_IMAGES = {b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull`", b"<svg": "an SVG drawing", b"<?xml": "an SVG drawing"}
+NO_IMAGES = {  # bytes among the first 24 -> what the file is instead
+    b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull`", b"<svg": "an SVG drawing", b"<?xml": "an SVG drawing",
+    b"<!doctype": "a web page", b"<!DOCTYPE": "a web page", b"<html": "a web page", b"ftyphei": "HEIC; convert it to JPEG",
+}  # fmt: skip
 BLUR_MANIFEST = "blurred.json"  # tools.blur writes it into its output folder
 
 
@@ -44,11 +48,14 @@ def open_image(path):
     with naming(path, *PIL_ERRORS), image_file(path) as file:
         head = file.read(24).lstrip()
         file.seek(0)
-        for begins, what in NO_IMAGES.items():
-            if head.startswith(begins):
+        for mark, what in NO_IMAGES.items():
+            if mark in head:
                 raise ValueError(f"it is {what}")
-        with Image.open(file) as image:
-            return to_rgb(image)
+        try:
+            with Image.open(file) as image:
+                return to_rgb(image)
+        except UnidentifiedImageError:
+            raise ValueError("it is no image that Pillow knows") from None
 
 
 def to_rgb(image):
@@ -131,13 +138,27 @@ def image_problem(path, size=(), decode=False):
     """Return the problem of an image file, or None. size: (width, height) that annotations state, if they do"""
     try:
         found = open_image(path).size if decode else image_size(path)
-    except (FileNotFoundError, ValueError) as error:
+    except FileNotFoundError as error:
+        return f"{error}{hint_of(Path(path))}"
+    except ValueError as error:
         return str(error)
     if not any(size) or found == tuple(size):
         return None
     turn = orientation(path)
     fix = f"; its EXIF orientation is {turn}: save it upright, or annotate the pixels as they are stored" if turn != 1 else ""
     return f"{path} is {found[0]} x {found[1]}, but the annotations say {size[0]} x {size[1]}{fix}"
+
+
+def hint_of(path):
+    """Return a hint at a file of nearly the same name as a missing one, in the nearest folder that exists; or nothing."""
+    folder = next((parent for parent in path.parents if parent.is_dir()), None)
+    near = folder and names_by_stem(folder).get(unicodedata.normalize("NFC", path.stem).casefold())
+    return f"; {folder} has {near!r}" if near else ""
+
+
+@lru_cache(maxsize=8)
+def names_by_stem(folder):
+    return {unicodedata.normalize("NFC", Path(name).stem).casefold(): name for name in names_in(folder)}
 
 
 def orientation(path):

@@ -15,9 +15,11 @@ from coords import fault
 EDGE = 2  # px that a box may reach over the edge of its image (annotation tools round); it is cut there
 NOTES = (  # how kinds of problems begin that lose nothing
     "parts of boxes", "annotations that repeat", "entries of the same file", "categories that are", "categories with the name",
+    "images without", "boxes smaller than",
 )  # fmt: skip
 IMAGE_KEYS = {"id", "file_name", "width", "height"}
-HARMLESS = ("boxes where bbox has no area", "images that --exclude", *NOTES)  # these do not stop training; COCO has the first
+NO_AREA = "boxes where bbox has no area"
+HARMLESS = (NO_AREA, "images that --exclude", *NOTES)  # these do not stop training; COCO has the first
 
 
 class Problems(dict):
@@ -71,7 +73,7 @@ def file_name(value):
     """the name of a file"""
     if not isinstance(value, str) or not value.strip("/. "):
         raise ValueError
-    return value
+    return value.replace("\\", "/")  # as Windows writes it
 
 
 def flag(value):
@@ -117,7 +119,9 @@ def read_box(bbox, size):
         x, y, width, height = map(number, bbox if isinstance(bbox, list | tuple) else ())
     except (TypeError, ValueError):
         raise ValueError("is not four finite numbers") from None
-    if width <= 0 or height <= 0:
+    if width < 0 or height < 0:
+        raise ValueError("has a negative width or height")
+    if width == 0 or height == 0:
         raise ValueError("has no area")
     if max(x, y, width, height) <= 1 < min(size) / EDGE:
         raise ValueError("looks like fractions of the image, not pixels")
@@ -153,10 +157,15 @@ class Box(NamedTuple):
 def require_lists(content, needs, path, expected):
     """Raise ValueError if a file's content lacks a list, or a row one of its keys. needs: {name of a list: keys of its rows}"""
     for name, keys in needs.items():
-        rows = content.get(name) if isinstance(content, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and keys <= row.keys() for row in rows):
-            what = f"a dictionary of {', '.join(map(str, [*content][:5]))}" if isinstance(content, dict) else f"a {type(content).__name__}"
-            raise ValueError(f"{path} lacks {name} with {sorted(keys)} (it is {what}); is it {expected}?")
+        rows, what = content.get(name) if isinstance(content, dict) else None, None
+        if not isinstance(rows, list):
+            what = f"it is a dictionary of {', '.join(map(str, [*content][:5]))}" if isinstance(content, dict) else "it is a list"
+        for index, row in enumerate(rows if isinstance(rows, list) else ()):
+            if not isinstance(row, dict) or not keys <= row.keys():
+                has = f"has no {', '.join(sorted(keys - row.keys()))}" if isinstance(row, dict) else f"is {str(row)[:40]}"
+                what = what or f"row {index} {has}"
+        if what:
+            raise ValueError(f"{path} lacks {name} with {sorted(keys)}: {what}; is it {expected}?")
 
 
 def is_captions(content):
@@ -187,7 +196,8 @@ def owner_rows(content, path, problems, key="images"):
             both = f"{owners[alias[i]][0]} and {name}"
             raise ValueError(f"{path}: {who} is two files, {both}; give each {key[:-1]} an id of its own")
         if leaves_folder(name):
-            problems.add(f"{key} whose path leaves their folder", f"{who}: {name} leaves the folder")
+            fix = "leaves the folder; write it relative to the folder of images"
+            problems.add(f"{key} whose path leaves their folder", f"{who}: {name} {fix}")
             alias[i] = i  # so that its annotations are known, and dropped with it
         elif owners.setdefault(first, owner) != owner:
             problems.add("entries of one file with other sizes", f"{who}: {name} is {owner[1]} and {owners[first][1]}")
@@ -256,10 +266,22 @@ def coco_rows(content, path, problems, key="images"):
             else:
                 boxes[i].append(box)
     if content["annotations"] and not any(boxes.values()):
-        first = next(text for texts in problems.values() for text in texts if text.startswith("annotation"))
+        first = next(text for texts in problems.values() for text in texts)
         raise ValueError(f"{path}: none of its annotations belongs to its images and categories (the first: {first})")
+    if 2 * len(problems.get(NO_AREA, ())) > len(content["annotations"]):  # not the few that COCO itself has
+        problems["most boxes, of which bbox has no area"] = problems.pop(NO_AREA)
+    empty = [i for i in owners if not boxes[i]]
+    for i in empty if key == "images" and len(owners) / 10 < len(empty) < len(owners) else ():  # COCO has one in a hundred
+        problems.add("images without an annotation, where every category counts as absent", f"image {i} has no annotation")
     everywhere = tuple(dict.fromkeys(name for name in names.values() if name not in unsure_everywhere))
-    return owners, boxes, {i: () if i in unsure else everywhere for i in owners}
+    absent = {i: () if i in unsure else everywhere for i in owners}
+    for row in content[key]:  # LVIS: what is certainly absent, and of what not every object has a box
+        i = alias.get(identity(row["id"]))
+        if i in owners and "neg_category_ids" in row:
+            absent[i] = tuple(names[str(c)] for c in row["neg_category_ids"] if str(c) in names)
+            more = row.get("not_exhaustive_category_ids", ())
+            boxes[i] += [Box(names[str(c)], None, True, None, None) for c in more if str(c) in names]
+    return owners, boxes, absent
 
 
 def box_row(a, name, size, where, problems):
@@ -273,6 +295,9 @@ def box_row(a, name, size, where, problems):
         box_px = read_box(a.get("bbox"), size)
         if any(abs(cut - v) > 0.02 for cut, v in zip(box_px, box_from_xywh(map(number, a["bbox"])), strict=True)):
             problems.add("parts of boxes over the edge of their image", f"{where}: bbox {a['bbox']} is cut at {size}")
+        if isinstance(area := a.get("area"), int | float) and area > 1.01 * math.prod(map(number, a["bbox"][2:])) + 1:
+            wrong = f"{where}: area {area} exceeds bbox {a['bbox']}; is bbox x, y, width, height in pixels?"
+            problems.add("boxes smaller than the area of their annotation", wrong)
     except ValueError as error:
         problems.add(f"boxes where bbox {error}", f"{where}: bbox {str(a.get('bbox'))[:80]} {error}")
     return Box(name, box_px, is_crowd, a.get("frame"), words(text) if isinstance(text, str) and text.strip() else None)
@@ -297,6 +322,9 @@ def caption_rows(content, path, problems):
 
 
 # ----- LLaVA
+
+
+OTHER_KEYS = ("videos", "image_path", "image_file", "img", "img_path", "image_url", "video_path")  # of other trainers
 
 
 class Row(NamedTuple):
@@ -335,14 +363,18 @@ def llava_row(row, index):
     """Read one row. Raise ValueError(kind of problem, detail)."""
     if not isinstance(row, dict):
         raise ValueError("is no dictionary", row)
-    medium, clip, turns = only_one(row.get("image")), row.get("video", row.get("video_id")) or None, None
+    medium, clip, turns = only_one(row.get("image") or row.get("images")), row.get("video", row.get("video_id")) or None, None
+    if others := [] if medium or clip else [key for key in OTHER_KEYS if row.get(key)]:
+        raise ValueError(f'has "{others[0]}"; call it "image" or "video"')
     if "q" in row and isinstance(row.get("q"), str) and isinstance(row.get("a"), str) and clip:
         turns = [("human", row["q"]), ("gpt", row["a"])]
     elif "q" not in row:
         try:
-            turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
-        except (KeyError, TypeError):
-            pass
+            turns = row.get("conversations") or row["messages"]
+            turns = [(turn.get("from") or turn["role"], turn["value"] if "value" in turn else turn["content"]) for turn in turns]
+            turns = [({"user": "human", "assistant": "gpt"}.get(speaker, speaker), text) for speaker, text in turns]
+        except (KeyError, TypeError, AttributeError):
+            turns = None
     if not isinstance(turns, list):
         raise ValueError("has no conversations [{from, value}], or texts q, a and video_id", row)
     if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
@@ -357,6 +389,7 @@ def llava_row(row, index):
         if not (medium or clip) and any(f"<{name}>" in text for _, text in turns):
             raise ValueError(f'contains <{name}> but has no "{name}" key')
     name = str(row["id"] if isinstance(row.get("id"), str | int) else f"{clip}_{index}" if clip else index)
+    medium = medium and medium.replace("\\", "/")
     size = tuple(row["size"]) if are_numbers(row.get("size"), 2) and min(row["size"]) > 0 else (0, 0)
     if "objective" in row:
         return Row(name, medium, clip, size, (), *objective_of(row, size))

@@ -4,7 +4,7 @@
     python -m tools.check --data chat.json@coco,captions.json@cc3m
 
 Reads the files as training does, decodes every image, and one frame of every clip. Lines that begin with "note" name what is
-read, and may be another thing than was meant. Prints at most 1000 lines per file, and the number of problems.
+read, and may be another thing than was meant. Prints at most 50 lines per kind of problem.
 
 data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES
 """
@@ -36,7 +36,9 @@ def check(path, images):
     except (FileNotFoundError, ValueError) as error:
         return [*(text for texts in found.values() for text in texts), str(error)]
     for kind, texts in found.items():
-        listed += [f"note: {text}" if kind.startswith(NOTES) else text for text in texts]
+        is_note, most = kind.startswith(NOTES), 1 if kind.startswith(NOTES) else 50
+        listed += [f"note: {text}" if is_note else text for text in texts[:most]]
+        listed += [f"{'note: ' * is_note}{len(texts) - most} more {kind}"] if len(texts) > most else []
     listed += [f"{count} {reason}" for reason, count in skipped.items() if reason.startswith("clips")]
     for record in records:
         if record.image in opened | {None}:

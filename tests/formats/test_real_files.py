@@ -386,7 +386,8 @@ def test_a_list_of_ids_that_cannot_be_read_is_named(tmp_path, content, words):
         image_ids(tmp_path / "ids.x")
 
 
-@pytest.mark.parametrize("content, words", [(b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"), (b"<svg xmlns=''/>", "SVG")])
+@pytest.mark.parametrize("content, words", [(b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"), (b"<svg xmlns=''/>", "SVG"), (b"<!DOCTYPE html>", "web page"),
+    (b"\0\0\0\x18ftypheic", "HEIC"), (b"plain", "no image that Pillow knows")])
 def test_what_an_image_file_is_instead_is_named(tmp_path, content, words):
     (tmp_path / "x.jpg").write_bytes(content)
     assert words in image_problem(tmp_path / "x.jpg")
@@ -397,6 +398,91 @@ def test_a_small_int32_tiff_is_not_black(tmp_path):
     assert open_image(tmp_path / "x.tif").getpixel((0, 0)) == (200, 200, 200)
     Image.new("I", (4, 4), 60000).save(tmp_path / "y.tif")
     assert open_image(tmp_path / "y.tif").getpixel((0, 0)) == (234, 234, 234)
+
+
+# ----- what a newcomer brought
+
+
+def test_images_without_an_annotation_are_noted_when_they_are_many(instances):
+    """A file that is only partly labelled teaches that everything is absent in the rest."""
+    path = instances(annotations=BOXES[:1])
+    assert read(path)[1]["b.png"] == {"cat", "dog", "cup"} and "images without an annotation" in read(path)[2] and is_clean(path)
+
+
+def test_lvis_says_which_categories_are_absent_and_which_are_not_all_boxed(instances):
+    images = [changed(IMAGES[0], neg_category_ids=[3], not_exhaustive_category_ids=[1]), changed(IMAGES[1], neg_category_ids=[])]
+    objects, absent, _ = read(instances(images=images))
+    assert absent == {"a.png": {"cup"}, "b.png": set()} and objects["a.png"] == {} and objects["b.png"]
+
+
+def test_boxes_that_contradict_their_area_are_noted(instances):
+    """Per cent for pixels, or corners for width and height."""
+    path = instances(annotations=[changed(a, area=5000.0) for a in BOXES])
+    assert "boxes smaller than the area" in read(path)[2] and is_clean(path)
+
+
+def test_names_in_other_case_in_two_files_are_one_category(instances):
+    other = instances("other.json", categories=[changed(c, name=c["name"].upper()) for c in CATEGORIES])
+    records, _ = read_records([(path, other.parent, 1.0) for path in (instances(), other)])
+    assert [(set(r.present), set(r.absent)) for r in records] == [({"cat"}, {"dog", "cup"}), ({"dog"}, {"cat", "cup"})]
+    assert [o.name for r in records for o in r.objects] == ["cat", "dog"]
+
+
+def test_boxes_most_of_which_have_no_area_stop_a_run(instances):
+    path = instances(annotations=[*BOXES[:1], *(changed(a, bbox=[5, 5, 0, 9]) for a in BOXES)])
+    assert "most boxes, of which bbox has no area" in read(path)[2] and not read(path)[2].startswith(HARMLESS)
+    assert "has a negative width" in read(instances(annotations=[*BOXES, changed(BOXES[0], bbox=[9, 9, -5, 5])]))[2]
+
+
+@pytest.mark.parametrize("name", ["/home/me/a.png", "../images/a.png"])
+def test_names_that_all_leave_the_folder_are_refused_with_the_fix(instances, name):
+    path = instances(images=[changed(IMAGES[0], file_name=name)], annotations=BOXES[:1])
+    with pytest.raises(ValueError, match="leaves the folder; write it relative to the folder of images"):
+        read_file(path, path.parent)
+
+
+def test_names_as_windows_writes_them_are_found(instances, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "sub/a.png")
+    path = instances("y.json", images=[changed(IMAGES[0], file_name="sub\\a.png"), IMAGES[1]])
+    (tmp_path / "a.png").unlink(missing_ok=True)
+    Image.new("RGB", (100, 80)).save(tmp_path / "sub/a.png")
+    assert is_clean(path)
+
+
+@pytest.mark.parametrize("wanted, there", [("a.jpg", "a.png"), ("A.PNG", "a.png"), ("train2017/a.png", "a.png"), ("e\u0301.png", "\u00e9.png")])
+def test_a_missing_image_is_named_with_its_like(tmp_path, wanted, there):
+    Image.new("RGB", (4, 4)).save(tmp_path / there)
+    assert f"has {there!r}" in image_problem(tmp_path / wanted) and image_problem(tmp_path / "other.png").endswith("other.png")
+
+
+@pytest.mark.parametrize("key", ["image_path", "videos", "image_url"])
+def test_a_row_that_names_its_image_otherwise_is_no_text(coco, key):
+    row = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A."}], key: ["1.png"]}
+    (coco / "x.json").write_text(json.dumps([*LLAVA, row]))
+    assert check(coco / "x.json", coco) == [f'row 2: it has "{key}"; call it "image" or "video"']
+
+
+def test_rows_as_other_trainers_write_them_are_read(coco):
+    """images, messages, role and content, user and assistant."""
+    row = {"images": ["1.png"], "messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A."}]}
+    (coco / "x.json").write_text(json.dumps([row]))
+    (record,), skipped = read_llava(coco / "x.json", coco)
+    assert record.image == coco / "1.png" and record.conversations == ((("What?", "A."),),) and not skipped
+
+
+def test_a_clip_may_lie_in_a_sub_folder(coco):
+    (coco / "part0").mkdir()
+    (coco / "part0/v.mp4").write_bytes(b"")
+    row = {"id": "v", "video": "part0/v.mp4", "conversations": LLAVA[0]["conversations"]}
+    (coco / "x.json").write_text(json.dumps([row]))
+    assert read_file(coco / "x.json", coco)[0][0].image == coco / "part0/v.mp4"
+
+
+def test_a_missing_key_is_named_with_its_row(instances):
+    path = instances(images=[IMAGES[0], {"id": 2, "file_name": "b.png"}])
+    with pytest.raises(ValueError, match="lacks images with .*: row 1 has no height, width; is it COCO's"):
+        read_file(path, path.parent)
 
 
 # ----- layouts of other tools, as their documentation describes them
