@@ -89,7 +89,7 @@ def plan_step(config, stage, batch, parallel="ddp", world=1, bf16=False, recompu
 
     bf16: layers compute in bfloat16; weights and optimizer are always float32.
     """
-    is_fsdp = parallel == "fsdp" and world > 1
+    is_fsdp = parallel == "fsdp"
     dtype = torch.bfloat16 if bf16 and is_fsdp else torch.float32  # ddp computes under autocast
     with FakeTensorMode():
         torch.set_default_dtype(dtype)  # a fake model cannot be converted

@@ -7,18 +7,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_vit import CLIPVisionConfig
 from data import IGNORE, IMAGE_ID, collate, pack
+from formats import processes
 from formats.meter import step_flops
 from llama import LlamaConfig
 from model import VARIANTS, LocVLM, LocVLMConfig
 from tiny.shapes import write_world
 from tools import plan
 from tools.plan import plan_step, remedies
+from train import PRESETS, trainable
 
 SHAPES = {  # hidden_size, layers, vocabulary, adapter, stage, rows, questions, recompute
     "wide": (512, 3, 4000, "linear", 2, 2, 3, False),
@@ -91,6 +96,60 @@ def test_the_plan_is_what_a_step_takes(name):
     measured = float(done.stdout)
     planned = plan_step(config_of(name), SHAPES[name][4], batch_of(name), recompute=SHAPES[name][7])
     assert planned.total == pytest.approx(measured, rel=0.15), f"{planned}; measured {measured / 2**30:.3f}"
+
+
+class ShardsAlive(plan.BytesAlive):
+    """Leaves an operation on a DTensor to the DTensor, whose operations on its shard are counted."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return NotImplemented if DTensor in types else super().__torch_dispatch__(function, types, args, kwargs)
+
+
+def sharded_peak(config, stage, batch, world, recompute, monkeypatch):
+    """Count the bytes alive at the peak of a first step under the real FSDP2 (bf16), without the optimizer's moments.
+
+    It runs in the first of `world` processes, on fake tensors and torch's fake process group.
+    """
+    private = pytest.importorskip("torch.testing._internal.distributed.fake_pg", reason="torch moved its private fake group")
+    resize, alive = torch.UntypedStorage.resize_, ShardsAlive([])
+
+    def resized(storage, size):  # so FSDP frees what it gathered
+        before, _ = storage.nbytes(), resize(storage, size)
+        alive.change((storage.nbytes() - before) * (storage in alive.storages))
+
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", resized)
+    dist.init_process_group("fake", rank=0, world_size=world, store=private.FakeStore())
+    try:
+        mesh = processes.init_device_mesh("cpu", (world,))  # looks at contents, which fake tensors lack
+        monkeypatch.setattr(processes, "init_device_mesh", lambda *_: mesh)
+        monkeypatch.setattr(processes, "set_model_state_dict", lambda *_, **__: None)
+        env = processes.Processes(0, world, torch.device("cpu"), torch.bfloat16, True)
+        with FakeTensorMode(allow_non_fake_inputs=True), alive:
+            model = LocVLM(config)
+            model.to = model.to_empty = lambda *_, **__: model  # fake tensors are on no other device
+            processes.shard(model, env)
+            trainable(model, stage)
+            env.begin_stage(model)
+            for layer in model.language_model.layers:
+                layer.recompute = recompute
+            inputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items() if tensor is not None}
+            alive.peak = alive.now
+            model(**inputs).backward()
+            return alive.peak
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("stage", "recompute", "gib", "most"), [(1, False, 17.49, 1.005), (2, False, 42.69, 1.11), (2, True, 16.65, 1.19)]
+)
+def test_the_plan_of_fsdp_covers_what_it_takes(stage, recompute, gib, most, monkeypatch):
+    """LocVLM-B on eight GPUs. The plan adds all gradients to the activations, which are gone when the last gradients come."""
+    config, rows = VARIANTS["b"], 16 if stage == 1 else 8
+    batch = plan.batch_of(config, plan.made_row(config, stage, PRESETS["paper"][stage].questions), rows)
+    planned = plan_step(config, stage, batch, "fsdp", 8, True, recompute)
+    taken = sharded_peak(config, stage, batch, 8, recompute, monkeypatch) + planned.optimizer
+    assert taken / 2**30 == pytest.approx(gib, rel=5e-3) and 1 <= planned.total / taken < most
 
 
 @pytest.mark.parametrize("name", SHAPES)
