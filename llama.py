@@ -76,7 +76,9 @@ class LlamaConfig:
             if is_unsupported:
                 value = rope if key == "rope_scaling" else config.get(key)
                 raise ValueError(f"unsupported {key} {value!r}; this decoder is a plain LLaMA")
-        needs = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}.get(rope_type, ())
+        needs = ("factor",) * (rope_type != "default")
+        if rope_type == "llama3":
+            needs += ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         if absent := [key for key in needs if not isinstance(rope.get(key), int | float)]:
             raise ValueError(f"rope_scaling {rope} lacks the number {absent[0]}; correct config.json")
         known = known_fields(cls, config)
@@ -394,7 +396,8 @@ class Tokenizer:
             self._model = SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:
             is_tiktoken = re.match(rb"[\w+/=]+ \d+\n", self.path.read_bytes()[:99])
-            what = "LLaMA-3's tiktoken file, which TOKENIZERS has no reader for" if is_tiktoken else f"damaged ({error}); copy it again"
+            tiktoken, damaged = "LLaMA-3's tiktoken file, which TOKENIZERS has no reader for", f"damaged ({error}); copy it again"
+            what = tiktoken if is_tiktoken else damaged
             raise ValueError(f"{self.path} is not a sentencepiece model: it is {what}") from None
         self.bos_token_id, self.eos_token_id = self._model.bos_id(), self._model.eos_id()
         self.unk_token_id = self._model.unk_id()

@@ -116,12 +116,15 @@ def merge(records):
 
 def respelled(record, first):
     """Spell a record's categories as another record does that has them in other case."""
+    if not (record.present or record.absent):  # captions and conversations
+        return record
     spelled = {name.casefold(): name for name in first.present + first.absent}
 
     def spell(names):
         return tuple(spelled.get(name.casefold(), name) for name in names)
 
-    objects = tuple(replace(o, name=name) for o, name in zip(record.objects, spell([o.name for o in record.objects]), strict=True))
+    names = spell(o.name for o in record.objects)
+    objects = tuple(replace(o, name=name) for o, name in zip(record.objects, names, strict=True))
     return replace(record, objects=objects, present=spell(record.present), absent=spell(record.absent))
 
 

@@ -50,7 +50,7 @@ def read_config(folder, name="config.json"):
 
 
 def known_fields(cls, config):
-    """Return the values of a HF config that the dataclass `cls` has fields for. Raise ValueError for a text in place of a number."""
+    """Return the values of a HF config that the dataclass `cls` has fields for. Raise ValueError if one should be a number."""
     known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
     for field in fields(cls):
         value = known.get(field.name, field.default)

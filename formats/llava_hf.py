@@ -88,9 +88,11 @@ def build_adapter(stored, ours, adapters, sizes, source, dtype, device):
 def geometry_of(folder, config):
     """Return how a LLaVA that is not ours makes its square: from its image processor, or its image_aspect_ratio."""
     if "vision_config" in config:  # llava-hf's; transformers 5 writes the image processor into the processor's file
-        found = [read_json(folder / f"{n}_config.json") for n in ("preprocessor", "processor") if (folder / f"{n}_config.json").is_file()]
-        processor = next((p.get("image_processor", p) for p in found if p.get("image_processor", p).keys() & {"size", "do_resize"}), None)
-        if processor is None:
+        paths = [folder / "preprocessor_config.json", folder / "processor_config.json"]
+        found = [read_json(path) for path in paths if path.is_file()]
+        found = [content.get("image_processor", content) for content in found]
+        processor = next((content for content in found if content.keys() & {"size", "do_resize"}), None)
+        if not processor:
             print(f"{folder} has no preprocessor_config.json: images are cropped to a square, as CLIP does")
             return "crop"
         if processor.get("do_pad"):

@@ -60,7 +60,8 @@ def overlay(items, path):
         truth = [item.truth["box_px"]] if "box_px" in item.truth else item.truth.get("boxes_px", [])
         boxes = [(box_px, "lime") for box_px in truth] + [(box_px, "blue") for box_px in item.boxes_px]
         mark = {True: "right: ", False: "wrong: ", None: ""}[is_right(item.correct)]
-        cards.append(card(still(item.image, item.mirrored, item.is_clip), boxes, [mark + item.question[:400], "-> " + item.answer[:160]]))
+        picture = still(item.image, item.mirrored, item.is_clip)
+        cards.append(card(picture, boxes, [mark + item.question[:400], "-> " + item.answer[:160]]))
     if right and wrong:
         cards[len(right) : len(right)] = [Image.new("RGB", (280, 1), "white")] * (4 - len(right))
     contact_sheet(cards, path)

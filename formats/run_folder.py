@@ -20,7 +20,8 @@ from formats.files import read_json, require_file, write_json, write_rows, writi
 from formats.journal import read_journal, require_same_options
 
 KEEP = 2  # checkpoints; older ones are deleted
-FREE = ("resume", "skip_bad", "dry_run", "evaluate", "out", "parallel", "recompute", "save_every", "micro_batch")  # may change on --resume
+# options that may change on --resume
+FREE = ("resume", "skip_bad", "dry_run", "evaluate", "out", "parallel", "recompute", "save_every", "micro_batch")
 LEARNED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 

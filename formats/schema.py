@@ -157,15 +157,15 @@ class Box(NamedTuple):
 def require_lists(content, needs, path, expected):
     """Raise ValueError if a file's content lacks a list, or a row one of its keys. needs: {name of a list: keys of its rows}"""
     for name, keys in needs.items():
-        rows, what = content.get(name) if isinstance(content, dict) else None, None
+        rows = content.get(name) if isinstance(content, dict) else None
         if not isinstance(rows, list):
-            what = f"it is a dictionary of {', '.join(map(str, [*content][:5]))}" if isinstance(content, dict) else "it is a list"
-        for index, row in enumerate(rows if isinstance(rows, list) else ()):
+            is_dict, kind = isinstance(content, dict), type(content).__name__
+            what = f"it is a dictionary of {', '.join(map(str, [*content][:5]))}" if is_dict else f"it is a JSON {kind}"
+            raise ValueError(f"{path} lacks {name} with {sorted(keys)}: {what}; is it {expected}?")
+        for index, row in enumerate(rows):
             if not isinstance(row, dict) or not keys <= row.keys():
                 has = f"has no {', '.join(sorted(keys - row.keys()))}" if isinstance(row, dict) else f"is {str(row)[:40]}"
-                what = what or f"row {index} {has}"
-        if what:
-            raise ValueError(f"{path} lacks {name} with {sorted(keys)}: {what}; is it {expected}?")
+                raise ValueError(f"{path} lacks {name} with {sorted(keys)}: row {index} {has}; is it {expected}?")
 
 
 def is_captions(content):
@@ -244,9 +244,10 @@ def coco_rows(content, path, problems, key="images"):
     require_lists(content, keys, path, expected)
     (owners, alias), names = owner_rows(content, path, problems, key), category_rows(content, path, problems)
     boxes, unsure, unsure_everywhere = {i: [] for i in owners}, set(), set()
+    ids = {f"{key[:-1]}_id": identity, "category_id": identity}
     for index, a in enumerate(content["annotations"]):
         where = f"annotation {a.get('id', index)}"
-        owner, category = values(a, f"{path}: {where}", **{f"{key[:-1]}_id": identity, "category_id": identity})
+        owner, category = values(a, f"{path}: {where}", **ids)
         i = alias.get(owner)
         if owner not in alias:
             problems.add(f"annotations of unknown {key}", f"{where}: no {key[:-1]} {owner}")
@@ -363,33 +364,23 @@ def llava_row(row, index):
     """Read one row. Raise ValueError(kind of problem, detail)."""
     if not isinstance(row, dict):
         raise ValueError("is no dictionary", row)
-    medium, clip, turns = only_one(row.get("image") or row.get("images")), row.get("video", row.get("video_id")) or None, None
+    medium, clip = only_one(row.get("image") or row.get("images")), row.get("video", row.get("video_id")) or None
     if others := [] if medium or clip else [key for key in OTHER_KEYS if row.get(key)]:
         raise ValueError(f'has "{others[0]}"; call it "image" or "video"')
-    if "q" in row and isinstance(row.get("q"), str) and isinstance(row.get("a"), str) and clip:
-        turns = [("human", row["q"]), ("gpt", row["a"])]
-    elif "q" not in row:
-        try:
-            turns = row.get("conversations") or row["messages"]
-            turns = [(turn.get("from") or turn["role"], turn["value"] if "value" in turn else turn["content"]) for turn in turns]
-            turns = [({"user": "human", "assistant": "gpt"}.get(speaker, speaker), text) for speaker, text in turns]
-        except (KeyError, TypeError, AttributeError):
-            turns = None
-    if not isinstance(turns, list):
-        raise ValueError("has no conversations [{from, value}], or texts q, a and video_id", row)
+    turns = turns_of(row, clip)
     if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError("does not have human and gpt in turn", [speaker for speaker, _ in turns])
     if not all(isinstance(text, str) for _, text in turns):
         raise ValueError("has a text that is not a string", turns)
     if not all(isinstance(name, str | None) for name in (medium, clip)) or (medium and clip):
         raise ValueError("names one image or clip in a way that is not a string", row.get("image", clip))
+    medium, clip = (name and name.replace("\\", "/") for name in (medium, clip))  # as Windows writes them
     if any(name and leaves_folder(name) for name in (medium, clip)):
         raise ValueError("names a file that leaves its folder", medium or clip)
     for name in ("image", "video"):
         if not (medium or clip) and any(f"<{name}>" in text for _, text in turns):
             raise ValueError(f'contains <{name}> but has no "{name}" key')
     name = str(row["id"] if isinstance(row.get("id"), str | int) else f"{clip}_{index}" if clip else index)
-    medium = medium and medium.replace("\\", "/")
     size = tuple(row["size"]) if are_numbers(row.get("size"), 2) and min(row["size"]) > 0 else (0, 0)
     if "objective" in row:
         return Row(name, medium, clip, size, (), *objective_of(row, size))
@@ -397,6 +388,18 @@ def llava_row(row, index):
     if not all(texts[1::2]):
         raise ValueError("has an empty answer")
     return Row(name, medium, clip and clip.removesuffix(".pkl"), size, tuple(zip(texts[0::2], texts[1::2], strict=True)))
+
+
+def turns_of(row, clip):
+    """Return (speaker, text) pairs: LLaVA's conversations, other trainers' messages, or q and a of a row about a clip."""
+    if "q" in row and isinstance(row["q"], str) and isinstance(row.get("a"), str) and clip:
+        return [("human", row["q"]), ("gpt", row["a"])]
+    try:
+        turns = row.get("conversations") or row["messages"] if "q" not in row else None
+        turns = [(turn.get("from") or turn["role"], turn["value"] if "value" in turn else turn["content"]) for turn in turns]
+        return [({"user": "human", "assistant": "gpt"}.get(speaker, speaker), text) for speaker, text in turns]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("has no conversations [{from, value}], or texts q, a and video_id", row) from None
 
 
 def only_one(image):

@@ -86,7 +86,8 @@ def find_weights(path):
 
 def weights_sha256(path):
     """Hash what identifies a model: {file name: sha256} of its config and weights. A path may be a single file."""
-    config = [] if Path(path).is_file() else [require_file(Path(path) / "config.json", "a model: config.json beside its weights")]
+    is_file, expected = Path(path).is_file(), "a model: config.json beside its weights"
+    config = [] if is_file else [require_file(Path(path) / "config.json", expected)]
     return {file.name: sha256(file) for file in config + find_weights(path)}
 
 
@@ -186,7 +187,8 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
         whole = filled[tensor] = torch.empty(tensor.shape, dtype=dtype, device=device)
         for start, piece in tensor.pieces():
             if piece.dtype not in DTYPES:
-                raise ValueError(f"{tensor.path}: {name} is {piece.dtype}, a quantised or packed tensor; get the weights in bf16 or fp16")
+                what = f"{name} is {piece.dtype}, a quantised or packed tensor"
+                raise ValueError(f"{tensor.path}: {what}; get the weights in bf16 or fp16")
             if not torch.isfinite(piece).all():
                 raise ValueError(f"{tensor.path}: {name} holds NaN or infinity; the file is damaged, or its training diverged")
             whole[start : start + len(piece)] = piece

@@ -450,6 +450,12 @@ def test_names_as_windows_writes_them_are_found(instances, tmp_path):
     assert is_clean(path)
 
 
+@pytest.mark.parametrize("key", ["image", "video"])
+def test_a_name_as_windows_writes_it_leaves_no_folder(coco, key):
+    (coco / "x.json").write_text(json.dumps([*LLAVA, {**LLAVA[1], key: "..\\1.png"}]))
+    assert check(coco / "x.json", coco) == ["row 2: it names a file that leaves its folder: ../1.png"]
+
+
 @pytest.mark.parametrize("wanted, there", [("a.jpg", "a.png"), ("A.PNG", "a.png"), ("train2017/a.png", "a.png"), ("e\u0301.png", "\u00e9.png")])
 def test_a_missing_image_is_named_with_its_like(tmp_path, wanted, there):
     Image.new("RGB", (4, 4)).save(tmp_path / there)
