@@ -93,16 +93,13 @@ def require_meteor():
 
 
 def meteor(answers, sentences):
-    """Compute METEOR 1.5, 0..1, of all matches together, as RefCOCO's own evaluation does: PTB tokens, lower case, `-norm`.
-    Return a score for each {id: answer} in the list `answers`. sentences: {id: references}. See `require_meteor`"""
+    """Compute METEOR 1.5, 0..1, of all {id: answer} together, as RefCOCO's own evaluation does: PTB tokens, lower case, `-norm`.
+    sentences: {id: references}. See `require_meteor`"""
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     def row(text):  # one line, or all that follow would shift; half of a surrogate pair, which no file can hold, becomes "?"
         words = text.encode(errors="replace").decode().replace("|||", " ").split()
         return {"caption": " ".join(words[:1000])}  # METEOR's search for matches takes minutes over a book
-    texts = {("reference", name): references for name, references in sentences.items()}
-    texts |= {(i, name): [by_id[name]] for i, by_id in enumerate(answers) for name in sentences}
-    tokens, java = PTBTokenizer().tokenize({key: list(map(row, texts[key])) for key in texts}), Meteor()
-    references = {name: tokens["reference", name] for name in sentences}
-    return [java.compute_score(references, {name: tokens[i, name] for name in sentences})[0] for i in range(len(answers))]
+    references = PTBTokenizer().tokenize({name: list(map(row, texts)) for name, texts in sentences.items()})
+    return Meteor().compute_score(references, PTBTokenizer().tokenize({name: [row(answers[name])] for name in sentences}))[0]
