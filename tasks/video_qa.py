@@ -29,33 +29,27 @@ TABLE = Rows("TGIF-QA's *_frameqa_question.csv", {"vid_id": str, "gif_name": str
 ANSWERS = Rows("[{answer, type, question_id}]", {"question_id": str | int, "answer": str | int})
 
 
-def read_questions(path):
-    """Read the questions of any of the four sets by id. ActivityNet-QA's hold no answers."""
-    content = read_rows(path, FILE)
-    first = content[0] if isinstance(content, list) and content and isinstance(content[0], dict) else {}
-    is_qa, is_table = "video_id" in first and "question_id" not in first, "gif_name" in first
-    return (TABLE if is_table else QA if is_qa else QUESTIONS).read(path, content)
-
-
 def read_video_qa(args, wording, types, prefix):
     """Read questions and answers, and find each clip. types, prefix: see SETS"""
-    rows, items, missing = read_questions(args.questions), [], Counter()
+    content, items, missing = read_rows(args.questions, FILE), [], Counter()
+    has = set(content[0]) if isinstance(content, list) and content and isinstance(content[0], dict) else set()
+    kind = TABLE if "gif_name" in has else QA if "video_id" in has and "question_id" not in has else QUESTIONS
+    rows = kind.read(args.questions, content)
     truth, skipped = match_answers(rows, ANSWERS, args)
-    clips = find_clips(args.images) if args.images else None  # --score needs none
+    clips = find_clips(args.images) if args.images else {}  # --score needs none
     mapping = Path(args.questions).with_name("youtube_mapping.txt")  # MSVD's other names
-    lines = [line.split() for line in read_text(mapping).splitlines()] if mapping.is_file() else []
-    other = {line[1]: line[0] for line in lines if len(line) == 2}
+    other = dict(line.split()[::-1] for line in read_text(mapping).splitlines() if line) if mapping.is_file() else {}
     for name, row in rows.items():
         number = str(row.get("video_id")).removeprefix(prefix)
         clip = row.get("video_name") or row.get("gif_name") or row.get("video") or prefix + number
-        names = [clip, f"v_{clip}", other.get(clip)]
-        path = next((clips[key] for key in names if key in clips), None) if clips is not None else Path(clip)
-        if path is None:
+        names = [key for key in (clip, f"v_{clip}", other.get(clip)) if key in clips]
+        if args.images and not names:
             missing[clip] += 1
             continue
         facts, kind = {"answer": str(truth[name]["answer"])}, str(truth[name].get("type", ""))
         if types and kind.isdecimal():
             facts["type"] = types[int(kind)] if int(kind) < len(types) else f"type {int(kind)}"
+        path = clips[names[0]] if names else Path(clip)
         items.append(Item(name, path, None, add_short(row["question"], args.short), facts, is_clip=True))
     where = f"in {args.images} ({some(list(missing))})"
     if not items:
