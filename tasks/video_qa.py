@@ -38,7 +38,8 @@ def read_video_qa(args, wording, types, prefix):
     truth, skipped = match_answers(rows, ANSWERS, args)
     clips = find_clips(args.images) if args.images else {}  # --score needs none
     mapping = Path(args.questions).with_name("youtube_mapping.txt")  # MSVD's other names
-    other = dict(line.split()[::-1] for line in read_text(mapping).splitlines() if line) if mapping.is_file() else {}
+    lines = [line.split() for line in read_text(mapping).splitlines()] if mapping.is_file() else []
+    other = {line[1]: line[0] for line in lines if len(line) == 2}
     for name, row in rows.items():
         number = str(row.get("video_id")).removeprefix(prefix)
         clip = row.get("video_name") or row.get("gif_name") or row.get("video") or prefix + number
