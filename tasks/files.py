@@ -41,8 +41,8 @@ class Rows:
         if self.under:
             rows = rows.get(self.under) if isinstance(rows, dict) else None
         if not rows or not isinstance(rows, list | dict):
-            where = f" under {self.under!r}" if self.under else ""
-            raise ValueError(f"{path} has no rows{where}; is this another file? It should be {self.file}")
+            what = f"rows under {self.under!r}" if self.under else "rows"
+            raise ValueError(f"{path} has no {what}; is this another file? It should be {self.file}")
         found, key = {}, next(iter(self.needs))
         for place, row in enumerate(rows) if isinstance(rows, list) else rows.items():
             if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in self.needs.items()):

@@ -66,10 +66,7 @@ def reply_of(row):
 
 
 def parse_judgement(reply):
-    """Read {'pred': 'yes', 'score': 4} in a reply, whatever is around it: (is right, score 0..5), or None. 4.8 counts as 4.
-    >>> [parse_judgement(reply) for reply in ("{'pred': 'yes', 'score': 4.8}", "Yes, 5", "{'pred': 'no', 'score': 9}")]
-    [(True, 4), None, None]
-    """
+    """Read {'pred': 'yes', 'score': 4.8} in a reply, whatever is around it: (True, 4), or None. Scores are 0..5."""
     try:
         text = reply[reply.find("{") : reply.rfind("}") + 1] if len(reply) <= 10_000 else ""  # a longer one is no dictionary
         judgement = ast.literal_eval(text)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from evaluate import Item, Task, paper_rows
 from formats.clips import find_clips
-from formats.files import read_text, some
-from tasks.files import Rows, match_answers, read_rows
+from formats.files import read_json, read_text, some
+from tasks.files import FOLDER, Rows, match_answers, read_rows
 from tasks.judge import judge_answers
 from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
 
@@ -30,7 +30,11 @@ ANSWERS = Rows("[{answer, type, question_id}]", {"question_id": str | int, "answ
 
 
 def read_video_qa(args, wording, types, prefix):
-    """Read questions and answers, and find each clip. types, prefix: see SETS"""
+    """Read questions and answers, and find each clip, in one of the ways of video_qa.json.
+
+    types   names of the question types that the files number
+    prefix  what is before a clip's number in its file name: video7010.mp4, vid1451.avi
+    """
     content, items, missing = read_rows(args.questions, FILE), [], Counter()
     has = set(content[0]) if isinstance(content, list) and content and isinstance(content[0], dict) else set()
     kind = TABLE if "gif_name" in has else QA if "video_id" in has and "question_id" not in has else QUESTIONS
@@ -58,16 +62,8 @@ def read_video_qa(args, wording, types, prefix):
     return items, skipped + Counter({f"questions about {len(missing)} clips that are not {where}": missing.total()})
 
 
-QA_FILES = "questions: val_qa.json, [{id, video_id, question, answer}]; or Video-LLaVA's test_q.json, and answers: test_a.json"
-ACTIVITYNET = "motion, spatial relationship, temporal relationship, yes/no, color, object, location, number, other".split(", ")
-SETS = {  # name: (files, names of the question types that the files number, text before a clip's number in its file name)
-    "activitynet-qa": ("questions: test_q.json; answers: test_a.json", ACTIVITYNET, ""),
-    "msrvtt-qa": (QA_FILES, (), "video"),  # video7010.mp4
-    "msvd-qa": (QA_FILES, (), "vid"),  # vid1451.avi
-    "tgif-qa": ("questions: Test_frameqa_question.csv; or test_q.json, and answers: test_a.json",
-                ("object", "number", "color", "location"), ""),
-}
 TASKS = {}
-for name, (files, types, prefix) in SETS.items():
-    read = partial(read_video_qa, types=types, prefix=prefix)
-    TASKS[name] = Task(read, judge_exact, exact_metrics, PROMPTS, files, ("short",), paper_rows(name), after=judge_answers)
+for name, about in read_json(FOLDER / "video_qa.json").items():
+    read = partial(read_video_qa, types=about["types"], prefix=about["prefix"])
+    files, options = about["files"], ("short",)
+    TASKS[name] = Task(read, judge_exact, exact_metrics, PROMPTS, files, options, paper_rows(name), after=judge_answers)

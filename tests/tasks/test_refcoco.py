@@ -163,7 +163,7 @@ def test_real_samples_of_refcoco(real, tmp_path):
 def test_meteors_absence_is_named_before_anything_is_asked(tmp_path, monkeypatch):
     path, images = refs_pickle(tmp_path)
     monkeypatch.setattr(words, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="no pycocoevalcap.*pip install pycocoevalcap, and install Java 1.8"):
+    with pytest.raises(ValueError, match="METEOR.*: pip install pycocoevalcap, and install Java 1.8"):
         read("refcoco", path, None, images, split="testB")
 
 
