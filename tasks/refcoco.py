@@ -43,8 +43,6 @@ def read_refs(path, instances=None):
     """
     is_pickle, refs = Path(path).suffix in (".p", ".pkl", ".pickle"), {}
     content = {"refs": read_pickle(path, instances)} if is_pickle else read_rows(path, FILE)
-    if isinstance(content, dict) and "predictions" in content:
-        raise ValueError(f"{path} holds a model's descriptions, not questions; pass {FILE}")
     try:
         for ref_id, file_name, size, split, bbox, sentences in rows_of(content):
             if ref_id in refs or not isinstance(split, str | None) or size is not None and not (len(size) == 2 and min(size) > 0):
@@ -67,13 +65,10 @@ def rows_of(content):
         for index, image in enumerate(content["images"]):
             size = image["width"], image["height"]
             yield None, image["file_name"], size, None, bboxes[image["id"]], [(index, image["caption"])]
-    for index, row in enumerate(content if isinstance(content, list) else ()):
-        if "expression" in row:  # Shikra's: corners
+    else:
+        for index, row in enumerate(content):  # Shikra's: corners
             (x1, y1, x2, y2), size = row["bbox"], (row["width"], row["height"]) if "width" in row else None
             yield None, row["img_path"], size, None, [x1, y1, x2 - x1, y2 - y1], [(index, row["expression"])]
-        else:  # MAttNet's detections, whose file names end in a number of their own
-            file_name = re.sub(r"_\d+(?=\.\w+$)", "", row["pred_boxes_img_id"][0])
-            yield None, file_name, None, None, row["gt_box"], [(index, row["sent"])]
 
 
 def read_pickle(path, instances=None):
