@@ -5,6 +5,7 @@ Functions of a seed, as in tiny.shapes. Unlike questions about images, these als
 
 import math
 import random
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -173,4 +174,4 @@ def ensure_clips(folder="data/moving"):
 
 
 if __name__ == "__main__":
-    run_command("tiny.moving", lambda: world.run(write_clips), "FOLDER")
+    run_command("tiny.moving", lambda: ensure_clips(*sys.argv[1:2]), "FOLDER")

@@ -228,18 +228,10 @@ def ensure_world(folder="data/shapes", write=write_world, last="instances_val.js
     """Return the folder of a world; write the world if the file that completes it is missing."""
     if not (Path(folder) / last).exists():
         print(f"writing a world of shapes to {folder}")
-        write(folder, **options)
+        with writing(folder):
+            write(folder, **options)
     return Path(folder)
 
 
-def run(write):
-    """Write a world to the folder named on the command line, and list its JSON files."""
-    if len(sys.argv) != 2:
-        raise ValueError("usage: python -m tiny.shapes FOLDER, or tiny.moving")
-    with writing(sys.argv[1]):
-        write(sys.argv[1])
-    print(*sorted(Path(sys.argv[1]).glob("*.json")), sep="\n")
-
-
 if __name__ == "__main__":
-    run_command("tiny.shapes", lambda: run(write_world), "FOLDER")
+    run_command("tiny.shapes", lambda: ensure_world(*sys.argv[1:2]), "FOLDER")
