@@ -17,14 +17,11 @@ from formats.files import read_json, require_file, run_command, sha256
 from formats.journal import start_processes
 from model import LocVLMConfig
 from tasks import TASKS
-from tasks.files import Rows, read_rows
+from tasks.files import Rows
 from tasks.words import bare
 
-KEYS = {  # of rows that others write, each in order of preference: beside Video-ChatGPT's "pred", "answer" is the truth
-    "id": ("id", "question_id", "questionId"),
-    "answer": ("pred", "text", "prediction", "answer"),
-    "question": ("question", "prompt"),
-}
+# others write answers under other keys; beside Video-ChatGPT's "pred", "answer" is the truth
+ROWS = Rows("rows as in NAME.jsonl", {"id|question_id|questionId": str | int, "pred|text|prediction|answer": str})
 
 
 def parse(argv):
@@ -64,22 +61,19 @@ def parse(argv):
 
 def read_answers(path, items):
     """Read answers to items that anybody wrote: pairs (id, answer). Others are counted; other questions raise ValueError."""
-    content = read_rows(path, "rows as in NAME.jsonl")
-    held = {key for row in (content if isinstance(content, list) else ()) if isinstance(row, dict) for key in row}
-    key_of = {what: next((key for key in keys if key in held), keys[-1]) for what, keys in KEYS.items()}
-    rows = Rows("rows as in NAME.jsonl", {key_of["id"]: str | int, key_of["answer"]: str}).read(path, content)
-    print(f"{path}: answers are read from {key_of['answer']!r}, ids from {key_of['id']!r}")
-    asked = {item.id: item.question for item in items}
+    rows, asked = ROWS.read(path), {item.id: item.question for item in items}
+    id_key, answer_key = ROWS.keys_in(rows.values())
+    print(f"{path}: answers are read from {answer_key!r}, ids from {id_key!r}")
     if surplus := len(rows.keys() - asked.keys()):
         print(f"  {surplus} answers are to questions that are not asked; they do not count")
     for name, row in rows.items():
-        theirs = row.get(key_of["question"])
+        theirs = row.get("question", row.get("prompt"))
         if name in asked and isinstance(theirs, str) and plain(theirs) != plain(asked[name]):
             problem = f"the question of {name} is {theirs[:200]!r}, not {asked[name][:200]!r}"
             raise ValueError(f"{path}: {problem}; pass the file (and --seed) whose questions were answered")
-    pairs = [(name, row[key_of["answer"]]) for name, row in rows.items() if name in asked]
+    pairs = [(name, row[answer_key]) for name, row in rows.items() if name in asked]
     if pairs and all(plain(answer) == plain(asked[name]) for name, answer in pairs):
-        raise ValueError(f"{path}: its {key_of['answer']!r} holds the questions; name the answers \"pred\"")
+        raise ValueError(f"{path}: its {answer_key!r} holds the questions; name the answers \"pred\"")
     return pairs
 
 

@@ -32,8 +32,14 @@ def read_rows(path, expected):
 class Rows:
     """A kind of file with rows, a list or a dictionary {id: row}, and what is required of them."""
     file: str  # its description, for error messages
-    needs: dict  # {key of a row: type of its value}; in a list, the first key has the row's id
+    needs: dict  # {key of a row, "a|b" for the first of these that some row has: type}; in a list, the first key has the row's id
     under: str | None = None  # key of the rows, if they are a part of the file
+
+    def keys_in(self, rows):
+        """Return {key: type} of `needs`, with the alternatives that the rows have."""
+        held = {key for row in rows if isinstance(row, dict) for key in row}
+        choices = {tuple(keys.split("|")): kind for keys, kind in self.needs.items()}
+        return {next((key for key in keys if key in held), keys[-1]): kind for keys, kind in choices.items()}
 
     def read(self, path, content=None):
         """Return {id as text: row} of a file (or its content). Raise ValueError for rows of another schema or a repeated id."""
@@ -43,10 +49,11 @@ class Rows:
         if not rows or not isinstance(rows, list | dict):
             what = f"rows under {self.under!r}" if self.under else "rows"
             raise ValueError(f"{path} has no {what}; is this another file? It should be {self.file}")
-        found, key = {}, next(iter(self.needs))
+        found, needs = {}, self.keys_in(rows if isinstance(rows, list) else rows.values())
+        key = next(iter(needs))
         for place, row in enumerate(rows) if isinstance(rows, list) else rows.items():
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in self.needs.items()):
-                wanted = f"is this another file? It should be {self.file}: rows with {', '.join(self.needs)}"
+            if not isinstance(row, dict) or not all(isinstance(row.get(need), kind) for need, kind in needs.items()):
+                wanted = f"is this another file? It should be {self.file}: rows with {', '.join(needs)}"
                 raise ValueError(f"{path}: row {place} is {str(row)[:120]}; {wanted}")
             name = str(row[key] if isinstance(rows, list) else place)
             if name in found:

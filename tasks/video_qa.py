@@ -18,14 +18,13 @@ from pathlib import Path
 from evaluate import Item, Task, paper_rows
 from formats.clips import find_clips
 from formats.files import read_json, read_text, some
-from tasks.files import FOLDER, Rows, match_answers, read_rows
+from tasks.files import FOLDER, Rows, match_answers
 from tasks.judge import judge_answers
 from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
 
 FILE = "[{video_name, question, question_id}] (ActivityNet-QA), [{id, video_id, question, answer}] or TGIF-QA's table"
-QUESTIONS = Rows(FILE, {"question_id": str | int, "video_name": str, "question": str})
-QA = Rows(FILE, {"id": str | int, "video_id": str | int, "question": str, "answer": str})
-TABLE = Rows("TGIF-QA's *_frameqa_question.csv", {"vid_id": str, "gif_name": str, "question": str, "answer": str})
+IDS, CLIPS = "question_id|vid_id|id", "video_name|gif_name|video_id"  # of ActivityNet-QA, TGIF-QA, MSRVTT-QA and MSVD-QA
+QUESTIONS = Rows(FILE, {IDS: str | int, CLIPS: str | int, "question": str})
 ANSWERS = Rows("[{answer, type, question_id}]", {"question_id": str | int, "answer": str | int})
 
 
@@ -35,10 +34,7 @@ def read_video_qa(args, wording, types, prefix):
     types   names of the question types that the files number
     prefix  what is before a clip's number in its file name: video7010.mp4, vid1451.avi
     """
-    content, items, missing = read_rows(args.questions, FILE), [], Counter()
-    has = set(content[0]) if isinstance(content, list) and content and isinstance(content[0], dict) else set()
-    kind = TABLE if "gif_name" in has else QA if "video_id" in has and "question_id" not in has else QUESTIONS
-    rows = kind.read(args.questions, content)
+    rows, items, missing = QUESTIONS.read(args.questions), [], Counter()
     truth, skipped = match_answers(rows, ANSWERS, args)
     clips = find_clips(args.images) if args.images else {}  # --score needs none
     mapping = Path(args.questions).with_name("youtube_mapping.txt")  # MSVD's other names
@@ -46,7 +42,7 @@ def read_video_qa(args, wording, types, prefix):
     other = {line[1]: line[0] for line in lines if len(line) == 2}
     for name, row in rows.items():
         number = str(row.get("video_id")).removeprefix(prefix)
-        clip = row.get("video_name") or row.get("gif_name") or row.get("video") or prefix + number
+        clip = str(row.get("video_name") or row.get("gif_name") or prefix + number)
         names = [key for key in (clip, f"v_{clip}", other.get(clip)) if key in clips]
         if args.images and not names:
             missing[clip] += 1
