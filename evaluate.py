@@ -230,8 +230,9 @@ def spatial_items(records, wording, rng):
     object than they ask for; plain "icl" has examples that answer what they ask, in random order. A direct question about left
     and right is also asked of the mirrored image.
     """
-    items = []
+    items, start = [], rng.getstate()
     for axis, setting in enumerate(SIDE_PROMPTS):
+        rng.setstate(start)  # so that an image has the same questions, however many follow it
         for record, one, two, three, side in spatial_triplets(records, rng, axis):
             other = OPPOSITE[side]  # where two and three are, seen from one
             questions = [side_question(setting, *pair) for pair in ((one, two), (two, one), (three, one))]
