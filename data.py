@@ -276,12 +276,8 @@ def first_named(text, names):
     >>> first_named("There is a wine glass on the table", ["glass", "table", "wine glass"])
     'wine glass'
     """
-    found = [
-        (match.start(), -len(name), name)
-        for name in names
-        if (match := re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE))
-    ]
-    return min(found)[2] if found else None
+    matches = ((name, re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)) for name in names)
+    return min(((match.start(), -len(name), name) for name, match in matches if match), default=(0, 0, None))[2]
 
 
 def judge_rev(item, wording):
@@ -404,9 +400,7 @@ def pack(prefix, segments, max_length):
             break
         ids, labels = ids[:room], labels[:room]
         if all(label == IGNORE for label in labels):
-            raise ValueError(
-                f"a question leaves no room for its answer in {max_length} tokens ({len(prefix)} before it); raise max_length"
-            )
+            raise ValueError(f"a question leaves no room for its answer in {max_length} tokens; raise max_length")
         row["input_ids"] += ids
         row["labels"] += labels
         row["segments"] += [number] * len(ids)

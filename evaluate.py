@@ -176,10 +176,8 @@ def negpred_metrics(items):
 
 
 def revloc_metrics(items):
-    return {
-        "name accuracy": mean(item.correct for item in items),
-        "named nothing": mean(item.truth["named"] is None for item in items),
-    }
+    nothing = mean(item.truth["named"] is None for item in items)
+    return {"name accuracy": mean(item.correct for item in items), "named nothing": nothing}
 
 
 # ----- COCO-Spatial: left and right, above and below
@@ -495,12 +493,9 @@ def parse(argv):
     parser.add_argument("--image", help="image file or clip to ask about")
     parser.add_argument("--out", help="where --ask draws (default: ask.png in the folder of the results)")
     args = parser.parse_args(argv)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    refused = [
-        (bool(args.ask) != bool(args.image), "--ask and --image belong together"),
-        (several and args.ask, "--ask runs in one process only"),
-    ]
-    return check_options(parser, args, refused)
+    is_one = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    refused = [(bool(args.ask) != bool(args.image), "--ask and --image belong together")]
+    return check_options(parser, args, [*refused, (args.ask and not is_one, "--ask runs in one process only")])
 
 
 def use_default_data(args, config):

@@ -52,9 +52,7 @@ class LlamaConfig:
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"{self.num_attention_heads} heads are not a multiple of {self.num_key_value_heads} key/value heads"
-            )
+            raise ValueError(f"{self.num_attention_heads} heads, not a multiple of {self.num_key_value_heads} key/value heads")
 
     @classmethod
     def from_dict(cls, config):
