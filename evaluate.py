@@ -120,11 +120,9 @@ def item_of(record, name, question, truth):
 
 def mirror(item):
     """Make the same question about the image mirrored left to right: the opposite side is right, boxes are mirrored."""
-    width = item.size[0]
-    truth = item.truth | {
-        "word": OPPOSITE[item.truth["word"]],
-        "boxes_px": [(width - x2, y1, width - x1, y2) for x1, y1, x2, y2 in item.truth["boxes_px"]],
-    }
+    width, word = item.size[0], OPPOSITE[item.truth["word"]]
+    boxes_px = [(width - x2, y1, width - x1, y2) for x1, y1, x2, y2 in item.truth["boxes_px"]]
+    truth = item.truth | {"word": word, "boxes_px": boxes_px}
     return replace(item, id=f"{item.id}:mirrored", truth=truth, boxes_px=[], mirrored=True)
 
 
