@@ -33,6 +33,7 @@ from formats.fast_cpu import keep_freed_memory
 from llama import LlamaConfig, read_tokenizer
 from model import LocVLM, LocVLMConfig
 from tools import command, positive
+from tools.plan import made_row
 
 TINY_LLAMA = Path(__file__).parent.parent / "tiny/llama"  # its tokenizer makes about as many pieces of a question as LLaMA's
 ADAPTER = "mlp2x_gelu"  # `transformers` has no other
@@ -105,47 +106,34 @@ def clock(call, times=3):
     return statistics.median(seconds[1:])
 
 
-def draw_batch(config, folder, images, questions):
-    """Draw images (images, 3, S, S) and lists of (question, answer) about each. Return also the tokenizer, and the prefix."""
-    draw, tokenizer, shape = random.Random(0), read_tokenizer(folder), (images, 3, *2 * [config.vision_config.image_size])
-    wording, record = data.Wording(config.coord_format()), data.Record("", None, (640, 480))
-
-    def turn():
-        box_px = [draw.randrange(*span) for span in ((0, 140), (0, 105), (140, 280), (105, 210))]  # bins of two digits
-        return data.ask_loc(data.Object(draw.choice(NAMES), tuple(box_px)), record, wording, draw)
-
-    turns = [[turn() for _ in range(questions)] for _ in range(images)]
-    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    return pixels, turns, tokenizer, data.encode_prefix(tokenizer, "v1", config.visual_tokens)
+def random_images(config, count):
+    """Draw preprocessed images: (count, 3, S, S)."""
+    side = config.vision_config.image_size
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-def padded(rows, fill, side="right"):
-    """Pad lists of ids to one length: a tensor (rows, T)."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill, padding_side=side)
-
-
-def their_inputs(model, rows, pixels, side="right"):
-    """Batch rows of ids and their images for `transformers`, with its own image placeholder."""
-    rows = [[model.config.image_token_index if i == data.IMAGE_ID else i for i in row] for row in rows]
-    mask = padded([[1] * len(row) for row in rows], 0, side)
-    return {"input_ids": padded(rows, 0, side), "attention_mask": mask, "pixel_values": pixels}
+def their_inputs(model, rows, pixels):
+    """Batch rows of ids and their images for `transformers`: padding on the left, its own image placeholder."""
+    rows = [torch.tensor(row) for row in rows]
+    ids, mask = (pad_sequence(part, batch_first=True, padding_side="left") for part in (rows, map(torch.ones_like, rows)))
+    return {
+        "input_ids": ids.masked_fill(ids == data.IMAGE_ID, model.config.image_token_index), "attention_mask": mask,
+        "pixel_values": pixels,
+    }  # fmt: skip
 
 
 def measure_training(side, folder, allocator, images, questions, steps):
-    """Train one side for some steps. Theirs reads a row per question, each with its image."""
+    """Train one side for some steps. Ours reads a row per image, theirs a row per question, each with its image."""
     if allocator == "tuned":
         keep_freed_memory()
     model, _, before = load(side, folder)
-    pixels, turns, tokenizer, prefix = draw_batch(TRAINED, folder, images, questions)
-    segments = [[data.encode_segment(tokenizer, "v1", [turn]) for turn in of_image] for of_image in turns]
-    if side == "theirs":
-        segments, pixels = [[one] for of_image in segments for one in of_image], pixels.repeat_interleave(questions, dim=0)
-    rows = [data.pack(prefix, of_row, TRAINED.text_config.max_position_embeddings) for of_row in segments]
+    pixels = random_images(TRAINED, images)
     if side == "ours":
-        inputs = {"pixel_values": pixels, **data.collate(rows)}
+        inputs = {"pixel_values": pixels, **data.collate([made_row(TRAINED, 2, questions)] * images)}
     else:
-        inputs = their_inputs(model, [row["input_ids"] for row in rows], pixels)
-        inputs |= {"labels": padded([row["labels"] for row in rows], data.IGNORE), "use_cache": False}
+        row = made_row(TRAINED, 2, 1)
+        inputs = their_inputs(model, [row["input_ids"]] * images * questions, pixels.repeat_interleave(questions, dim=0))
+        inputs |= {"labels": torch.tensor([row["labels"]] * images * questions), "use_cache": False}
     learned = [p for name, p in model.named_parameters() if p.requires_grad_("vision_tower." not in name).requires_grad]
     optimizer, losses = torch.optim.AdamW(learned, lr=2e-5, fused=True), []
 
@@ -209,8 +197,9 @@ def generate(tokens: positive = 32, threads: positive = 2):
 def measure_evaluation(side, folder, images, questions, tokens):
     """Answer questions: ours all at a time, theirs as many rows as `side` says."""
     model, *_ = load(side, folder)
-    pixels, turns, tokenizer, prefix = draw_batch(EVALUATED, folder, images, questions)
-    asked = [[question for question, _ in of_image] for of_image in turns]
+    pixels, tokenizer, draw = random_images(EVALUATED, images), read_tokenizer(folder), random.Random(0)
+    prefix, wording = data.encode_prefix(tokenizer, "v1", EVALUATED.visual_tokens), data.Wording(EVALUATED.coord_format())
+    asked = [[data.loc_question(draw.choice(NAMES), wording, draw) for _ in range(questions)] for _ in range(images)]
     if side == "ours":
         model.for_inference()
 
@@ -222,7 +211,7 @@ def measure_evaluation(side, folder, images, questions, tokens):
         rows = [(i, data.encode_question(tokenizer, text)) for i, of_image in enumerate(asked) for text in of_image]
         for start in range(0, len(rows), size):
             image_of, ids = zip(*rows[start : start + size], strict=True)
-            inputs = their_inputs(model, [prefix + row for row in ids], pixels[list(image_of)], side="left")
+            inputs = their_inputs(model, [prefix + row for row in ids], pixels[list(image_of)])
             answered = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
             answers += map(str, answered[:, inputs["input_ids"].shape[1] :].tolist())
         return answers
