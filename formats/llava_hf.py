@@ -6,8 +6,11 @@ mean of the others: never the most likely), and a linear adapter the identity as
 """
 
 import math
+import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from string import Template
 
 import torch
 
@@ -27,20 +30,12 @@ SUPPORTED = {  # keys of a LLaVA's config, and the values that this model can re
     "mm_projector_type": ("linear", "mlp2x_gelu"), "projector_hidden_act": ("gelu",), "mm_use_im_start_end": (False,),
 }
 SETTINGS = ("geometry", "kind", "location", "words", "frames")  # of LocVLMConfig, saved under "locvlm"
-CHAT_TEMPLATE = (  # data.encode_prefix and data.encode_segment as transformers' template, for any number of turns
-    SYSTEM + " {% for m in messages %}{% if m['role'] == 'user' %}"
-    + USER + " {% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %} {% else %}"
-    + ASSISTANT + " {% if m['content'] is string %}{{ m['content'] }}{% else %}{{ m['content'][0]['text'] }}{% endif %}"
-    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
-)
 
 
 def read_checkpoint(folder, vision, adapters, dtype, device):
     """Read a whole model: (tower, adapter, LLaMA, tokenizer, settings of LocVLMConfig). See LocVLM.from_pretrained."""
     config, parts = read_config(folder), sort_tensors(open_tensors(folder), folder)
-    ours, stored, language = config.get("locvlm", {}), parts["adapter"], parts["language_model"]
+    ours, language = config.get("locvlm", {}), parts["language_model"]
     for key, values in SUPPORTED.items():
         is_our_identity = key == "projector_hidden_act" and ours.get("adapter") == "linear"
         if config.get(key, values[0]) not in values and not is_our_identity:
@@ -50,8 +45,7 @@ def read_checkpoint(folder, vision, adapters, dtype, device):
         for name in {"embed_tokens.weight", "lm_head.weight"} & language.keys():
             language[name] = language[name].rows(0, ours["vocab_size"])
     llama = Llama.from_stored(LlamaConfig.from_dict(config), language, f"{folder} (LLaMA)", dtype, device)
-    sizes = tower.config.hidden_size, llama.config.hidden_size
-    adapter = build_adapter(stored, ours, adapters, sizes, f"{folder} (adapter)", dtype, device)
+    adapter = read_adapter(folder, adapters, (tower.config.hidden_size, llama.config.hidden_size), dtype, device)
     tokenizer = read_tokenizer(folder)
     if ours and sha256(tokenizer.path) != ours["tokenizer_sha256"]:
         hint = f"use the one whose sha256 begins {ours['tokenizer_sha256'][:12]}"
@@ -72,38 +66,38 @@ def read_tower(folder, config, stored, vision, dtype, device):
 
 
 def read_adapter(path, adapters, sizes, dtype=torch.float32, device="cpu"):
-    """Read an adapter alone: LLaVA's mm_projector.bin, or the one inside a run. sizes: of CLIP and LLaMA."""
-    ours = read_json(Path(path) / "config.json").get("locvlm", {}) if (Path(path) / "config.json").is_file() else {}
-    return build_adapter(sort_tensors(open_tensors(path), path)["adapter"], ours, adapters, sizes, path, dtype, device)
-
-
-def build_adapter(stored, ours, adapters, sizes, source, dtype, device):
-    """Make the adapter that a run of ours names under "locvlm", or that a LLaVA's tensors show."""
+    """Read the adapter alone: of a run, which names its kind, of a LLaVA, or its mm_projector.bin. sizes: of CLIP and LLaMA."""
+    stored, config = sort_tensors(open_tensors(path), path)["adapter"], Path(path) / "config.json"
+    ours = read_json(config).get("locvlm", {}) if config.is_file() else {}
     kind = ours.get("adapter") or ("mlp2x_gelu" if "linear_2.weight" in stored else "linear")
     if kind == "linear":  # drop the identity
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("linear_2.")}
-    return build(lambda: adapters[kind](*sizes), stored, source, dtype, device)
+    return build(lambda: adapters[kind](*sizes), stored, f"{path} (adapter)", dtype, device)
 
 
 def geometry_of(folder, config):
-    """Return how a LLaVA that is not ours makes its square: from its image processor, or its image_aspect_ratio."""
-    if "vision_config" in config:  # llava-hf's; transformers 5 writes the image processor into the processor's file
-        paths = [folder / "preprocessor_config.json", folder / "processor_config.json"]
-        found = [read_json(path) for path in paths if path.is_file()]
-        found = [content.get("image_processor", content) for content in found]
-        processor = next((content for content in found if content.keys() & {"size", "do_resize"}), None)
-        if not processor:
-            print(f"{folder} has no preprocessor_config.json: images are cropped to a square, as CLIP does")
-            return "crop"
+    """Return how a LLaVA that is not ours makes its square: from its image_aspect_ratio, or llava-hf's image processor."""
+    if "vision_config" not in config:
+        ratio = config.get("image_aspect_ratio") or "square"
+        if ratio not in ("square", "pad"):
+            hint = "this model looks once at the whole image ('square' or 'pad')"
+            raise ValueError(f"{folder}/config.json: unsupported image_aspect_ratio = {ratio!r}; {hint}")
+        return "pad" if ratio == "pad" else "crop"
+    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):  # transformers 5 has it in the second
+        content = read_json(path) if path.is_file() else {}
+        processor = content.get("image_processor", content)
         if processor.get("do_pad"):
             return "pad"
-        size, is_crop = processor.get("size"), processor.get("do_center_crop", True)
-        return "squash" if not is_crop and isinstance(size, dict) and "height" in size else "crop"
-    ratios = {"square": "crop", "pad": "pad"}
-    if (ratio := config.get("image_aspect_ratio") or "square") not in ratios:
-        hint = "this model looks once at the whole image ('square' or 'pad')"
-        raise ValueError(f"{folder}/config.json: unsupported image_aspect_ratio = {ratio!r}; {hint}")
-    return ratios[ratio]
+        if processor.keys() & {"size", "do_resize"}:
+            size, is_crop = processor.get("size"), processor.get("do_center_crop", True)
+            return "squash" if not is_crop and isinstance(size, dict) and "height" in size else "crop"
+    print(f"{folder} has no preprocessor_config.json: images are cropped to a square, as CLIP does")
+    return "crop"
+
+
+def template(name):
+    """Read the constant content of one of llava-hf's files; null stands for what is filled in here."""
+    return read_json(Path(__file__).with_name("llava_hf.json"))[name]
 
 
 def write_checkpoint(model, folder, state_dict, notes):
@@ -113,9 +107,9 @@ def write_checkpoint(model, folder, state_dict, notes):
     image_id, vocab_size = len(tokenizer), config.text_config.vocab_size
     rows = vocab_size if image_id < vocab_size else 64 * math.ceil((image_id + 1) / 64)
     write_tensors(folder / "model.safetensors", llava_tensors(model, state_dict or model.state_dict(), rows))
-    tokenizer_model = tokenizer.path.read_bytes()
-    write_whole(folder / tokenizer.path.name, lambda temporary: temporary.write_bytes(tokenizer_model))
-    write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
+    write_whole(folder / tokenizer.path.name, partial(shutil.copyfile, tokenizer.path))
+    chat = Template("".join(template("chat_template.jinja")))  # data.encode_prefix and encode_segment, for any number of turns
+    write_text(folder / "chat_template.jinja", chat.substitute(SYSTEM=SYSTEM, USER=USER, ASSISTANT=ASSISTANT))
     ours = {
         "adapter": config.adapter, **{key: getattr(config, key) for key in SETTINGS}, "n_bins": config.coord_format().n_bins,
         "template": "v1", "vocab_size": vocab_size, "tokenizer_sha256": sha256(tokenizer.path),
@@ -148,58 +142,50 @@ def llava_tensors(model, state_dict, rows):
 
 def processor_files(config):
     """Return the JSON files of the image processor: {file name: content}."""
-    vision, side = config.vision_config, config.vision_config.image_size
-    is_pad, is_crop = config.geometry == "pad", config.geometry == "crop"
-    whole = {"height": side, "width": side}
-    processor = {
-        "image_processor_type": "LlavaImageProcessor" if is_pad else "CLIPImageProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": side} if is_crop else whole, "resample": 3,  # bicubic
-        "do_center_crop": is_crop, "crop_size": whole, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": vision.image_mean, "image_std": vision.image_std,
-        "processor_class": "LlavaProcessor",
-    } | ({"do_pad": True, "background_color": list(mean_colour(vision))} if is_pad else {})
-    llava = {  # the additional token is the class token, which "default" drops again
-        "processor_class": "LlavaProcessor", "patch_size": vision.patch_size, "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1, "image_token": "<image>",
+    vision, side, is_crop = config.vision_config, config.vision_config.image_size, config.geometry == "crop"
+    square = {"height": side, "width": side}
+    processor = template("preprocessor_config.json") | {
+        "size": {"shortest_edge": side} if is_crop else square, "do_center_crop": is_crop, "crop_size": square,
+        "image_mean": vision.image_mean, "image_std": vision.image_std,
     }
+    if config.geometry == "pad":
+        colour = list(mean_colour(vision))
+        processor |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "background_color": colour}
+    llava = template("processor_config.json") | {"patch_size": vision.patch_size}
     return {"preprocessor_config.json": processor, "processor_config.json": llava}
 
 
 def llava_config(config, tokenizer, image_id, vocab_size):
     """Return the content of config.json, but for our own settings."""
-    moved = ("image_mean", "image_std")  # to the image processor, in llava-hf
-    vision = {key: value for key, value in asdict(config.vision_config).items() if key not in moved}
-    text = {key: value for key, value in asdict(config.text_config).items() if value or key != "rope_scaling"}
-    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return {
-        "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": image_id,
-        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-        "projector_hidden_act": "linear" if config.adapter == "linear" else "gelu",
+    content = template("config.json") | {
+        "image_token_index": image_id, "projector_hidden_act": "linear" if config.adapter == "linear" else "gelu",
         "tie_word_embeddings": config.text_config.tie_word_embeddings,
-        "vision_config": {"model_type": "clip_vision_model", **vision},
-        "text_config": {"model_type": "llama", "hidden_act": "silu", **text, "vocab_size": vocab_size, **tokens},
     }
+    vision, text = asdict(config.vision_config), asdict(config.text_config)
+    del vision["image_mean"], vision["image_std"]  # llava-hf has them in the image processor
+    content["vision_config"] |= vision
+    content["text_config"] |= {key: value for key, value in text.items() if value or key != "rope_scaling"}
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    content["text_config"] |= {"vocab_size": vocab_size, **tokens}
+    return content
 
 
 def tokenizer_files(config, tokenizer, image_id):
     """Return the JSON files of a sentencepiece tokenizer: {file name: content}. Another one's file is saved as it is."""
     if not hasattr(tokenizer, "piece"):
         return {}
-    ids = {"unk": tokenizer.unk_token_id, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
-    unk, bos, eos = (tokenizer.piece(i) for i in ids.values())
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("unk", "bos", "eos")} | {"pad": tokenizer.unk_token_id}
+    pieces = {name: tokenizer.piece(i) for name, i in ids.items()}
     how = {"lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    contents = {ids["unk"]: unk, ids["bos"]: bos, ids["eos"]: eos, image_id: "<image>"}
-    special = {i: {"content": content, **how} for i, content in contents.items()}
+    special = {ids[name]: {"content": pieces[name], **how} for name in ids} | {image_id: {"content": "<image>", **how}}
+    generation = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
+    about = {f"{name}_token": piece for name, piece in pieces.items()} | {
+        "added_tokens_decoder": {str(i): token for i, token in special.items()},
+        "model_max_length": config.text_config.max_position_embeddings,
+    }
     return {
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "unk_token": unk, "bos_token": bos, "eos_token": eos, "pad_token": unk, "padding_side": "left",
-            "added_tokens_decoder": {str(i): token for i, token in special.items()},
-            "processor_class": "LlavaProcessor", "model_max_length": config.text_config.max_position_embeddings,
-        },
-        "generation_config.json": {
-            "bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["unk"], "do_sample": False,
-        },
+        "tokenizer_config.json": template("tokenizer_config.json") | about,
+        "generation_config.json": template("generation_config.json") | generation,
         "tokenizer.json": tokenizer_json(tokenizer, special),
     }
 
@@ -216,17 +202,14 @@ def tokenizer_json(tokenizer, special):
         if not (tokenizer.is_byte(i) or i in special)
         for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab
     )
-    bos = tokenizer.piece(tokenizer.bos_token_id)
-    start = {"SpecialToken": {"id": bos, "type_id": 0}}
-    text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return read_json(Path(__file__).with_name("tokenizer.json")) | {
-        "added_tokens": [{"id": i, "single_word": False, **token} for i, token in special.items()],
-        "post_processor": {
-            "type": "TemplateProcessing", "single": [start, text], "pair": [start, text, second],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_token_id], "tokens": [bos]}},
-        },
-        "model": {
-            "type": "BPE", "unk_token": tokenizer.piece(tokenizer.unk_token_id), "fuse_unk": True, "byte_fallback": True,
-            "vocab": vocab, "merges": [f"{left} {right}" for *_, left, right in merges],
-        },
+    content, bos = template("tokenizer.json"), tokenizer.piece(tokenizer.bos_token_id)
+    content["added_tokens"] = [{"id": i, "single_word": False, **token} for i, token in special.items()]
+    content["model"] |= {
+        "unk_token": tokenizer.piece(tokenizer.unk_token_id), "vocab": vocab,
+        "merges": [f"{left} {right}" for *_, left, right in merges],
     }
+    around = content["post_processor"]
+    around["special_tokens"] = {bos: {"id": bos, "ids": [tokenizer.bos_token_id], "tokens": [bos]}}
+    for sequence in (around["single"], around["pair"]):
+        sequence.insert(0, {"SpecialToken": {"id": bos, "type_id": 0}})
+    return content
