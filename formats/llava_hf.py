@@ -5,6 +5,7 @@ mean of the others: never the most likely), and a linear adapter the identity as
 `read_checkpoint` undoes both. Our settings are in config.json's "locvlm", which others ignore.
 """
 
+import json
 import math
 import shutil
 from dataclasses import asdict
@@ -12,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from string import Template
 
+import jinja2
 import torch
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower, mean_colour
 from data import ASSISTANT, SYSTEM, USER
-from formats.files import read_config, read_json, sha256, write_json, write_text, write_whole
+from formats.files import read_config, read_json, read_text, sha256, write_json, write_text, write_whole
 from formats.weights import build, open_tensors, sort_tensors, write_tensors
 from llama import Llama, LlamaConfig, read_tokenizer
 
@@ -29,6 +31,7 @@ SUPPORTED = {  # keys of a LLaVA's config, and the values that this model can re
     "vision_feature_layer": (-2,), "vision_feature_select_strategy": ("default",),
     "mm_projector_type": ("linear", "mlp2x_gelu"), "projector_hidden_act": ("gelu",), "mm_use_im_start_end": (False,),
 }
+HERE = Path(__file__).parent
 SETTINGS = ("geometry", "kind", "location", "words", "frames")  # of LocVLMConfig, saved under "locvlm"
 
 
@@ -95,11 +98,6 @@ def geometry_of(folder, config):
     return "crop"
 
 
-def template(name):
-    """Read the constant content of one of llava-hf's files; null stands for what is filled in here."""
-    return read_json(Path(__file__).with_name("llava_hf.json"))[name]
-
-
 def write_checkpoint(model, folder, state_dict, notes):
     """Write a llava-hf folder, see LocVLM.save_pretrained."""
     config, tokenizer = model.config, model.tokenizer
@@ -108,14 +106,15 @@ def write_checkpoint(model, folder, state_dict, notes):
     rows = vocab_size if image_id < vocab_size else 64 * math.ceil((image_id + 1) / 64)
     write_tensors(folder / "model.safetensors", llava_tensors(model, state_dict or model.state_dict(), rows))
     write_whole(folder / tokenizer.path.name, partial(shutil.copyfile, tokenizer.path))
-    chat = Template("".join(template("chat_template.jinja")))  # data.encode_prefix and encode_segment, for any number of turns
-    write_text(folder / "chat_template.jinja", chat.substitute(SYSTEM=SYSTEM, USER=USER, ASSISTANT=ASSISTANT))
+    chat = "".join(read_json(HERE / "chat_template.json"))  # data.encode_prefix and encode_segment, for any number of turns
+    chat = Template(chat).substitute(SYSTEM=SYSTEM, USER=USER, ASSISTANT=ASSISTANT)
+    write_text(folder / "chat_template.jinja", chat)
     ours = {
         "adapter": config.adapter, **{key: getattr(config, key) for key in SETTINGS}, "n_bins": config.coord_format().n_bins,
         "template": "v1", "vocab_size": vocab_size, "tokenizer_sha256": sha256(tokenizer.path),
     }
-    files = processor_files(config) | tokenizer_files(config, tokenizer, image_id)
-    files["config.json"] = {**llava_config(config, tokenizer, image_id, rows), "locvlm": {**ours, **notes}}
+    files = json_files(config, tokenizer, image_id, rows)
+    files["config.json"]["locvlm"] = {**ours, **notes}
     for name, content in files.items():
         write_json(folder / name, content)
 
@@ -140,76 +139,28 @@ def llava_tensors(model, state_dict, rows):
     return tensors
 
 
-def processor_files(config):
-    """Return the JSON files of the image processor: {file name: content}."""
-    vision, side, is_crop = config.vision_config, config.vision_config.image_size, config.geometry == "crop"
-    square = {"height": side, "width": side}
-    processor = template("preprocessor_config.json") | {
-        "size": {"shortest_edge": side} if is_crop else square, "do_center_crop": is_crop, "crop_size": square,
-        "image_mean": vision.image_mean, "image_std": vision.image_std,
+def json_files(config, tokenizer, image_id, rows):
+    """Fill in llava_hf.jinja: {file name: content}. rows: of the vocabulary; image_id: the row of <image>"""
+    facts = {
+        "adapter": config.adapter, "geometry": config.geometry, "mean_colour": mean_colour(config.vision_config),
+        "vision": asdict(config.vision_config), "text": asdict(config.text_config) | {"vocab_size": rows},
+        "image_id": image_id, "tokenizer": tokenizer, "vocab": None,
     }
-    if config.geometry == "pad":
-        colour = list(mean_colour(vision))
-        processor |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "background_color": colour}
-    llava = template("processor_config.json") | {"patch_size": vision.patch_size}
-    return {"preprocessor_config.json": processor, "processor_config.json": llava}
+    if hasattr(tokenizer, "piece"):  # a sentencepiece model
+        ids = tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+        special = {i: tokenizer.piece(i) for i in ids} | {image_id: "<image>"}
+        vocab = {tokenizer.piece(i): i for i in range(len(tokenizer))}
+        facts |= {"special": special, "vocab": vocab, "merges": merges_of(tokenizer, vocab, special)}
+    template = jinja2.Environment(finalize=json.dumps, undefined=jinja2.StrictUndefined).from_string
+    return json.loads(template(read_text(HERE / "llava_hf.jinja")).render(facts))
 
 
-def llava_config(config, tokenizer, image_id, vocab_size):
-    """Return the content of config.json, but for our own settings."""
-    content = template("config.json") | {
-        "image_token_index": image_id, "projector_hidden_act": "linear" if config.adapter == "linear" else "gelu",
-        "tie_word_embeddings": config.text_config.tie_word_embeddings,
-    }
-    vision, text = asdict(config.vision_config), asdict(config.text_config)
-    del vision["image_mean"], vision["image_std"]  # llava-hf has them in the image processor
-    content["vision_config"] |= vision
-    content["text_config"] |= {key: value for key, value in text.items() if value or key != "rope_scaling"}
-    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    content["text_config"] |= {"vocab_size": vocab_size, **tokens}
-    return content
-
-
-def tokenizer_files(config, tokenizer, image_id):
-    """Return the JSON files of a sentencepiece tokenizer: {file name: content}. Another one's file is saved as it is."""
-    if not hasattr(tokenizer, "piece"):
-        return {}
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("unk", "bos", "eos")} | {"pad": tokenizer.unk_token_id}
-    pieces = {name: tokenizer.piece(i) for name, i in ids.items()}
-    how = {"lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    special = {ids[name]: {"content": pieces[name], **how} for name in ids} | {image_id: {"content": "<image>", **how}}
-    generation = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
-    about = {f"{name}_token": piece for name, piece in pieces.items()} | {
-        "added_tokens_decoder": {str(i): token for i, token in special.items()},
-        "model_max_length": config.text_config.max_position_embeddings,
-    }
-    return {
-        "tokenizer_config.json": template("tokenizer_config.json") | about,
-        "generation_config.json": template("generation_config.json") | generation,
-        "tokenizer.json": tokenizer_json(tokenizer, special),
-    }
-
-
-def tokenizer_json(tokenizer, special):
-    """Return a sentencepiece model in the format of HF's tokenizers.
-
-    Its merges: every pair of pieces that makes a piece, the best score first. The text after a special token gets a space.
-    """
-    vocab = {tokenizer.piece(i): i for i in range(len(tokenizer))}
+def merges_of(tokenizer, vocab, special):
+    """Return the merges that a sentencepiece model implies: every pair of pieces that makes a piece, the best score first."""
     merges = sorted(
         (-tokenizer.score(i), vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
         for piece, i in vocab.items()
         if not (tokenizer.is_byte(i) or i in special)
         for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab
     )
-    content, bos = template("tokenizer.json"), tokenizer.piece(tokenizer.bos_token_id)
-    content["added_tokens"] = [{"id": i, "single_word": False, **token} for i, token in special.items()]
-    content["model"] |= {
-        "unk_token": tokenizer.piece(tokenizer.unk_token_id), "vocab": vocab,
-        "merges": [f"{left} {right}" for *_, left, right in merges],
-    }
-    around = content["post_processor"]
-    around["special_tokens"] = {bos: {"id": bos, "ids": [tokenizer.bos_token_id], "tokens": [bos]}}
-    for sequence in (around["single"], around["pair"]):
-        sequence.insert(0, {"SpecialToken": {"id": bos, "type_id": 0}})
-    return content
+    return [f"{left} {right}" for *_, left, right in merges]

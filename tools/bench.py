@@ -30,7 +30,7 @@ import data
 from clip_vit import CLIPVisionConfig
 from formats.fast_cpu import keep_freed_memory
 from formats.files import read_json, write_json
-from formats.llava_hf import llava_config
+from formats.llava_hf import json_files
 from formats.weights import sort_tensors, write_tensors
 from llama import Llama, LlamaConfig
 from model import LocVLM, LocVLMConfig
@@ -65,7 +65,8 @@ def random_model(side, config):
         except ImportError as error:
             raise ImportError(f"cannot import transformers ({error}), the other side; pip install transformers") from None
         words = config.text_config.vocab_size  # the image placeholder must be one of them: the last
-        model = LlavaForConditionalGeneration(LlavaConfig(**llava_config(config, StandInTokenizer(), words - 1, words)))
+        their_config = LlavaConfig(**json_files(config, StandInTokenizer(), words - 1, words)["config.json"])
+        model = LlavaForConditionalGeneration(their_config)
         parts = sort_tensors(dict(model.named_parameters()), "transformers' Llava")
         named = {f"{part}.{name}": p for part, of_part in parts.items() for name, p in of_part.items()}
     draw_weights(named)
