@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.overrides import TorchFunctionMode
 
 from formats.files import naming, read_json, require_file, sha256, some, write_json, write_whole, writing
 
@@ -156,19 +155,10 @@ def sort_tensors(stored, source):
     return parts
 
 
-class SkipInit(TorchFunctionMode):
-    """Skip weight initialisation: the weights are filled from files, and on the meta device it costs a second of imports."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in (kwargs or {}) else args[0]
-        return function(*args, **kwargs or {})
-
-
 def build(make, stored, source, dtype=torch.float32, device="cpu"):
     """Make a module on the meta device with make(), and fill it from {name: Stored}, strictly: `source` names it in errors.
     Memory: the module and a piece of a tensor. The device "meta" checks names and shapes, and reads no contents."""
-    with torch.device("meta"), SkipInit():
+    with torch.device("meta"):
         module = make()
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     problems = {
