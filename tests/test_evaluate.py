@@ -238,6 +238,14 @@ def test_a_run_is_evaluated_from_the_command_line(tmp_path, make_model, blind):
     assert first == {task: result_of(folder, task) for task in first}
 
 
+def test_an_image_has_the_same_questions_whatever_follows_it(run, tmp_path):
+    """A run with --limit and the scoring of its first rows (tasks --score --limit) ask what the whole run asks."""
+    records, _ = evaluate.read_file(run[4], run[6])
+    for name, make in ITEMS.items():
+        few, many = ({i.id + i.image.name: i.question for i in make(records[:n], WORDING, random.Random(0))} for n in (4, None))
+        assert few and len(few) < len(many) and few.items() <= many.items(), name
+
+
 def test_images_that_give_no_question_are_an_error(run, tmp_path):
     words = [run[0], "--task", "spatial", *run[3:]]
     world = read_json(run[4])
