@@ -16,7 +16,7 @@ from data import Object, Record, unique_objects
 from formats.clips import find_clip, find_clips, missing_clips
 from formats.files import naming, read_rows, read_text, require_file
 from formats.images import image_problem, split_zip
-from formats.schema import count_problems, read_entries
+from formats.schema import read_entries
 
 STATIC, STATIC_SIDE = 5, 224  # at most 5 px from the mean, in a square of 224 px (App. D does not say in which pixels)
 
@@ -38,20 +38,19 @@ def read_file(path, images, problems=None):
     are_clips = {entry.is_clip for entry in entries if entry.file_name}
     if False in are_clips and not Path(images).is_dir() and not split_zip(Path(images) / "x")[0]:
         raise FileNotFoundError(f"no folder or zip {images}, the images of {path}")
-    clips = find_clips(images) if True in are_clips and str(images) else {}
+    clips = find_clips(images) if True in are_clips and str(images) else {}  # --score opens none
     for entry in entries:
         image = entry.file_name and Path(images) / entry.file_name
-        if entry.is_clip and str(images):  # --score opens none
-            image = find_clip(clips, images, entry.file_name)
-        if entry.is_clip and not image:
+        if entry.is_clip and str(images) and not (image := find_clip(clips, images, entry.file_name)):
             missing.append(entry.file_name)
             continue
-        objects = static_objects(entry.boxes, entry.size) if entry.frames else unique_objects(entry.boxes)
         records.append(Record(
-            entry.id, image, entry.size, tuple(objects), tuple(sorted({box.name for box in entry.boxes})), entry.absent,
-            tuple(entry.captions), (entry.turns,) if entry.turns else (), is_clip=entry.is_clip,
+            entry.id, image, entry.size, absent=entry.absent, captions=tuple(entry.captions), is_clip=entry.is_clip,
+            objects=tuple(static_objects(entry.boxes, entry.size) if entry.frames else unique_objects(entry.boxes)),
+            present=tuple(sorted({box.name for box in entry.boxes})), conversations=(entry.turns,) if entry.turns else (),
         ))  # fmt: skip
-    return records, count_problems(problems) + missing_clips(missing, len(records), path, images)
+    counts = Counter({f"{kind} (the first: {texts[0]})": len(texts) for kind, texts in problems.items()})
+    return records, counts + missing_clips(missing, len(records), path, images)
 
 
 def static_objects(boxes, size):
@@ -108,16 +107,10 @@ def merge(records):
 
 def respelled(record, first):
     """Spell a record's categories as another record does that has them in other case."""
-    if not (record.present or record.absent):  # captions and conversations
-        return record
-    spelled = {name.casefold(): name for name in first.present + first.absent}
-
-    def spell(names):
-        return tuple(spelled.get(name.casefold(), name) for name in names)
-
-    names = spell(o.name for o in record.objects)
-    objects = tuple(replace(o, name=name) for o, name in zip(record.objects, names, strict=True))
-    return replace(record, objects=objects, present=spell(record.present), absent=spell(record.absent))
+    spellings = {name.casefold(): name for name in first.present + first.absent} if record.present or record.absent else {}
+    present, absent = ([spellings.get(name.casefold(), name) for name in names] for names in (record.present, record.absent))
+    objects = (replace(o, name=spellings.get(o.name.casefold(), o.name)) for o in record.objects)
+    return replace(record, objects=tuple(objects), present=tuple(present), absent=tuple(absent))
 
 
 def read_records(sources, exclude=()):
@@ -146,11 +139,11 @@ def parse_sources(text, images=""):
     >>> parse_sources("coco.json, chat.json@photos*0.5", "train2017")
     [('coco.json', 'train2017', 1.0), ('chat.json', 'photos', 0.5)]
     """
-    sources, is_json = [], text.startswith("[")
     with naming("--data", json.JSONDecodeError):
-        parts = json.loads(text) if is_json else text.split(",") if text else []
+        parts = json.loads(text) if text.startswith("[") else map(split_source, text.split(",") if text else ())
+    sources = []
     for part in parts:
-        file, folder, weight = [*part, *(None, 1.0)[len(part) - 1 :]] if is_json else split_source(part.strip())
+        file, folder, weight = [*part, *(None, 1.0)[len(part) - 1 :]]
         if not 0 < weight < math.inf:
             raise ValueError(f"--data {part}: write FILE or FILE@IMAGES or FILE@IMAGES*WEIGHT, separated by commas")
         if not (folder or images):
@@ -161,6 +154,7 @@ def parse_sources(text, images=""):
 
 def split_source(text):
     """Split FILE@IMAGES*WEIGHT: (file, images or None, weight; 0 if the text has another form)."""
+    text = text.strip()
     cuts = [match.start() for match in re.finditer("@|$", text)]
     cut = next((cut for cut in cuts if Path(text[:cut]).is_file()), cuts[0])
     match = re.fullmatch(r"(?:@([^*]+)(?:\*(\d+\.?\d*|\.\d+))?)?", text[cut:])

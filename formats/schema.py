@@ -7,7 +7,6 @@ is certain: "12.5" is a number, 7 a name, ids are compared as text. Else ValueEr
 import math
 import re
 import reprlib
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,11 +45,6 @@ class Entry:
     turns: tuple = ()  # (question, answer) pairs
     is_complete: bool = True  # False if an annotation was lost: any category may be there
     row: dict | None = None  # of the JSON
-
-
-def count_problems(problems):
-    """Return {kind, and the first row that has it: number of rows}."""
-    return Counter({f"{kind} (the first: {texts[0]})": len(texts) for kind, texts in problems.items()})
 
 
 def read_entries(content, path, problems):
@@ -249,20 +243,22 @@ def coco_entries(content, path, problems, kind="image"):
     entries = list(dict.fromkeys(filter(None, by_id.values())))
     empty = [f"{kind} {entry.id} has no annotation" for entry in entries if not entry.boxes]
     if content["annotations"] and len(empty) == len(entries):
-        first = next(text for texts in problems.values() for text in texts)
+        first = next(iter(problems.values()))[0]
         raise ValueError(f"{path}: none of its annotations belongs to its {kind}s and categories (the first: {first})")
     if kind == "image" and len(entries) / 10 < len(empty) < len(entries):  # COCO has one in a hundred
         problems["images without an annotation, where every category counts as absent"] += empty
     if 2 * len(problems.get(NO_AREA, ())) > len(content["annotations"]):  # not the few that COCO itself has
         problems["most boxes, of which bbox has no area"] = problems.pop(NO_AREA)
-    for entry in entries:
-        # LVIS lists which categories are certainly absent, and of which not every object has a box
-        several = map(str, entry.row.get("not_exhaustive_category_ids", ()))
-        entry.boxes += [Box(names[i], None, 0) for i in several if i in names]
-        candidates = map(str, entry.row.get("neg_category_ids", names)) if entry.is_complete else ()
+    for entry in entries:  # LVIS lists which categories are certainly absent, and of which not every object has a box
+        entry.boxes += [Box(name, None, 0) for name in listed(entry.row.get("not_exhaustive_category_ids"), names)]
         unsure = lost.union(box.name for box in entry.boxes)
-        entry.absent = tuple(dict.fromkeys(names[i] for i in candidates if i in names and names[i] not in unsure))
+        absent = listed(entry.row.get("neg_category_ids", names), names) if entry.is_complete else ()
+        entry.absent = tuple(dict.fromkeys(name for name in absent if name not in unsure))
     return entries
+
+
+def listed(ids, names):
+    return [names[str(i)] for i in ids if str(i) in names] if isinstance(ids, list | dict) else []
 
 
 def read_annotation(a, name, entry, where, problems):
@@ -324,7 +320,7 @@ def llava_entries(content, path, problems):
             kind, *detail = error.args
             problems[f"bad rows, each {kind}"].append(f"row {index}: it {kind}" + "".join(f": {str(d)[:80]}" for d in detail))
     if not entries:
-        raise ValueError(f"{path}: no usable row: {next(iter(count_problems(problems)), 'the list is empty')}")
+        raise ValueError(f"{path}: no usable row: {next(iter(problems.values()), ['the list is empty'])[0]}")
     return entries
 
 
@@ -333,10 +329,9 @@ def llava_row(row, index):
     if not isinstance(row, dict):
         raise ValueError("is no dictionary", row)
     image, clip = row.get("image") or row.get("images"), row.get("video") or row.get("video_id")
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise ValueError("names several images; this model reads one", image)
-        image = image[0] if image else None
+    image, *others = image if isinstance(image, list) and image else [image]
+    if others:
+        raise ValueError("names several images; this model reads one", [image, *others])
     file, texts = image or clip or None, texts_of(row, clip)
     if not isinstance(file, str | None) or (image and clip):
         raise ValueError("names one image or clip in a way that is not a string", file)
@@ -350,13 +345,13 @@ def llava_row(row, index):
     name = str(row["id"] if isinstance(row.get("id"), str | int) else f"{clip}_{index}" if clip else index)
     size = tuple(row["size"]) if are_numbers(row.get("size"), 2) and min(row["size"]) > 0 else (0, 0)
     entry = Entry(name, file.removesuffix(".pkl") if clip else file, size, bool(clip))  # .pkl: Video-ChatGPT's features
-    if "objective" in row:
-        entry.boxes, entry.absent = objective_of(row, size)
-        return entry
     texts = [whole(re.sub("<image>|<video>", "", text)).strip() for text in texts]
     if not all(texts[1::2]):
         raise ValueError("has an empty answer")
-    entry.turns = tuple(zip(texts[0::2], texts[1::2], strict=True))
+    if "objective" in row:
+        entry.boxes, entry.absent = objective_of(row, size)
+    else:
+        entry.turns = tuple(zip(texts[0::2], texts[1::2], strict=True))
     return entry
 
 
