@@ -231,12 +231,8 @@ def first_named(text, names):
     >>> first_named("There is a wine glass on the table", ["glass", "table", "wine glass"])
     'wine glass'
     """
-    found = [
-        (match.start(), -len(name), name)
-        for name in names
-        if (match := re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE))
-    ]
-    return min(found)[2] if found else None
+    matches = ((name, re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)) for name in names)
+    return min(((match.start(), -len(name), name) for name, match in matches if match), default=(0, 0, None))[2]
 
 
 def judge_rev(item, wording):
@@ -359,9 +355,7 @@ def pack(prefix, segments, max_length):
             break
         ids, labels = ids[:room], labels[:room]
         if all(label == IGNORE for label in labels):
-            raise ValueError(
-                f"a question leaves no room for its answer in {max_length} tokens ({len(prefix)} before it); raise max_length"
-            )
+            raise ValueError(f"a question leaves no room for its answer in {max_length} tokens; raise max_length")
         row["input_ids"] += ids
         row["labels"] += labels
         row["segments"] += [number] * len(ids)
@@ -369,13 +363,19 @@ def pack(prefix, segments, max_length):
     return row
 
 
+def placeholders(input_ids):
+    """Return where input_ids (B, T) hold IMAGE_ID, counted through rows laid end to end: long (images * N,)."""
+    return (input_ids == IMAGE_ID).flatten().nonzero().squeeze(1)
+
+
 def collate(rows):
     """Pad rows on the right to one length and find their answers: dict of tensors for `LocVLM.forward`.
 
     input_ids, positions  long (B, T)
     segments              long (B, T), -1 on padding; None if no row has more than one segment
+    placeholders          long (images * N,): where visual tokens go, in rows laid end to end
     answers               long (3, A): for each of A answer tokens its row, the column that predicts it, and its id
-    The lookup runs here, on the CPU, so that a GPU never waits for it.
+    The lookups run here, on the CPU, so that a GPU never waits for them.
     """
     multiple = 128 if torch.cuda.is_available() else 1  # cuDNN's attention builds a graph for each length
     longest = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
@@ -383,14 +383,16 @@ def collate(rows):
     def padded(key, fill):
         return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])  # (B, T)
 
-    labels, segments, positions = padded("labels", IGNORE), padded("segments", -1), padded("positions", 0)
+    input_ids, labels = padded("input_ids", 0), padded("labels", IGNORE)
+    segments, positions = padded("segments", -1), padded("positions", 0)
     # A token is predicted from the one before it: the shift is here, and nowhere else. Before a segment's first token
     # stands the prefix, whose last column is that token's position - 1.
     at, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (A,) each: answer tokens, at column + 1
     opens = segments[at, columns + 1] != segments[at, columns]
     before = torch.where(opens, positions[at, columns + 1] - 1, columns)
     return {
-        "input_ids": padded("input_ids", 0),
+        "input_ids": input_ids,
+        "placeholders": placeholders(input_ids),
         "positions": positions,
         "segments": segments if bool((segments > 1).any()) else None,
         "answers": torch.stack([at, before, labels[at, columns + 1]]),

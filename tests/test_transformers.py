@@ -10,7 +10,7 @@ from conftest import TEXT
 from PIL import Image
 
 from clip_vit import open_image, preprocess
-from data import IMAGE_ID, SYSTEM, encode_prefix, encode_question
+from data import IMAGE_ID, SYSTEM, encode_prefix, encode_question, placeholders
 from formats.llava_hf import tokenizer_json
 from llama import Tokenizer
 from model import LocVLM, place_image
@@ -68,7 +68,7 @@ def test_a_run_opens_as_llava_hf(make_model, image_file, tmp_path, options):
     with torch.no_grad():
         input_ids = torch.tensor([ids])
         x = model.language_model.embed_tokens(input_ids.clamp(min=0))
-        x = place_image(x, model.adapter(model.vision_tower(pixel_values)), input_ids)
+        x = place_image(x, model.adapter(model.vision_tower(pixel_values)), placeholders(input_ids))
         ours = model.language_model.lm_head(model.language_model.hidden(x))[0]
         wanted = theirs(**inputs).logits[0]
     vocab_size = config.text_config.vocab_size
