@@ -1,6 +1,6 @@
 """From an annotated image to token ids and labels (Sec. 3.3, App. B).
 
-    annotation files --read_coco, read_llava--> Records --Examples--> packed rows --collate--> a batch
+    annotation files --annotations.read_file--> Records --Examples--> packed rows --collate--> a batch
 
 A `Record` holds what the files say about an image or a clip: objects with box_px, absent categories, captions, conversations.
 Text is written only when an example is drawn, so the representation, the objectives and the wording are options of a run.
@@ -27,9 +27,6 @@ import torch
 
 from clip_vit import open_image, preprocess
 from coords import CoordFormat, iou
-from formats.clips import find_clip, find_clips, missing_clips
-from formats.files import read_json, require_file
-from formats.schema import Problems, coco_rows, llava_rows
 
 IMAGE_ID = -200  # placeholder id, one per visual token (LLaVA's choice: no vocabulary has it)
 IGNORE = -100  # label of a token without loss
@@ -109,55 +106,13 @@ class Record:
     is_clip: bool = False
 
 
-# ----- readers
+def unique_objects(boxes):
+    """Return the Objects whose category an image has once: the paper's unique-instance filter (Sec. 3.3).
 
-
-def read_coco(instances, images, content=None, problems=None):
-    """Read a COCO folder: a list of Records in the order of the file, and a Counter {reason: rows skipped}.
-
-    instances  instances_*.json: images [{id, file_name, width, height}], categories [{id, name}], annotations [{image_id,
-               category_id, bbox [x, y, width, height] in px}], perhaps with iscrowd, and with our own "description"
-    images     folder of the image files, or a zip
-    content    the JSON of `instances`, if it was read already; `problems` of its rows are added to a schema.Problems
-    A crowd, or an invalid box, counts as several of its category: it is present, and not asked for.
+    boxes: `formats.schema.Box` of one image. A crowd, or an invalid box, counts, but is not asked for.
     """
-    problems, records = problems if problems is not None else Problems(), []
-    content = content or read_json(require_file(instances, "COCO's instances_*.json"))
-    owners, boxes, absent = coco_rows(content, instances, problems)
-    for image_id, (file_name, size) in owners.items():
-        count = Counter(box.name for box in boxes[image_id])
-        count.update(box.name for box in boxes[image_id] if box.is_crowd)
-        objects = [Object(b.name, b.box_px, b.description) for b in boxes[image_id] if b.box_px and count[b.name] == 1]
-        names = tuple(name for name in absent[image_id] if name not in count)
-        records.append(Record(image_id, Path(images) / file_name, size, tuple(objects), tuple(sorted(count)), names))
-    return records, problems.count()
-
-
-def read_llava(path, images, content=None, problems=None):
-    """Read a LLaVA-format JSON: a list of Records, one per row, and a Counter {reason: rows skipped}.
-
-    A row {id, image, conversations [{from, value}]} is about an image; one with "video" about a clip; else it is text alone.
-    Video-ChatGPT's {q, a, video_id} is read too. Rows that tools.prefcoco wrote (key `objective`) become objects and absent
-    categories, so that this run writes their text in its own representation.
-    """
-    problems, records, missing = problems if problems is not None else Problems(), [], []
-    content = content or read_json(require_file(path, "a LLaVA-format JSON"))
-    rows = llava_rows(content, path, problems)
-    clips = find_clips(images) if any(row.clip for row in rows) else {}
-    for row in rows:
-        clip = row.clip and find_clip(clips, images, row.clip)
-        if row.clip and not clip:
-            missing.append(row.clip)
-            continue
-        image = clip or (Path(images) / row.image if row.image else None)
-        record = Record(row.id, image, row.size, conversations=(row.turns,) if row.turns else (), is_clip=bool(row.clip))
-        if row.boxes_px is not None:
-            objects = map(Object, row.names, row.boxes_px, row.descriptions)
-            record = replace(record, objects=tuple(objects), present=row.names)
-        elif row.names:
-            record = replace(record, absent=row.names)
-        records.append(record)
-    return records, problems.count() + missing_clips(missing, len(records), path, images)
+    count = Counter(box.name for box in boxes)
+    return tuple(Object(b.name, b.box_px, b.description) for b in boxes if b.box_px and count[b.name] == 1)
 
 
 # ----- objectives: questions, answers, and when an answer is right

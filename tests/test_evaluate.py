@@ -190,10 +190,10 @@ def test_hal_figures_come_from_one_confusion_matrix():
 
 def test_real_photos_give_questions_for_every_task(real):
     """COCO-Spatial, Hal and localisation examples from real boxes; the counts are those of the sample."""
-    from data import read_coco
+    from formats.annotations import read_file
 
     folder = real("coco-sample")
-    records, skipped = read_coco(folder / "annotations/instances_train2017.json", folder / "images")
+    records, skipped = read_file(folder / "annotations/instances_train2017.json", folder / "images")
     counts = {task: len(make(records, WORDING, random.Random(0))) for task, make in ITEMS.items()}
     assert not skipped and len(records) == 178 and all(count > 50 for count in counts.values()), counts
     assert counts["locpred"] == counts["revloc"] == sum(len(r.objects) for r in records)

@@ -32,8 +32,8 @@ import torch
 from PIL import Image
 
 from coords import GEOMETRIES, KINDS, CoordFormat
-from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, read_coco, targets_of
-from formats.annotations import image_ids_of, read_records, require_usable
+from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, targets_of
+from formats.annotations import image_ids_of, read_file, read_records, require_usable
 from formats.eval_folder import require_images
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json
 from formats.images import open_image
@@ -193,7 +193,7 @@ def localize(prefcoco, coco, out, images="", kind: Literal[KINDS] = "ivb", locat
         described.setdefault(row["image"], []).append(Object(row["name"], tuple(row["box_px"]), row["description"]))
         descriptions.setdefault(row["name"], []).append(row["description"])
     wording = Wording(CoordFormat(kind, side, geometry), tuple(OBJECTIVES), location, "description", neg_ratio)
-    records = {record.image.as_posix(): record for record in read_coco(coco, "")[0]}
+    records = {record.image.as_posix(): record for record in read_file(coco, "")[0] if record.image}
     if unknown := sorted(described.keys() - records.keys()):
         raise ValueError(f"{prefcoco} describes {some(unknown)}, which {coco} lacks; pass the --coco it was made from")
     if images:
