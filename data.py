@@ -1,6 +1,6 @@
 """From an annotated image to token ids and labels (Sec. 3.3, App. B).
 
-    annotation files --read_coco, read_llava--> Records --Examples--> packed rows --collate--> a batch
+    annotation files --annotations.read_file--> Records --Examples--> packed rows --collate--> a batch
 
 A `Record` holds what the files say about an image or a clip: objects with box_px, absent categories, captions, conversations.
 Text is written only when an example is drawn, so the representation, the objectives and the wording are options of a run.
@@ -27,9 +27,6 @@ import torch
 
 from clip_vit import open_image, preprocess
 from coords import CoordFormat, iou
-from formats.clips import find_clip, find_clips, missing_clips
-from formats.files import read_json, require_file
-from formats.schema import Problems, coco_rows, llava_rows
 
 IMAGE_ID = -200  # placeholder id, one per visual token (LLaVA's choice: no vocabulary has it)
 IGNORE = -100  # label of a token without loss
@@ -109,55 +106,13 @@ class Record:
     is_clip: bool = False
 
 
-# ----- readers
+def unique_objects(boxes):
+    """Return the Objects whose category an image has once: the paper's unique-instance filter (Sec. 3.3).
 
-
-def read_coco(instances, images, content=None, problems=None):
-    """Read a COCO folder: a list of Records in the order of the file, and a Counter {reason: rows skipped}.
-
-    instances  instances_*.json: images [{id, file_name, width, height}], categories [{id, name}], annotations [{image_id,
-               category_id, bbox [x, y, width, height] in px}], perhaps with iscrowd, and with our own "description"
-    images     folder of the image files, or a zip
-    content    the JSON of `instances`, if it was read already; `problems` of its rows are added to a schema.Problems
-    A crowd, or an invalid box, counts as several of its category: it is present, and not asked for.
+    boxes: `formats.schema.Box` of one image. A crowd, or an invalid box, counts, but is not asked for.
     """
-    problems, records = problems if problems is not None else Problems(), []
-    content = content or read_json(require_file(instances, "COCO's instances_*.json"))
-    owners, boxes, absent = coco_rows(content, instances, problems)
-    for image_id, (file_name, size) in owners.items():
-        count = Counter(box.name for box in boxes[image_id])
-        count.update(box.name for box in boxes[image_id] if box.is_crowd)
-        objects = [Object(b.name, b.box_px, b.description) for b in boxes[image_id] if b.box_px and count[b.name] == 1]
-        names = tuple(name for name in absent[image_id] if name not in count)
-        records.append(Record(image_id, Path(images) / file_name, size, tuple(objects), tuple(sorted(count)), names))
-    return records, problems.count()
-
-
-def read_llava(path, images, content=None, problems=None):
-    """Read a LLaVA-format JSON: a list of Records, one per row, and a Counter {reason: rows skipped}.
-
-    A row {id, image, conversations [{from, value}]} is about an image; one with "video" about a clip; else it is text alone.
-    Video-ChatGPT's {q, a, video_id} is read too. Rows that tools.prefcoco wrote (key `objective`) become objects and absent
-    categories, so that this run writes their text in its own representation.
-    """
-    problems, records, missing = problems if problems is not None else Problems(), [], []
-    content = content or read_json(require_file(path, "a LLaVA-format JSON"))
-    rows = llava_rows(content, path, problems)
-    clips = find_clips(images) if any(row.clip for row in rows) else {}
-    for row in rows:
-        clip = row.clip and find_clip(clips, images, row.clip)
-        if row.clip and not clip:
-            missing.append(row.clip)
-            continue
-        image = clip or (Path(images) / row.image if row.image else None)
-        record = Record(row.id, image, row.size, conversations=(row.turns,) if row.turns else (), is_clip=bool(row.clip))
-        if row.boxes_px is not None:
-            objects = map(Object, row.names, row.boxes_px, row.descriptions)
-            record = replace(record, objects=tuple(objects), present=row.names)
-        elif row.names:
-            record = replace(record, absent=row.names)
-        records.append(record)
-    return records, problems.count() + missing_clips(missing, len(records), path, images)
+    count = Counter(box.name for box in boxes)
+    return tuple(Object(b.name, b.box_px, b.description) for b in boxes if b.box_px and count[b.name] == 1)
 
 
 # ----- objectives: questions, answers, and when an answer is right
@@ -276,12 +231,8 @@ def first_named(text, names):
     >>> first_named("There is a wine glass on the table", ["glass", "table", "wine glass"])
     'wine glass'
     """
-    found = [
-        (match.start(), -len(name), name)
-        for name in names
-        if (match := re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE))
-    ]
-    return min(found)[2] if found else None
+    matches = ((name, re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)) for name in names)
+    return min(((match.start(), -len(name), name) for name, match in matches if match), default=(0, 0, None))[2]
 
 
 def judge_rev(item, wording):
@@ -404,9 +355,7 @@ def pack(prefix, segments, max_length):
             break
         ids, labels = ids[:room], labels[:room]
         if all(label == IGNORE for label in labels):
-            raise ValueError(
-                f"a question leaves no room for its answer in {max_length} tokens ({len(prefix)} before it); raise max_length"
-            )
+            raise ValueError(f"a question leaves no room for its answer in {max_length} tokens; raise max_length")
         row["input_ids"] += ids
         row["labels"] += labels
         row["segments"] += [number] * len(ids)
@@ -414,13 +363,19 @@ def pack(prefix, segments, max_length):
     return row
 
 
+def placeholders(input_ids):
+    """Return where input_ids (B, T) hold IMAGE_ID, counted through rows laid end to end: long (images * N,)."""
+    return (input_ids == IMAGE_ID).flatten().nonzero().squeeze(1)
+
+
 def collate(rows):
     """Pad rows on the right to one length and find their answers: dict of tensors for `LocVLM.forward`.
 
     input_ids, positions  long (B, T)
     segments              long (B, T), -1 on padding; None if no row has more than one segment
+    placeholders          long (images * N,): where visual tokens go, in rows laid end to end
     answers               long (3, A): for each of A answer tokens its row, the column that predicts it, and its id
-    The lookup runs here, on the CPU, so that a GPU never waits for it.
+    The lookups run here, on the CPU, so that a GPU never waits for them.
     """
     multiple = 128 if torch.cuda.is_available() else 1  # cuDNN's attention builds a graph for each length
     longest = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
@@ -428,14 +383,16 @@ def collate(rows):
     def padded(key, fill):
         return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])  # (B, T)
 
-    labels, segments, positions = padded("labels", IGNORE), padded("segments", -1), padded("positions", 0)
+    input_ids, labels = padded("input_ids", 0), padded("labels", IGNORE)
+    segments, positions = padded("segments", -1), padded("positions", 0)
     # A token is predicted from the one before it: the shift is here, and nowhere else. Before a segment's first token
     # stands the prefix, whose last column is that token's position - 1.
     at, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (A,) each: answer tokens, at column + 1
     opens = segments[at, columns + 1] != segments[at, columns]
     before = torch.where(opens, positions[at, columns + 1] - 1, columns)
     return {
-        "input_ids": padded("input_ids", 0),
+        "input_ids": input_ids,
+        "placeholders": placeholders(input_ids),
         "positions": positions,
         "segments": segments if bool((segments > 1).any()) else None,
         "answers": torch.stack([at, before, labels[at, columns + 1]]),

@@ -120,11 +120,9 @@ def item_of(record, name, question, truth):
 
 def mirror(item):
     """Make the same question about the image mirrored left to right: the opposite side is right, boxes are mirrored."""
-    width = item.size[0]
-    truth = item.truth | {
-        "word": OPPOSITE[item.truth["word"]],
-        "boxes_px": [(width - x2, y1, width - x1, y2) for x1, y1, x2, y2 in item.truth["boxes_px"]],
-    }
+    width, word = item.size[0], OPPOSITE[item.truth["word"]]
+    boxes_px = [(width - x2, y1, width - x1, y2) for x1, y1, x2, y2 in item.truth["boxes_px"]]
+    truth = item.truth | {"word": word, "boxes_px": boxes_px}
     return replace(item, id=f"{item.id}:mirrored", truth=truth, boxes_px=[], mirrored=True)
 
 
@@ -176,10 +174,8 @@ def negpred_metrics(items):
 
 
 def revloc_metrics(items):
-    return {
-        "name accuracy": mean(item.correct for item in items),
-        "named nothing": mean(item.truth["named"] is None for item in items),
-    }
+    nothing = mean(item.truth["named"] is None for item in items)
+    return {"name accuracy": mean(item.correct for item in items), "named nothing": nothing}
 
 
 # ----- COCO-Spatial: left and right, above and below
@@ -230,8 +226,9 @@ def spatial_items(records, wording, rng):
     object than they ask for; plain "icl" has examples that answer what they ask, in random order. A direct question about left
     and right is also asked of the mirrored image.
     """
-    items = []
+    items, start = [], rng.getstate()
     for axis, setting in enumerate(SIDE_PROMPTS):
+        rng.setstate(start)  # so that an image has the same questions, however many follow it
         for record, one, two, three, side in spatial_triplets(records, rng, axis):
             other = OPPOSITE[side]  # where two and three are, seen from one
             questions = [side_question(setting, *pair) for pair in ((one, two), (two, one), (three, one))]
@@ -494,12 +491,9 @@ def parse(argv):
     parser.add_argument("--image", help="image file or clip to ask about")
     parser.add_argument("--out", help="where --ask draws (default: ask.png in the folder of the results)")
     args = parser.parse_args(argv)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    refused = [
-        (bool(args.ask) != bool(args.image), "--ask and --image belong together"),
-        (several and args.ask, "--ask runs in one process only"),
-    ]
-    return check_options(parser, args, refused)
+    is_one = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    refused = [(bool(args.ask) != bool(args.image), "--ask and --image belong together")]
+    return check_options(parser, args, [*refused, (args.ask and not is_one, "--ask runs in one process only")])
 
 
 def use_default_data(args, config):

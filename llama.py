@@ -13,12 +13,14 @@ import math
 import re
 import zlib
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from sentencepiece import SentencePieceProcessor
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from formats.fast_cpu import pack_linears
@@ -50,9 +52,7 @@ class LlamaConfig:
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"{self.num_attention_heads} heads are not a multiple of {self.num_key_value_heads} key/value heads"
-            )
+            raise ValueError(f"{self.num_attention_heads} heads, not a multiple of {self.num_key_value_heads} key/value heads")
 
     @classmethod
     def from_dict(cls, config):
@@ -186,7 +186,10 @@ class Attention(nn.Module):
             keys[:, :, start:end], values[:, :, start:end] = k, v
             k, v = keys[:, :, :end], values[:, :, :end]  # (B, G, start + T, K)
         grouped = q.shape[1] != k.shape[1]  # H / G query heads share one key/value head
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        if isinstance(mask, BlockMask):
+            out = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)  # (B, H, T, K)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -233,7 +236,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.compiled = None  # see for_inference
+        self.is_compiled, self.compiled = False, None  # see compile_layers, for_inference
         self.tie()
 
     def tie(self):
@@ -249,7 +252,8 @@ class Llama(nn.Module):
         """Embeddings (B, T, D) -> normed hidden states (B, T, D); `lm_head` turns them into logits.
 
         positions  long (B, T), for the rotation; by default 0, 1, 2 ... after the cached ones
-        mask       bool (B, 1, T, L), True where a query may look; by default causal. L counts cached positions first.
+        mask       bool (B, 1, T, L), True where a query may look; by default causal. L counts cached positions first. Or a
+                   BlockMask, if the layers are compiled
         cache      KVCache, grows by T
         """
         past = 0 if cache is None else cache.length
@@ -257,7 +261,7 @@ class Llama(nn.Module):
             raise ValueError("a filled cache needs a mask over cached and new positions")
         if positions is None:
             positions = torch.arange(past, past + x.shape[1], device=x.device).expand(x.shape[:2])
-        if mask is not None:  # as floats to add to the scores: from booleans, attention would make them in every layer
+        if torch.is_tensor(mask):  # as floats to add to the scores: from booleans, attention would make them in every layer
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
         cos, sin = rotary(positions, self.config, x.dtype)  # (B, 1, T, K)
         use_compiled = self.compiled and x.shape[1] == 1 and (len(x) == 1 or x.is_cuda)  # see for_inference
@@ -266,6 +270,12 @@ class Llama(nn.Module):
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
+
+    def compile_layers(self, backend="inductor"):
+        """Compile each block's computation, for training on a GPU. Packed rows then use FlexAttention."""
+        for block in self.layers:  # `body`: what fsdp adds to the calls of a block stays outside
+            block.body = torch.compile(partial(Block.body, block), fullgraph=True, backend=backend)
+        self.is_compiled = True
 
     def for_inference(self, compile=False):
         """Speed up generation irreversibly: the model cannot be trained or saved afterwards. Returns self.

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower, open_image, preprocess
 from coords import CoordFormat
-from data import IMAGE_ID, encode_prefix, encode_question
+from data import encode_prefix, encode_question, placeholders
 from formats.fast_cpu import pack_linears
 from formats.llava_hf import read_adapter, read_checkpoint, write_checkpoint
-from formats.weights import SkipInit
 from llama import KVCache, Llama, LlamaConfig, read_tokenizer
 from video import encode, frames_of
 
@@ -105,33 +105,35 @@ VARIANTS = {  # the paper's two models, and the one that trains on a laptop (wei
 # ----- the model
 
 
-def place_image(x, visual, input_ids):
-    """Put visual tokens (images, N, D), in order, where input_ids (B, T) hold IMAGE_ID; elsewhere x (B, T, D) stays."""
-    holes = input_ids == IMAGE_ID  # (B, T)
-    if holes.sum() != visual.shape[0] * visual.shape[1]:
-        raise ValueError(
-            f"{int(holes.sum())} image placeholders but {visual.shape[0] * visual.shape[1]} visual tokens "
-            f"({visual.shape[0]} images of {visual.shape[1]}); use data.encode_prefix"
-        )
-    return x.masked_scatter(holes.unsqueeze(-1), visual.to(x.dtype))
+def place_image(x, visual, places):
+    """Put visual tokens (images, N, D), in order, at `places` (see data.placeholders) of x (B, T, D); the rest stays."""
+    if len(places) != visual.shape[0] * visual.shape[1]:
+        of = f"({visual.shape[0]} images of {visual.shape[1]})"
+        raise ValueError(f"{len(places)} image placeholders but {visual.shape[:2].numel()} visual tokens {of}; use data.encode_prefix")
+    return x.flatten(0, 1).index_copy(0, places, visual.flatten(0, 1).to(x.dtype)).view_as(x)
 
 
-def packed_mask(segments):
-    """Return who may look at whom in packed rows: segments (B, T) -> bool (B, 1, T, T).
+def packed_mask(segments, as_blocks=False):
+    """Return who may look at whom in packed rows: segments (B, T) -> bool (B, 1, T, T), or FlexAttention's BlockMask.
 
     A token sees the tokens before it that are in the prefix (segment 0) or in its own segment. Padding (-1) sees the prefix
     and padding, and nothing sees padding.
     """
-    length = segments.shape[1]
-    before = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    shared = segments[:, None, :] == 0
-    own = segments[:, :, None] == segments[:, None, :]
-    return (before & (shared | own)).unsqueeze(1)
+
+    def sees(row, head, query, key):
+        return (key <= query) & ((segments[row, key] == 0) | (segments[row, key] == segments[row, query]))
+
+    rows, length = segments.shape
+    if as_blocks:  # FlexAttention passes over blocks of 128 x 128 in which nothing is seen
+        return create_block_mask(sees, rows, None, length, length, device=segments.device)
+    row, column = (torch.arange(size, device=segments.device) for size in (rows, length))
+    return sees(row[:, None, None, None], None, column[:, None], column)
 
 
 def answer_loss(llama, x, answers, positions, segments=None, reduction="mean"):
     """Next-token loss over the answer tokens of embedded, packed rows x (B, T, D). See `LocVLM.forward`."""
-    hidden = llama.hidden(x, positions, None if segments is None else packed_mask(segments))  # (B, T, D)
+    mask = None if segments is None else packed_mask(segments, llama.is_compiled and x.is_cuda)
+    hidden = llama.hidden(x, positions, mask)  # (B, T, D)
     rows, columns, targets = answers
     logits = llama.lm_head(hidden[rows, columns])  # (A, V): about one token in ten meets the vocabulary
     return F.cross_entropy(logits.float(), targets, reduction=reduction)
@@ -146,19 +148,19 @@ class LocVLM(nn.Module):
         self.language_model = Llama(config.text_config)
         self.tokenizer = None  # set by from_parts and from_pretrained; it belongs to the weights
 
-    def forward(self, pixel_values, input_ids, positions, answers, segments=None, reduction="mean"):
+    def forward(self, pixel_values, input_ids, placeholders, positions, answers, segments=None, reduction="mean"):
         """Next-token loss over the answer tokens (their mean, or their sum).
 
         pixel_values  float (images, 3, S, S), normalised by clip_vit.preprocess; or features (images, P, Dv) that the tower
                       made earlier, see formats.features
         input_ids     long (B, T), right-padded; one IMAGE_ID per visual token
-        positions, answers (3, A), segments   see data.collate
+        placeholders, positions, answers (3, A), segments   see data.collate
         """
         with torch.no_grad():  # the tower is frozen
             patches = self.vision_tower(pixel_values) if pixel_values.ndim == 4 else pixel_values  # (images, P, Dv)
         visual = self.adapter(patches)  # (images, N, D)
         x = self.language_model.embed_tokens(input_ids.clamp(min=0))  # (B, T, D)
-        x = place_image(x, visual, input_ids)  # (B, T, D)
+        x = place_image(x, visual, placeholders)  # (B, T, D)
         return answer_loss(self.language_model, x, answers, positions, segments, reduction)
 
     @torch.inference_mode()
@@ -182,7 +184,7 @@ class LocVLM(nn.Module):
 
         prefix = encode_prefix(tokenizer, "v1", visual.shape[1])
         input_ids = torch.tensor([prefix] * len(images), device=device)  # (images, T)
-        x = place_image(llama.embed_tokens(input_ids.clamp(min=0)), visual, input_ids)  # (images, T, D)
+        x = place_image(llama.embed_tokens(input_ids.clamp(min=0)), visual, placeholders(input_ids))  # (images, T, D)
         cache = KVCache(llama.config, len(images), len(prefix), device, x.dtype)
         llama.hidden(x, cache=cache)  # the prefix, once; below, each question continues a copy of it
 
@@ -245,7 +247,7 @@ class LocVLM(nn.Module):
             rows = f"{len(tokenizer)} pieces, more than the {llama.config.vocab_size} rows of the embedding"
             raise ValueError(f"{tokenizer.path} has {rows}; pass the tokenizer that belongs to these weights")
         name = next(name for name, adapter_class in ADAPTERS.items() if adapter_class is type(adapter))
-        with torch.device("meta"), SkipInit():
+        with torch.device("meta"):
             model = cls(LocVLMConfig(tower.config, llama.config, name, **settings))
         model.vision_tower, model.adapter = tower.requires_grad_(False), adapter
         model.language_model, model.tokenizer = llama, tokenizer

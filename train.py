@@ -59,6 +59,7 @@ class Recipe:
     frames: int = 8  # per clip, in stages 3 and 4
     max_length: int = 2048  # tokens of a row, image included; at most LLaMA's max_position_embeddings
     grad_clip: float = 1.0  # largest gradient norm
+    compile: bool = True  # on a GPU: compiled layers and FlexAttention, which passes over what packed rows mask
 
 
 CLIP_RECIPES = {  # as Video-ChatGPT: Vid-B reads 100 frames, Vid-B+ 8
@@ -242,6 +243,8 @@ def train_stage(config, stage, model, examples, run, processes):
     first_step = run.begin_stage(stage, steps, model, optimizer)
     for layer in model.language_model.layers:
         layer.recompute = config.recompute
+    if recipe.compile and processes.device.type == "cuda":
+        model.language_model.compile_layers()
     parallel = processes.wrap(model)
     meter = Meter(model.config, stage, processes.device, runs_tower=not examples.features)
     faces_blurred = are_faces_blurred(config.sources)

@@ -7,81 +7,76 @@ import json
 import math
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from data import Object, Record, read_coco, read_llava
-from formats import schema
+from data import Object, Record, unique_objects
 from formats.clips import find_clip, find_clips, missing_clips
 from formats.files import naming, read_rows, read_text, require_file
 from formats.images import image_problem, split_zip
+from formats.schema import read_entries
 
 STATIC, STATIC_SIDE = 5, 224  # at most 5 px from the mean, in a square of 224 px (App. D does not say in which pixels)
 
 
-def read_captions(path, images, content, problems):
-    """Read COCO's captions_*.json: a Record for each image that has captions."""
-    owners, captions = schema.caption_rows(content, path, problems)
-    records = [Record(i, Path(images) / name, size, captions=tuple(captions[i])) for i, (name, size) in owners.items()]
-    return [record for record in records if record.captions], problems.count()
-
-
 def read_file(path, images, problems=None):
-    """Read an annotation file about images or clips, in any of the formats. problems: see read_coco"""
-    content = read_rows(path, "an annotation file")
-    is_coco = isinstance(content, dict)
-    read = read_clips if schema.is_about_clips(content) else read_captions if schema.is_captions(content) else read_coco
-    problems = problems if problems is not None else schema.Problems()
-    records, skipped = (read if is_coco else read_llava)(path, images, content, problems)
-    if any(record.image for record in records) and not Path(images).is_dir() and not split_zip(Path(images) / "x")[0]:
+    """Read an annotation file about images or clips: a list of Records, and a Counter {reason: rows skipped}.
+
+    COCO     instances_*.json: images [{id, file_name, width, height}], categories [{id, name}], annotations [{image_id,
+             category_id, bbox [x, y, width, height] in px}], perhaps with iscrowd, and with our own "description";
+             captions_*.json; clips_*.json of tiny.moving or tools.panoptic: the same of videos, with a box per frame
+    LLaVA    rows {id, image, conversations [{from, value}]}; "video" in place of image, Video-ChatGPT's {q, a, video_id}, or
+             neither. What tools.prefcoco wrote (key `objective`) is read as objects and absent categories, so that a run
+             writes their text in its own representation
+    images   folder of the images or clips, or a zip
+    problems of the rows are added to a defaultdict(list); see formats.schema
+    """
+    problems, records, missing = defaultdict(list) if problems is None else problems, [], []
+    entries = read_entries(read_rows(path, "an annotation file"), path, problems)
+    are_clips = {entry.is_clip for entry in entries if entry.file_name}
+    if False in are_clips and not Path(images).is_dir() and not split_zip(Path(images) / "x")[0]:
         raise FileNotFoundError(f"no folder or zip {images}, the images of {path}")
-    return records, skipped
+    clips = find_clips(images) if True in are_clips and str(images) else {}  # --score opens none
+    for entry in entries:
+        image = entry.file_name and Path(images) / entry.file_name
+        if entry.is_clip and str(images) and not (image := find_clip(clips, images, entry.file_name)):
+            missing.append(entry.file_name)
+            continue
+        records.append(Record(
+            entry.id, image, entry.size, absent=entry.absent, captions=tuple(entry.captions), is_clip=entry.is_clip,
+            objects=tuple(static_objects(entry.boxes, entry.size) if entry.frames else unique_objects(entry.boxes)),
+            present=tuple(sorted({box.name for box in entry.boxes})), conversations=(entry.turns,) if entry.turns else (),
+        ))  # fmt: skip
+    counts = Counter({f"{kind} (the first: {texts[0]})": len(texts) for kind, texts in problems.items()})
+    return records, counts + missing_clips(missing, len(records), path, images)
 
 
-def static_objects(boxes_by_frame, size):
-    """Find the objects that stay in place: Objects in order of appearance, each box the mean over its frames.
+def static_objects(boxes, size):
+    """Find the objects of a clip that stay in place: Objects in order of appearance, each box the mean over its frames.
 
-    boxes_by_frame holds (category, box_px) pairs for each frame; box_px = None marks a crowd or an invalid box. An object is a
+    boxes holds a `schema.Box` for each object in each frame; box_px is None for a crowd or an invalid box. An object is a
     category that no frame shows twice, with its centre within STATIC of its mean on both axes, in a square of STATIC_SIDE px.
 
-    >>> objects = static_objects([[("cup", (0, 0, 4, 4))], [("cup", (2, 0, 6, 4)), ("dog", (8, 8, 9, 9))]], (224, 224))
-    >>> [(o.name, o.box_px) for o in objects]
+    >>> from formats.schema import Box
+    >>> boxes = [Box("cup", (0, 0, 4, 4), 0), Box("cup", (2, 0, 6, 4), 1), Box("dog", (8, 8, 9, 9), 1)]
+    >>> [(o.name, o.box_px) for o in static_objects(boxes, (224, 224))]
     [('cup', (1.0, 0.0, 5.0, 4.0)), ('dog', (8.0, 8.0, 9.0, 9.0))]
     """
-    boxes, repeated = {}, set()
-    for frame in boxes_by_frame:
-        count = Counter(name for name, _ in frame)
-        repeated.update(name for name, box_px in frame if count[name] > 1 or box_px is None)
-        for name, box_px in frame:
-            boxes.setdefault(name, []).append(box_px)
-    objects = []
-    for name in (name for name in boxes if name not in repeated):
-        mean = tuple(sum(edge) / len(edge) for edge in zip(*boxes[name], strict=True))
-        pairs = ((box_px, axis) for box_px in boxes[name] for axis in (0, 1))
+    by_name, objects = {}, []
+    for box in sorted(boxes, key=lambda box: box.frame):
+        by_name.setdefault(box.name, []).append(box)
+    for name, track in by_name.items():
+        boxes_px = [box.box_px for box in track]
+        if None in boxes_px or len({box.frame for box in track}) < len(track):
+            continue
+        mean = tuple(sum(edge) / len(edge) for edge in zip(*boxes_px, strict=True))
+        pairs = ((box_px, axis) for box_px in boxes_px for axis in (0, 1))
         moves = (abs(box_px[i] + box_px[i + 2] - mean[i] - mean[i + 2]) / 2 * STATIC_SIDE / size[i] for box_px, i in pairs)
-        if all(move <= STATIC + 1e-6 for move in moves):  # float noise must not decide
+        if max(moves) <= STATIC + 1e-6:  # float noise must not decide
             objects.append(Object(name, mean))
     return objects
-
-
-def read_clips(path, folder, content, problems):
-    """Read a clips_*.json of tiny.moving or tools.panoptic: COCO's format, but of videos, with a box per frame."""
-    records, missing = [], []
-    owners, boxes, absent = schema.coco_rows(content, path, problems, "videos")
-    clips = find_clips(folder) if str(folder) else {name: Path(name) for name, *_ in owners.values()}  # --score opens none
-    for clip, (name, size, count) in owners.items():
-        found = find_clip(clips, folder, name)
-        if not found:
-            missing.append(name)
-            continue
-        frames, present = [[] for _ in range(count)], {box.name for box in boxes[clip]}
-        for box in boxes[clip]:
-            frames[box.frame].append((box.name, None if box.is_crowd else box.box_px))
-        names, objects = tuple(name for name in absent[clip] if name not in present), tuple(static_objects(frames, size))
-        records.append(Record(clip, found, size, objects, tuple(sorted(present)), names, is_clip=True))
-    return records, problems.count() + missing_clips(missing, len(records), path, folder)
 
 
 def merge(records):
@@ -95,19 +90,15 @@ def merge(records):
         first = merged.setdefault(key, record)
         if first is record:
             continue
-        record = respelled(record, first)
-        objects, others = ({o.name: o for o in r.objects} for r in (first, record))
-        for name, o in others.items():
-            same = objects.setdefault(name, o)  # the description comes from whichever file has one
-            objects[name] = same if same.description or not o.description else replace(same, description=o.description)
-        for name in [name for name in objects if any(name in r.present for r in (first, record))]:
-            boxes = [{o.name: o.box_px for o in r.objects}.get(name) for r in (first, record) if name in r.present]
-            if None in boxes or any(abs(a - b) > 0.02 for a, b in zip(boxes[0], boxes[-1], strict=True)):
-                del objects[name]
+        record, objects = respelled(record, first), []
+        for name in dict.fromkeys(o.name for o in first.objects + record.objects):
+            same = [{o.name: o for o in r.objects}.get(name) for r in (first, record) if name in r.present]
+            if None not in same and all(abs(a - b) <= 0.02 for a, b in zip(same[0].box_px, same[-1].box_px, strict=True)):
+                objects.append(replace(same[0], description=same[0].description or same[-1].description))
         present = tuple(dict.fromkeys(first.present + record.present))
         merged[key] = replace(
             first, size=first.size if any(first.size) else record.size, weight=max(first.weight, record.weight),
-            objects=tuple(objects.values()), present=present,
+            objects=tuple(objects), present=present,
             absent=tuple(name for name in dict.fromkeys(first.absent + record.absent) if name not in present),
             captions=first.captions + record.captions, conversations=first.conversations + record.conversations,
         )  # fmt: skip
@@ -116,16 +107,10 @@ def merge(records):
 
 def respelled(record, first):
     """Spell a record's categories as another record does that has them in other case."""
-    if not (record.present or record.absent):  # captions and conversations
-        return record
-    spelled = {name.casefold(): name for name in first.present + first.absent}
-
-    def spell(names):
-        return tuple(spelled.get(name.casefold(), name) for name in names)
-
-    names = spell(o.name for o in record.objects)
-    objects = tuple(replace(o, name=name) for o, name in zip(record.objects, names, strict=True))
-    return replace(record, objects=objects, present=spell(record.present), absent=spell(record.absent))
+    spellings = {name.casefold(): name for name in first.present + first.absent} if record.present or record.absent else {}
+    present, absent = ([spellings.get(name.casefold(), name) for name in names] for names in (record.present, record.absent))
+    objects = (replace(o, name=spellings.get(o.name.casefold(), o.name)) for o in record.objects)
+    return replace(record, objects=tuple(objects), present=tuple(present), absent=tuple(absent))
 
 
 def read_records(sources, exclude=()):
@@ -154,11 +139,11 @@ def parse_sources(text, images=""):
     >>> parse_sources("coco.json, chat.json@photos*0.5", "train2017")
     [('coco.json', 'train2017', 1.0), ('chat.json', 'photos', 0.5)]
     """
-    sources, is_json = [], text.startswith("[")
     with naming("--data", json.JSONDecodeError):
-        parts = json.loads(text) if is_json else text.split(",") if text else []
+        parts = json.loads(text) if text.startswith("[") else map(split_source, text.split(",") if text else ())
+    sources = []
     for part in parts:
-        file, folder, weight = [*part, *(None, 1.0)[len(part) - 1 :]] if is_json else split_source(part.strip())
+        file, folder, weight = [*part, *(None, 1.0)[len(part) - 1 :]]
         if not 0 < weight < math.inf:
             raise ValueError(f"--data {part}: write FILE or FILE@IMAGES or FILE@IMAGES*WEIGHT, separated by commas")
         if not (folder or images):
@@ -169,6 +154,7 @@ def parse_sources(text, images=""):
 
 def split_source(text):
     """Split FILE@IMAGES*WEIGHT: (file, images or None, weight; 0 if the text has another form)."""
+    text = text.strip()
     cuts = [match.start() for match in re.finditer("@|$", text)]
     cut = next((cut for cut in cuts if Path(text[:cut]).is_file()), cuts[0])
     match = re.fullmatch(r"(?:@([^*]+)(?:\*(\d+\.?\d*|\.\d+))?)?", text[cut:])

@@ -2,10 +2,10 @@
 
 import io
 import os
-import re
 import unicodedata
 import zipfile
 import zlib
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,7 +21,7 @@ ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError)  # damaged
 PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, *ZIP_ERRORS)
 NO_IMAGES = {  # bytes among the first 24 -> what the file is instead
     b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull`", b"<svg": "an SVG drawing", b"<?xml": "an SVG drawing",
-    b"<!doctype": "a web page", b"<!DOCTYPE": "a web page", b"<html": "a web page", b"ftyphei": "HEIC; convert it to JPEG",
+    b"<!doctype": "a web page", b"<html": "a web page", b"ftyphei": "HEIC; convert it to JPEG",
 }  # fmt: skip
 BLUR_MANIFEST = "blurred.json"  # tools.blur writes it into its output folder
 
@@ -46,16 +46,14 @@ def open_image(path):
     if not has_image(path):
         raise FileNotFoundError(f"no image file {path}")
     with naming(path, *PIL_ERRORS), image_file(path) as file:
-        head = file.read(24).lstrip()
-        file.seek(0)
-        for mark, what in NO_IMAGES.items():
-            if mark in head:
-                raise ValueError(f"it is {what}")
         try:
             with Image.open(file) as image:
                 return to_rgb(image)
         except UnidentifiedImageError:
-            raise ValueError("it is no image that Pillow knows") from None
+            file.seek(0)
+            head = file.read(24).lower()
+            found = next((what for mark, what in NO_IMAGES.items() if mark in head), "no image that Pillow knows")
+            raise ValueError(f"it is {found}") from None
 
 
 def to_rgb(image):
@@ -105,9 +103,10 @@ def names_in(folder):
 def zip_folders(path):
     """Return the folders in a zip that hold files: {path that ends in /: names of the files}, without what is hidden."""
     folders = {}
-    for folder, name in (re.fullmatch("(.*/)?(.*)", name, re.DOTALL).groups("") for name in open_zip(path).namelist()):
-        if name and not is_hidden(folder + name):
-            folders.setdefault(folder, []).append(name)
+    for inside in open_zip(path).namelist():
+        folder, slash, name = inside.rpartition("/")
+        if name and not is_hidden(inside):
+            folders.setdefault(folder + slash, []).append(name)
     return folders
 
 
@@ -122,15 +121,11 @@ def open_zip(path):
 
 def image_size(path):
     """Return (width, height) of an image file, decoded only if its end looks wrong. Raise what open_image raises."""
-    try:
-        with image_file(path) as file, Image.open(file) as image:
-            file.seek(-12, os.SEEK_END)
-            end = file.read()
-            is_whole = end.endswith(b"\xff\xd9") if image.format == "JPEG" else b"IEND" in end and image.format == "PNG"
-            if is_whole or split_zip(path)[0]:  # damage in the middle goes unnoticed, except in zips: checksums
-                return image.size
-    except (*PIL_ERRORS, KeyError):  # KeyError: not in its zip
-        pass
+    with suppress(*PIL_ERRORS, KeyError), image_file(path) as file, Image.open(file) as image:  # KeyError: not in its zip
+        file.seek(-12, os.SEEK_END)
+        mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
+        if split_zip(path)[0] or mark and mark in file.read():  # damage in the middle goes unnoticed, except in zips: checksums
+            return image.size
     return open_image(path).size
 
 

@@ -1,48 +1,71 @@
-"""What a row of an annotation file must hold: one function per format, which the readers and tools.check share.
+"""What annotation files must hold. `read_entries` reads any format, for training and for tools.check: a list of Entry.
 
-`coco_rows`, `caption_rows` and `llava_rows` return clean rows, and note in Problems what they skip. A value counts where its
-meaning is certain: "12.5" is a number, 7 a name, ids are compared as text. Else ValueError names file, row and key.
+What is skipped it notes in `problems`, a defaultdict(list): {kind: [the problem of each row]}. A value counts where its meaning
+is certain: "12.5" is a number, 7 a name, ids are compared as text. Else ValueError names file, row and key.
 """
 
 import math
 import re
-from collections import Counter
+import reprlib
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from coords import fault
 
 EDGE = 2  # px that a box may reach over the edge of its image (annotation tools round); it is cut there
-NOTES = (  # how kinds of problems begin that lose nothing
-    "parts of boxes", "annotations that repeat", "entries of the same file", "categories that are", "categories with the name",
-    "images without", "boxes smaller than",
-)  # fmt: skip
-IMAGE_KEYS = {"id", "file_name", "width", "height"}
+# How the kinds of problems begin that lose nothing
+NOTES = ("parts of boxes", "annotations that repeat", "entries of the same", "categories ", "images without", "boxes smaller")
 NO_AREA = "boxes where bbox has no area"
 HARMLESS = (NO_AREA, "images that --exclude", *NOTES)  # these do not stop training; COCO has the first
 
 
-class Problems(dict):
-    """The problems of a file's rows: {kind: [the problem of each row]}."""
+class Box(NamedTuple):
+    """An annotation. If its box is invalid or a crowd's, box_px is None: the category is present, and is not asked for."""
 
-    def add(self, kind, text):
-        self.setdefault(kind, []).append(text)
-
-    def count(self):
-        """Return {kind, and the first row that has it: number of rows}."""
-        return Counter({f"{kind} (the first: {texts[0]})": len(texts) for kind, texts in self.items()})
+    name: str
+    box_px: tuple | None
+    frame: int | None = None  # of a clip
+    description: str | None = None
 
 
-# ----- values
+@dataclass(eq=False)
+class Entry:
+    """What a file says about one image or clip: a data.Record before its file is found and its objects are chosen."""
+
+    id: str
+    file_name: str | None  # None: text alone
+    size: tuple  # (width, height), or (0, 0)
+    is_clip: bool
+    frames: int | None = None  # how many, of a clip in COCO's form
+    boxes: list = field(default_factory=list)  # each a Box
+    absent: tuple = ()  # categories that are certainly not there
+    captions: list = field(default_factory=list)
+    turns: tuple = ()  # (question, answer) pairs
+    is_complete: bool = True  # False if an annotation was lost: any category may be there
+    row: dict | None = None  # of the JSON
+
+
+def read_entries(content, path, problems):
+    """Return the entries of a JSON file, whose format is detected from its content. Entries of one file name are one."""
+    match content:
+        case {"videos": [_, *_]} if not content.get("images"):  # files of images may hold an empty list of videos
+            return coco_entries(content, path, problems, "video")
+        case {"annotations": [{"caption": _} as first, *_]} if not {"bbox", "category_id"} & first.keys():
+            return caption_entries(content, path, problems)
+        case dict():
+            return coco_entries(content, path, problems)
+    return llava_entries(content, path, problems)
+
+
+# ----- values: a reader returns the value that its docstring names; nothing, or an error, says that it is another
 
 
 def identity(value):
     """a number or a text"""
-    if type(value) is int or (type(value) is str and value):
-        return str(value)
-    if type(value) is float and value == int(value):
-        return str(int(value))
-    raise ValueError
+    value = int(value) if type(value) is float and value.is_integer() else value
+    return str(value) if type(value) in (int, str) else None
 
 
 def number(value):
@@ -55,43 +78,34 @@ def number(value):
 
 def count(value):
     """a number above 0"""
-    if number(value) <= 0:
-        raise ValueError
-    return int(number(value)) if number(value) == int(number(value)) else number(value)
+    value = max(number(value), 0)
+    return int(value) if value == int(value) else value
 
 
 def words(value):
     """a text that is not blank"""
-    value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    value = " ".join(re.sub("[\ud800-\udfff]", "\ufffd", value).split())  # a half of a surrogate pair fits in no file
-    if not value:
-        raise ValueError
-    return value
+    return " ".join(whole(str(value) if type(value) is int else value).split())
+
+
+def whole(text):
+    """Replace halves of surrogate pairs, such as a cut emoji, which no file can hold."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def file_name(value):
     """the name of a file"""
-    if not isinstance(value, str) or not value.strip("/. "):
-        raise ValueError
-    return value.replace("\\", "/")  # as Windows writes it
-
-
-def flag(value):
-    """0 or 1"""
-    if value not in (0, 1, None, "", "0", "1"):
-        raise ValueError
-    return value in (1, "1")
+    return value.strip("/. ") and value.replace("\\", "/")  # as Windows writes it
 
 
 def values(row, where, **readers):
     """Read values of a row: values(row, "image 3", id=identity, width=number). Raise ValueError that names row and key."""
-    found = []
+    found = {}
     for key, read in readers.items():
-        try:
-            found.append(read(row[key]))
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{where}: {key} is {str(row[key])[:60]!r}, not {read.__doc__}") from None
-    return found
+        with suppress(AttributeError, TypeError, ValueError, OverflowError):
+            found[key] = read(row[key])
+        if not found.get(key):
+            raise ValueError(f"{where}: {key} is {str(row[key])[:60]!r}, not {read.__doc__}")
+    return found.values()
 
 
 def leaves_folder(name):
@@ -101,12 +115,6 @@ def leaves_folder(name):
 
 def are_numbers(row, length):
     return isinstance(row, list) and len(row) == length and all(isinstance(v, int | float) for v in row)
-
-
-def box_from_xywh(bbox):
-    """COCO's (x, y, width, height) -> (x1, y1, x2, y2), same pixels."""
-    x, y, width, height = bbox
-    return x, y, x + width, y + height
 
 
 def read_box(bbox, size):
@@ -133,7 +141,7 @@ def read_box(bbox, size):
     return box_px
 
 
-def clip_box(bbox, size, skipped, rows="boxes"):
+def clip_box(bbox, size, skipped, rows):
     """Return a COCO bbox as box_px, or None for an invalid one, which counts as skipped among `rows`."""
     try:
         return read_box(bbox, size)
@@ -143,285 +151,241 @@ def clip_box(bbox, size, skipped, rows="boxes"):
 
 # ----- COCO
 
-
-class Box(NamedTuple):
-    """An annotation: its category, a box in pixels or None if that is invalid, and for clips the frame."""
-
-    name: str
-    box_px: tuple | None
-    is_crowd: bool
-    frame: int | None
-    description: str | None
+IMAGE = {"id": identity, "file_name": file_name, "width": count, "height": count}
+KINDS = {"image": IMAGE, "video": IMAGE | {"frames": count}}  # how to read the keys that each row needs
+EXPECTED = {"image": "COCO's instances_*.json, or LLaVA's list of rows", "video": "a clips_*.json"}
 
 
 def require_lists(content, needs, path, expected):
     """Raise ValueError if a file's content lacks a list, or a row one of its keys. needs: {name of a list: keys of its rows}"""
     for name, keys in needs.items():
-        rows = content.get(name) if isinstance(content, dict) else None
+        rows, wanted = content.get(name) if isinstance(content, dict) else None, f"{path} lacks {name} with {sorted(keys)}"
         if not isinstance(rows, list):
-            is_dict, kind = isinstance(content, dict), type(content).__name__
-            what = f"it is a dictionary of {', '.join(map(str, [*content][:5]))}" if is_dict else f"it is a JSON {kind}"
-            raise ValueError(f"{path} lacks {name} with {sorted(keys)}: {what}; is it {expected}?")
+            raise ValueError(f"{wanted}: it holds {reprlib.repr(content)[:80]}; is it {expected}?")
         for index, row in enumerate(rows):
-            if not isinstance(row, dict) or not keys <= row.keys():
-                has = f"has no {', '.join(sorted(keys - row.keys()))}" if isinstance(row, dict) else f"is {str(row)[:40]}"
-                raise ValueError(f"{path} lacks {name} with {sorted(keys)}: row {index} {has}; is it {expected}?")
+            if missing := set(keys).difference(row if isinstance(row, dict) else ()):
+                raise ValueError(f"{wanted}: row {index} has no {', '.join(sorted(missing))}; is it {expected}?")
 
 
-def is_captions(content):
-    """Return True for COCO's captions. A caption beside a box describes the box."""
-    rows = content.get("annotations") if isinstance(content, dict) else None
-    first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
-    return "caption" in first and not {"bbox", "category_id"} & first.keys()
+def entries_by_id(content, path, problems, kind="image"):
+    """Read a COCO file's images or videos: {id: Entry, or None if its path leaves the folder}.
 
-
-def is_about_clips(content):
-    """Return True for a clips_*.json. Files of images may hold an empty list of videos."""
-    return isinstance(content, dict) and bool(content.get("videos")) and not content.get("images")
-
-
-def owner_rows(content, path, problems, key="images"):
-    """Read a COCO file's images or videos: {id: (file name, (width, height), frames)}, and {id: the id to use for it}.
-
-    Entries of one file are one. Two files under one id are refused: nobody can tell whose the boxes are.
+    Ids of one file name share an Entry. Two files under one id are refused: nobody can tell whose the boxes are.
     """
-    owners, alias, first_of = {}, {}, {}
-    readers = {"id": identity, "file_name": file_name, "width": count, "height": count}
-    readers |= {"frames": count} if key == "videos" else {}
-    for row in content[key]:
-        who = f"{key[:-1]} {row['id']}"
-        i, name, width, height, *frames = values(row, f"{path}: {who}", **readers)
-        owner, first = (name, (width, height), *frames), first_of.setdefault(name, i)
-        if i in alias and alias[i] in owners and owners[alias[i]][0] != name:
-            both = f"{owners[alias[i]][0]} and {name}"
-            raise ValueError(f"{path}: {who} is two files, {both}; give each {key[:-1]} an id of its own")
+    by_id, by_name = {}, {}
+    for row in content[f"{kind}s"]:
+        who = f"{kind} {row['id']}"
+        i, name, width, height, *frames = values(row, f"{path}: {who}", **KINDS[kind])
+        new = Entry(i, name, (width, height), kind == "video", *frames, row=row)
+        entry = by_name.setdefault(name, new)
+        if by_id.get(i, entry) not in (entry, None):
+            raise ValueError(f"{path}: {who} is two files, {by_id[i].file_name} and {name}; give each {kind} an id of its own")
         if leaves_folder(name):
             fix = "leaves the folder; write it relative to the folder of images"
-            problems.add(f"{key} whose path leaves their folder", f"{who}: {name} {fix}")
-            alias[i] = i  # so that its annotations are known, and dropped with it
-        elif owners.setdefault(first, owner) != owner:
-            problems.add("entries of one file with other sizes", f"{who}: {name} is {owner[1]} and {owners[first][1]}")
+            problems[f"{kind}s whose path leaves their folder"].append(f"{who}: {name} {fix}")
+            by_id[i] = None
+        elif (entry.size, entry.frames) != (new.size, new.frames):
+            problems["entries of one file with other sizes"].append(f"{who}: {name} is {new.size} and {entry.size}")
         else:
-            if i != first or i in alias:
-                problems.add("entries of the same file", f"{who}: {name} is there twice")
-            alias[i] = first
-    return owners, alias
+            if entry is not new:
+                problems["entries of the same file"].append(f"{who}: {name} is there twice")
+            by_id[i] = entry
+    return by_id
 
 
-def category_rows(content, path, problems):
+def category_names(content, path, problems):
     """Read a COCO file's categories: {id: name}. Names that differ in case or blanks alone are one.
 
     Dropped are parents that no annotation uses, such as the first category of every Roboflow export.
     """
-    rows = [(*values(row, f"{path}: category {index}", id=identity, name=words), row.get("supercategory"))
-            for index, row in enumerate(content["categories"])]  # fmt: skip
     used = {str(a["category_id"]).removesuffix(".0") for a in content["annotations"]}
-    parents = {str(parent) for _, name, parent in rows if parent != name}
+    parents = {str(row.get("supercategory")) for row in content["categories"] if row.get("supercategory") != row["name"]}
     names, first_of = {}, {}
-    for i, name, _ in rows:
-        if i in names and names[i] != name:
+    for index, row in enumerate(content["categories"]):
+        i, name = values(row, f"{path}: category {index}", id=identity, name=words)
+        if names.get(i, name) != name:
             raise ValueError(f"{path}: category {i} is {names[i]} and {name}; give each category an id of its own")
         if name in parents and i not in used:
-            problems.add("categories that are the parent of others", f"category {i}: {name} is a parent without boxes")
+            problems["categories that are the parent of others"].append(f"category {i}: {name} is a parent without boxes")
             continue
-        first, first_name = first_of.setdefault(name.casefold(), (i, name))
+        first = first_of.setdefault(name.casefold(), i)
+        names[i] = names.get(first, name)
         if first != i:
-            problems.add("categories with the name of another", f"category {i}: {name} is counted as {first_name} ({first})")
-        names[i] = first_name
+            problems["categories with the name of another"].append(f"category {i}: {name} is counted as {names[i]} ({first})")
     return names
 
 
-def coco_rows(content, path, problems, key="images"):
-    """Read COCO instances, or a clips_*.json (key "videos"): (owners, boxes, absent), each by id of image or video.
+def coco_entries(content, path, problems, kind="image"):
+    """Read COCO instances, or a clips_*.json (kind "video"). Identical annotations are one.
 
-    owners  (file name, (width, height)), for a video also its number of frames
-    boxes   list of Box, identical ones once
-    absent  the names that may be absent. Where annotations were lost, what they say may be there, and is not among them
+    Where an annotation is lost, the category that it may have named does not count as absent.
     """
-    expected = "COCO's instances_*.json, or LLaVA's list of rows" if key == "images" else "a clips_*.json"
-    more = ({"frames"}, {"frame"}) if key == "videos" else (set(), set())
-    keys = {key: IMAGE_KEYS | more[0], "annotations": {f"{key[:-1]}_id", "category_id"} | more[1], "categories": {"id", "name"}}
-    require_lists(content, keys, path, expected)
-    (owners, alias), names = owner_rows(content, path, problems, key), category_rows(content, path, problems)
-    boxes, unsure, unsure_everywhere = {i: [] for i in owners}, set(), set()
-    ids = {f"{key[:-1]}_id": identity, "category_id": identity}
+    ids = {f"{kind}_id": identity, "category_id": identity}
+    needs = {f"{kind}s": KINDS[kind], "annotations": ids, "categories": {"id", "name"}}
+    require_lists(content, needs, path, EXPECTED[kind])
+    by_id, names, lost = entries_by_id(content, path, problems, kind), category_names(content, path, problems), set()
     for index, a in enumerate(content["annotations"]):
         where = f"annotation {a.get('id', index)}"
         owner, category = values(a, f"{path}: {where}", **ids)
-        i = alias.get(owner)
-        if owner not in alias:
-            problems.add(f"annotations of unknown {key}", f"{where}: no {key[:-1]} {owner}")
-            unsure_everywhere.update([names[category]] if category in names else names.values())
-        elif i not in owners:
-            continue
-        elif category not in names:
-            problems.add("annotations of unknown categories", f"{where}: no category {category}")
-            unsure.add(i)
-        elif key == "videos" and not (isinstance(a.get("frame"), int) and 0 <= a["frame"] < owners[i][2]):
-            problems.add("annotations of frames beyond their clip's last", f"{where}: no frame {a.get('frame')}")
-            boxes[i].append(Box(names[category], None, True, 0, None))
-        else:
-            box = box_row(a, names[category], owners[i][1], where, problems)
-            if box.box_px and any(box[:4] == other[:4] for other in boxes[i]):
-                problems.add("annotations that repeat another one", f"{where}: {box.name} {a['bbox']} is there twice")
+        entry = by_id.get(owner)
+        if owner not in by_id:
+            problems[f"annotations of unknown {kind}s"].append(f"{where}: no {kind} {owner}")
+            lost.update([names[category]] if category in names else names.values())
+        elif entry and category not in names:
+            problems["annotations of unknown categories"].append(f"{where}: no category {category}")
+            entry.is_complete = False
+        elif entry:
+            box = read_annotation(a, names[category], entry, where, problems)
+            if box.box_px and any(box[:3] == other[:3] for other in entry.boxes):
+                problems["annotations that repeat another one"].append(f"{where}: {box.name} {a['bbox']} is there twice")
             else:
-                boxes[i].append(box)
-    if content["annotations"] and not any(boxes.values()):
-        first = next(text for texts in problems.values() for text in texts)
-        raise ValueError(f"{path}: none of its annotations belongs to its images and categories (the first: {first})")
+                entry.boxes.append(box)
+    entries = list(dict.fromkeys(filter(None, by_id.values())))
+    empty = [f"{kind} {entry.id} has no annotation" for entry in entries if not entry.boxes]
+    if content["annotations"] and len(empty) == len(entries):
+        first = next(iter(problems.values()))[0]
+        raise ValueError(f"{path}: none of its annotations belongs to its {kind}s and categories (the first: {first})")
+    if kind == "image" and len(entries) / 10 < len(empty) < len(entries):  # COCO has one in a hundred
+        problems["images without an annotation, where every category counts as absent"] += empty
     if 2 * len(problems.get(NO_AREA, ())) > len(content["annotations"]):  # not the few that COCO itself has
         problems["most boxes, of which bbox has no area"] = problems.pop(NO_AREA)
-    empty = [i for i in owners if not boxes[i]]
-    for i in empty if key == "images" and len(owners) / 10 < len(empty) < len(owners) else ():  # COCO has one in a hundred
-        problems.add("images without an annotation, where every category counts as absent", f"image {i} has no annotation")
-    everywhere = tuple(dict.fromkeys(name for name in names.values() if name not in unsure_everywhere))
-    absent = {i: () if i in unsure else everywhere for i in owners}
-    for row in content[key]:  # LVIS: what is certainly absent, and of what not every object has a box
-        i = alias.get(identity(row["id"]))
-        if i in owners and "neg_category_ids" in row:
-            absent[i] = tuple(names[str(c)] for c in row["neg_category_ids"] if str(c) in names)
-            more = row.get("not_exhaustive_category_ids", ())
-            boxes[i] += [Box(names[str(c)], None, True, None, None) for c in more if str(c) in names]
-    return owners, boxes, absent
+    for entry in entries:  # LVIS lists which categories are certainly absent, and of which not every object has a box
+        entry.boxes += [Box(name, None, 0) for name in listed(entry.row.get("not_exhaustive_category_ids"), names)]
+        unsure = lost.union(box.name for box in entry.boxes)
+        absent = listed(entry.row.get("neg_category_ids", names), names) if entry.is_complete else ()
+        entry.absent = tuple(dict.fromkeys(name for name in absent if name not in unsure))
+    return entries
 
 
-def box_row(a, name, size, where, problems):
-    """Read one annotation: a Box, without box_px if that is invalid."""
-    box_px, is_crowd, text = None, True, a.get("description")
+def listed(ids, names):
+    return [names[str(i)] for i in ids if str(i) in names] if isinstance(ids, list | dict) else []
+
+
+def read_annotation(a, name, entry, where, problems):
+    """Read one annotation of an image or clip."""
+    bbox, frame, crowd, text, box_px = a.get("bbox"), a.get("frame"), a.get("iscrowd"), a.get("description"), None
+    if entry.is_clip and not (isinstance(frame, int) and 0 <= frame < entry.frames):
+        problems["annotations of frames beyond their clip's last"].append(f"{where}: no frame {frame}")
+        return Box(name, None, 0)
+    if crowd not in (0, 1, None, "", "0", "1"):
+        problems["annotations whose iscrowd is not 0 or 1"].append(f"{where}: iscrowd is {crowd!r}, not 0 or 1")
     try:
-        is_crowd = flag(a.get("iscrowd"))
-    except (TypeError, ValueError):
-        problems.add("annotations whose iscrowd is not 0 or 1", f"{where}: iscrowd is {a['iscrowd']!r}, not 0 or 1")
-    try:
-        box_px = read_box(a.get("bbox"), size)
-        if any(abs(cut - v) > 0.02 for cut, v in zip(box_px, box_from_xywh(map(number, a["bbox"])), strict=True)):
-            problems.add("parts of boxes over the edge of their image", f"{where}: bbox {a['bbox']} is cut at {size}")
-        if isinstance(area := a.get("area"), int | float) and area > 1.01 * math.prod(map(number, a["bbox"][2:])) + 1:
-            wrong = f"{where}: area {area} exceeds bbox {a['bbox']}; is bbox x, y, width, height in pixels?"
-            problems.add("boxes smaller than the area of their annotation", wrong)
+        box_px = read_box(bbox, entry.size)
+        x, y, width, height = map(number, bbox)
+        if any(abs(cut - v) > 0.02 for cut, v in zip(box_px, (x, y, x + width, y + height), strict=True)):
+            problems["parts of boxes over the edge of their image"].append(f"{where}: bbox {bbox} is cut at {entry.size}")
+        if isinstance(area := a.get("area"), int | float) and area > 1.01 * width * height + 1:
+            wrong = f"{where}: area {area} exceeds bbox {bbox}; is bbox x, y, width, height in pixels?"
+            problems["boxes smaller than the area of their annotation"].append(wrong)
     except ValueError as error:
-        problems.add(f"boxes where bbox {error}", f"{where}: bbox {str(a.get('bbox'))[:80]} {error}")
-    return Box(name, box_px, is_crowd, a.get("frame"), words(text) if isinstance(text, str) and text.strip() else None)
+        problems[f"boxes where bbox {error}"].append(f"{where}: bbox {str(bbox)[:80]} {error}")
+    is_crowd = crowd not in (0, None, "", "0")
+    return Box(name, None if is_crowd else box_px, frame, words(text) or None if isinstance(text, str) else None)
 
 
-def caption_rows(content, path, problems):
-    """Read COCO's captions_*.json: (owners, captions), each by image id."""
-    require_lists(content, {"images": IMAGE_KEYS, "annotations": {"image_id", "caption"}}, path, "COCO's captions_*.json")
-    owners, alias = owner_rows(content, path, problems)
-    captions = {i: [] for i in owners}
+def caption_entries(content, path, problems):
+    """Read COCO's captions_*.json: the images that have captions."""
+    require_lists(content, {"images": IMAGE, "annotations": {"image_id", "caption"}}, path, "COCO's captions_*.json")
+    by_id = entries_by_id(content, path, problems)
     for index, a in enumerate(content["annotations"]):
-        where = f"annotation {a.get('id', index)}"
+        where, text = f"annotation {a.get('id', index)}", a["caption"]
         (owner,) = values(a, f"{path}: {where}", image_id=identity)
-        text = a.get("caption")
-        if owner not in alias:
-            problems.add("captions of unknown images", f"{where}: no image {owner}")
+        if owner not in by_id:
+            problems["captions of unknown images"].append(f"{where}: no image {owner}")
         elif not isinstance(text, str) or not text.strip():
-            problems.add("captions that are not text", f"{where}: caption {text!r} is not text")
-        elif alias[owner] in owners:
-            captions[alias[owner]].append(text.strip())
-    return owners, captions
+            problems["captions that are not text"].append(f"{where}: caption {text!r} is not text")
+        elif by_id[owner]:
+            by_id[owner].captions.append(text.strip())
+    return list(dict.fromkeys(entry for entry in by_id.values() if entry and entry.captions))
 
 
 # ----- LLaVA
 
-
 OTHER_KEYS = ("videos", "image_path", "image_file", "img", "img_path", "image_url", "video_path")  # of other trainers
+SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 
-class Row(NamedTuple):
-    """A row of LLaVA's list. One with boxes_px or absent names was written by tools.prefcoco and has no turns."""
-
-    id: str
-    image: str | None
-    clip: str | None
-    size: tuple  # (width, height), or (0, 0)
-    turns: tuple = ()  # (question, answer) pairs
-    names: tuple = ()
-    boxes_px: tuple | None = None  # None: the names are absent
-    descriptions: tuple = ()
-
-
-def llava_rows(content, path, problems):
-    """Read LLaVA's list of rows: a Row of each that is valid. Raise ValueError if none is.
+def llava_entries(content, path, problems):
+    """Read LLaVA's list of rows: an Entry of each that is valid. Raise ValueError if none is.
 
     A row is about an image, about a clip ("video", or Video-ChatGPT's q, a and video_id), or text alone.
     """
     if not isinstance(content, list):
         raise ValueError(f"{path} is a JSON {type(content).__name__}, not LLaVA's list of rows")
-    rows = []
+    entries = []
     for index, row in enumerate(content):
         try:
-            rows.append(llava_row(row, index))
+            entries.append(llava_row(row, index))
         except ValueError as error:
             kind, *detail = error.args
-            problems.add(f"bad rows, each {kind}", f"row {index}: it {kind}" + "".join(f": {str(d)[:80]}" for d in detail))
-    if not rows:
-        raise ValueError(f"{path}: no usable row: {next(iter(problems.count()), 'the list is empty')}")
-    return rows
+            problems[f"bad rows, each {kind}"].append(f"row {index}: it {kind}" + "".join(f": {str(d)[:80]}" for d in detail))
+    if not entries:
+        raise ValueError(f"{path}: no usable row: {next(iter(problems.values()), ['the list is empty'])[0]}")
+    return entries
 
 
 def llava_row(row, index):
     """Read one row. Raise ValueError(kind of problem, detail)."""
     if not isinstance(row, dict):
         raise ValueError("is no dictionary", row)
-    medium, clip = only_one(row.get("image") or row.get("images")), row.get("video", row.get("video_id")) or None
-    if others := [] if medium or clip else [key for key in OTHER_KEYS if row.get(key)]:
-        raise ValueError(f'has "{others[0]}"; call it "image" or "video"')
-    turns = turns_of(row, clip)
-    if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
-        raise ValueError("does not have human and gpt in turn", [speaker for speaker, _ in turns])
-    if not all(isinstance(text, str) for _, text in turns):
-        raise ValueError("has a text that is not a string", turns)
-    if not all(isinstance(name, str | None) for name in (medium, clip)) or (medium and clip):
-        raise ValueError("names one image or clip in a way that is not a string", row.get("image", clip))
-    medium, clip = (name and name.replace("\\", "/") for name in (medium, clip))  # as Windows writes them
-    if any(name and leaves_folder(name) for name in (medium, clip)):
-        raise ValueError("names a file that leaves its folder", medium or clip)
-    for name in ("image", "video"):
-        if not (medium or clip) and any(f"<{name}>" in text for _, text in turns):
-            raise ValueError(f'contains <{name}> but has no "{name}" key')
+    image, clip = row.get("image") or row.get("images"), row.get("video") or row.get("video_id")
+    image, *others = image if isinstance(image, list) and image else [image]
+    if others:
+        raise ValueError("names several images; this model reads one", [image, *others])
+    file, texts = image or clip or None, texts_of(row, clip)
+    if not isinstance(file, str | None) or (image and clip):
+        raise ValueError("names one image or clip in a way that is not a string", file)
+    if file is None:
+        if other := next(filter(row.get, OTHER_KEYS), None):
+            raise ValueError(f'has "{other}"; call it "image" or "video"')
+        if mark := re.search("<(image|video)>", " ".join(texts)):
+            raise ValueError(f'contains {mark[0]} but has no "{mark[1]}" key')
+    elif leaves_folder(file := file.replace("\\", "/")):  # as Windows writes it
+        raise ValueError("names a file that leaves its folder", file)
     name = str(row["id"] if isinstance(row.get("id"), str | int) else f"{clip}_{index}" if clip else index)
     size = tuple(row["size"]) if are_numbers(row.get("size"), 2) and min(row["size"]) > 0 else (0, 0)
-    if "objective" in row:
-        return Row(name, medium, clip, size, (), *objective_of(row, size))
-    texts = [re.sub("[\ud800-\udfff]", "\ufffd", re.sub("<image>|<video>", "", text)).strip() for _, text in turns]
+    entry = Entry(name, file.removesuffix(".pkl") if clip else file, size, bool(clip))  # .pkl: Video-ChatGPT's features
+    texts = [whole(re.sub("<image>|<video>", "", text)).strip() for text in texts]
     if not all(texts[1::2]):
         raise ValueError("has an empty answer")
-    return Row(name, medium, clip and clip.removesuffix(".pkl"), size, tuple(zip(texts[0::2], texts[1::2], strict=True)))
+    if "objective" in row:
+        entry.boxes, entry.absent = objective_of(row, size)
+    else:
+        entry.turns = tuple(zip(texts[0::2], texts[1::2], strict=True))
+    return entry
 
 
-def turns_of(row, clip):
-    """Return (speaker, text) pairs: LLaVA's conversations, other trainers' messages, or q and a of a row about a clip."""
-    if "q" in row and isinstance(row["q"], str) and isinstance(row.get("a"), str) and clip:
-        return [("human", row["q"]), ("gpt", row["a"])]
+def texts_of(row, clip):
+    """Return questions and answers in turn: LLaVA's conversations, other trainers' messages, or q and a about a clip."""
     try:
-        turns = row.get("conversations") or row["messages"] if "q" not in row else None
-        turns = [(turn.get("from") or turn["role"], turn["value"] if "value" in turn else turn["content"]) for turn in turns]
-        return [({"user": "human", "assistant": "gpt"}.get(speaker, speaker), text) for speaker, text in turns]
+        if clip and "q" in row:
+            turns = [("human", row["q"]), ("gpt", row["a"])]
+        else:
+            turns = row.get("conversations") or row["messages"]
+            turns = [(turn.get("from") or turn["role"], turn["value"] if "value" in turn else turn["content"]) for turn in turns]
+        speakers = [SPEAKERS.get(speaker, speaker) for speaker, _ in turns]
     except (KeyError, TypeError, AttributeError):
         raise ValueError("has no conversations [{from, value}], or texts q, a and video_id", row) from None
-
-
-def only_one(image):
-    """Return the image that a row names, or None for null, "" and an empty list. A list of one is that one."""
-    if isinstance(image, list) and len(image) > 1:
-        raise ValueError("names several images; this model reads one", image)
-    return (image[0] if isinstance(image, list) and image else image) or None
+    if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
+        raise ValueError("does not have human and gpt in turn", speakers)
+    if not all(isinstance(text, str) for _, text in turns):
+        raise ValueError("has a text that is not a string", turns)
+    return [text for _, text in turns]
 
 
 def objective_of(row, size):
-    """Read what tools.prefcoco adds to a row: (names, boxes_px or None, descriptions), as long as each other."""
-    if not isinstance(row["objective"], str):
-        raise ValueError("has an objective that is not a text", row["objective"])
+    """Read what tools.prefcoco adds to a row: its boxes, and its absent categories."""
     is_one, is_absent = row["objective"] == "caption", row["objective"] == "neg"
-    keys = ("name", "description", "box_px") if is_one else ("names", "descriptions", "box_px")
-    lists = [[row.get(key)] if is_one else row.get(key) for key in (keys[:1] if is_absent else keys)]
-    if not size[0] or not all(isinstance(v, list) and len(v) == len(lists[0]) for v in lists):
+    keys = ("name", "box_px", "description") if is_one else ("names",) if is_absent else ("names", "box_px", "descriptions")
+    columns = [[row.get(key)] if is_one else row.get(key) for key in keys]
+    if not size[0] or not all(isinstance(v, list) and len(v) == len(columns[0]) for v in columns):
         raise ValueError(f"lacks its size, or {', '.join(keys)} of one length, as tools.prefcoco writes them")
-    names, descriptions, boxes_px = (lists + [[], []])[:3]
-    for box_px in boxes_px:
+    texts = [row["objective"], *columns[0], *(text for text in columns[-1] if is_one or text is not None)]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("has an objective, name or description that is not a text", texts)
+    if is_absent:
+        return [], tuple(columns[0])
+    for box_px in columns[1]:
         if not are_numbers(box_px, 4) or fault(box_px, size):
             raise ValueError(f"has a box_px that is not x1 < x2, y1 < y2 inside its image of size {size}", box_px)
-    if not all(isinstance(text, str) for text in names + [text for text in descriptions if is_one or text is not None]):
-        raise ValueError("has a name or description that is not a text", names + descriptions)
-    return tuple(names), None if is_absent else tuple(map(tuple, boxes_px)), tuple(descriptions)
+    return [Box(name, tuple(box_px), None, text) for name, box_px, text in zip(*columns, strict=True)], ()

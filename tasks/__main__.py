@@ -89,8 +89,7 @@ def score(args, job, wording, about):
     folder, about = folders["scored"], about | {"scored": {"file": str(path), "sha256": sha256(path)}}
     own = [f for f in folders.values() if (f / f"{job.name}.jsonl").resolve() == path.resolve()]
     before = read_json(path.with_suffix(".json")) if own and path.with_suffix(".json").is_file() else {}
-    hashes = eval_folder.questions_sha256(job.items), eval_folder.answers_sha256(job.items)
-    if args.images and hashes == (before.get("questions_sha256"), before.get("answers_sha256")):
+    if args.images and eval_folder.hashes(job.items).items() <= before.items():
         folder, about = own[0], before | {key: about[key] for key in ("git_commit", "torch")}
     if not args.fresh:
         eval_folder.require_own(job, folder, about["data_sha256"])

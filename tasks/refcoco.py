@@ -15,14 +15,14 @@ Run        python -m tasks refcoco runs/b2 --questions "refs(unc).p" --images tr
 import pickle
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from data import LOC_PROMPTS, REV_PROMPTS, judge_loc, loc_question
 from evaluate import Item, Task, locpred_metrics, paper_rows
 from formats.files import naming, read_json, require_file
 from formats.images import image_size
-from formats.schema import IMAGE_KEYS, Problems, clip_box, owner_rows, require_lists
+from formats.schema import IMAGE, clip_box, entries_by_id, require_lists
 from tasks.files import Rows, find_image, read_rows
 from tasks.words import meteor, require_meteor
 
@@ -77,16 +77,16 @@ def read_pickle(path, instances=None):
         content = PlainPickle(file, encoding="latin1").load()  # Python 2 wrote it
     rows, instances, refs = PICKLE.read(path, content), Path(instances or Path(path).with_name("instances.json")), []
     coco = read_json(require_file(instances, "RefCOCO's instances.json"))
-    require_lists(coco, {"images": IMAGE_KEYS, "annotations": {"id", "bbox"}}, instances, "RefCOCO's instances.json")
-    images, bboxes = owner_rows(coco, instances, Problems())[0], {str(a["id"]): a["bbox"] for a in coco["annotations"]}
+    require_lists(coco, {"images": IMAGE, "annotations": {"id", "bbox"}}, instances, "RefCOCO's instances.json")
+    images, bboxes = entries_by_id(coco, instances, defaultdict(list)), {str(a.get("id")): a.get("bbox") for a in coco["annotations"]}
     for name, row in rows.items():
         image_id, ann_id = str(row["image_id"]), str(row["ann_id"])
-        if image_id not in images or ann_id not in bboxes:
+        if not images.get(image_id) or ann_id not in bboxes:
             problem = f"lacks image {image_id} or annotation {ann_id} of ref {name} in {path}"
             raise ValueError(f"{instances} {problem}; are they of one release?")
         with naming(path, KeyError, TypeError):
             sentences = [(str(s["sent_id"]), s["sent"]) for s in row["sentences"]]
-        ref = {"ref_id": name, "file_name": images[image_id][0], "size": images[image_id][1], "split": row["split"]}
+        ref = {"ref_id": name, "file_name": images[image_id].file_name, "size": images[image_id].size, "split": row["split"]}
         refs.append(ref | {"bbox": bboxes[ann_id], "sentences": sentences})
     return refs
 

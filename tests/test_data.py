@@ -24,22 +24,21 @@ from data import (
     encode_prefix,
     encode_segment,
     pack,
-    read_coco,
 )
-from formats.annotations import read_records
+from formats.annotations import read_file, read_records
 from llama import Tokenizer
 from model import LocVLMConfig
 
 
 def test_only_objects_alone_of_their_category_are_asked_for(coco):
     """Sec. 3.3: two dogs are out, and a crowd counts as many."""
-    records, _ = read_coco(coco / "instances.json", coco)
+    records, _ = read_file(coco / "instances.json", coco)
     assert [(o.name, o.box_px) for o in records[0].objects] == [("cat", (10.5, 20, 40.5, 60))]
     assert records[0].present == ("cat", "dog", "person") and records[0].absent == ("toothbrush",)
 
 
 def test_bad_boxes_are_skipped_and_counted(coco):
-    records, skipped = read_coco(coco / "instances.json", coco)
+    records, skipped = read_file(coco / "instances.json", coco)
     assert records[1].objects == () and sum(skipped.values()) == 2
     assert "cat" in records[1].absent and "person" in records[1].present, (
         "what is annotated is not absent, whatever its box"
@@ -47,20 +46,20 @@ def test_bad_boxes_are_skipped_and_counted(coco):
 
 
 def test_another_schema_is_refused_by_name(tmp_path):
-    (tmp_path / "x.json").write_text('[{"id": 1}]')
+    (tmp_path / "x.json").write_text('{"id": 1}')
     with pytest.raises(ValueError, match="x.json lacks"):
-        read_coco(tmp_path / "x.json", tmp_path)
+        read_file(tmp_path / "x.json", tmp_path)
     (tmp_path / "x.json").write_text(
         '{"images": [{"id": 1, "width": 5, "height": 5}], "annotations": [], "categories": []}'
     )
     with pytest.raises(ValueError, match="lacks images with .*file_name"):
-        read_coco(tmp_path / "x.json", tmp_path)
+        read_file(tmp_path / "x.json", tmp_path)
     (tmp_path / "x.json").write_text('{"images": [')
-    with pytest.raises(ValueError, match="not JSON"):
-        read_coco(tmp_path / "x.json", tmp_path)
+    with pytest.raises(ValueError, match="neither JSON"):
+        read_file(tmp_path / "x.json", tmp_path)
     (tmp_path / "x.json").write_text('[{"id": 1, "image": "a.jpg", "conversations": [{"from": "gpt", "value": "hi"}]}]')
     with pytest.raises(ValueError, match="human and gpt"):
-        data.read_llava(tmp_path / "x.json", tmp_path)
+        read_file(tmp_path / "x.json", tmp_path)
 
 
 CONFIG = LocVLMConfig(CLIPVisionConfig(image_size=28))
@@ -208,7 +207,7 @@ def test_an_answer_without_room_is_an_error(tokenizer):
 
 
 def test_what_is_drawn_depends_on_seed_epoch_and_index_alone(coco, tokenizer):
-    records, _ = read_coco(coco / "instances.json", coco)
+    records, _ = read_file(coco / "instances.json", coco)
 
     def examples(seed):
         return Examples(records, tokenizer, CONFIG, Wording(CoordFormat("ivb", 28)), seed=seed)
@@ -297,7 +296,7 @@ def test_a_question_longer_than_the_context_is_told_before_training(coco, tokeni
 
 
 def test_data_without_anything_to_say_is_refused(coco, tokenizer):
-    records, _ = read_coco(coco / "instances.json", coco)
+    records, _ = read_file(coco / "instances.json", coco)
     with pytest.raises(ValueError, match="nothing|none of 2"):
         Examples(records, tokenizer, CONFIG, Wording(CoordFormat("ivb", 28)), template="plain")
 

@@ -190,10 +190,10 @@ def test_hal_figures_come_from_one_confusion_matrix():
 
 def test_real_photos_give_questions_for_every_task(real):
     """COCO-Spatial, Hal and localisation examples from real boxes; the counts are those of the sample."""
-    from data import read_coco
+    from formats.annotations import read_file
 
     folder = real("coco-sample")
-    records, skipped = read_coco(folder / "annotations/instances_train2017.json", folder / "images")
+    records, skipped = read_file(folder / "annotations/instances_train2017.json", folder / "images")
     counts = {task: len(make(records, WORDING, random.Random(0))) for task, make in ITEMS.items()}
     assert not skipped and len(records) == 178 and all(count > 50 for count in counts.values()), counts
     assert counts["locpred"] == counts["revloc"] == sum(len(r.objects) for r in records)
@@ -236,6 +236,14 @@ def test_a_run_is_evaluated_from_the_command_line(tmp_path, make_model, blind):
         assert (folder / f"{task}.png").exists()
     evaluate.main(flags + ["--blind"] * blind)
     assert first == {task: result_of(folder, task) for task in first}
+
+
+def test_an_image_has_the_same_questions_whatever_follows_it(run, tmp_path):
+    """A run with --limit and the scoring of its first rows (tasks --score --limit) ask what the whole run asks."""
+    records, _ = evaluate.read_file(run[4], run[6])
+    for name, make in ITEMS.items():
+        few, many = ({i.id + i.image.name: i.question for i in make(records[:n], WORDING, random.Random(0))} for n in (4, None))
+        assert few and len(few) < len(many) and few.items() <= many.items(), name
 
 
 def test_images_that_give_no_question_are_an_error(run, tmp_path):

@@ -11,10 +11,13 @@ import torch
 from conftest import GOLDEN, TEXT, VISION, train_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_mask
 
 from clip_vit import preprocess
-from data import IGNORE, IMAGE_ID, collate, encode_prefix, encode_question, encode_segment, pack
+from data import IGNORE, IMAGE_ID, collate, encode_prefix, encode_question, encode_segment, pack, placeholders
+from llama import Llama
 from model import ADAPTERS, VARIANTS, LocVLM, LocVLMConfig, packed_mask, place_image
 
 TURNS = [  # of three images, a different number of conversations each, one of them with two turns
@@ -96,7 +99,7 @@ def test_logits_loss_and_gradient_match_the_reference(golden_llava):
     model, reference = golden_llava
     real = reference["attention_mask"] == 1
     x = model.language_model.embed_tokens(reference["input_ids"].clamp(min=0))
-    x = place_image(x, model.adapter(model.vision_tower(reference["pixel_values"])), reference["input_ids"])
+    x = place_image(x, model.adapter(model.vision_tower(reference["pixel_values"])), placeholders(reference["input_ids"]))
     assert_close(model.language_model.lm_head(model.language_model.hidden(x))[real], reference["logits"][real])
 
     positions = torch.arange(real.shape[1]).expand(real.shape)
@@ -169,6 +172,45 @@ def test_segments_see_the_prefix_and_themselves():
     ]
 
 
+SEGMENTS = torch.tensor([[0] * 40 + [1] * 30 + [2] * 50 + [-1] * 8, [0] * 60 + [1] * 60 + [2] * 8])
+
+
+def test_flex_attention_sees_what_the_mask_shows():
+    """The same function makes both masks; FlexAttention (here its slow form) gives what SDPA gives, grouped heads included."""
+    mask, blocks = packed_mask(SEGMENTS), packed_mask(SEGMENTS, as_blocks=True)
+    assert torch.equal(create_mask(blocks.mask_mod, 2, 1, 128, 128, device="cpu"), mask)
+    llama, x = Llama(replace(TEXT, num_attention_heads=4, num_key_value_heads=2)), torch.randn(2, 128, TEXT.hidden_size)
+    with torch.no_grad():
+        assert_close(llama.hidden(x, mask=blocks)[SEGMENTS >= 0], llama.hidden(x, mask=mask)[SEGMENTS >= 0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_have_the_same_gradients(recompute):
+    """In one graph for each block (fullgraph), whatever the length."""
+    llama, gradients = Llama(replace(TEXT, num_hidden_layers=2)), []
+    for block in llama.layers:
+        block.recompute = recompute
+    for is_compiled in (False, True):
+        if is_compiled:
+            llama.compile_layers(backend="aot_eager")
+        for length in (128, 96, 64):
+            x = llama.embed_tokens(torch.arange(2 * length).view(2, length) % TEXT.vocab_size)
+            llama.hidden(x, mask=packed_mask(SEGMENTS[:, :length])).square().sum().backward()
+        gradients.append({name: p.grad for name, p in llama.named_parameters() if p.grad is not None})
+        llama.zero_grad(set_to_none=True)
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 10
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+def test_nothing_in_a_step_waits_for_contents(tokenizer):
+    """A GPU works behind the program, which waits wherever it asks for a value. Fake tensors have none, and raise an error."""
+    batch = collate(packed_rows(tokenizer, "v1"))
+    with FakeTensorMode():
+        fake = {key: torch.empty(t.shape, dtype=t.dtype) for key, t in batch.items()}
+        loss = LocVLM(LocVLMConfig(VISION, TEXT))(torch.empty(pixel_values().shape), **fake, reduction="sum")
+        loss.backward()
+
+
 def test_answers_do_not_depend_on_company(make_model, tokenizer):
     """k questions about each of several images, ragged: token for token what separate calls answer, greedy and sampled."""
     model = make_model()
@@ -195,7 +237,7 @@ def test_an_answer_is_what_decoding_token_by_token_gives(make_model, tokenizer):
     )
     while len(said) < 12:
         row = torch.tensor([ids + said])
-        x = place_image(llama.embed_tokens(row.clamp(min=0)), visual, row)
+        x = place_image(llama.embed_tokens(row.clamp(min=0)), visual, placeholders(row))
         said.append(int(llama.lm_head(llama.hidden(x))[0, -1].argmax()))
         if said[-1] == tokenizer.eos_token_id:
             break
@@ -256,9 +298,8 @@ def test_the_loss_is_each_answer_token_predicted_from_what_precedes_it(make_mode
     """
     model, row = make_model(), separate_rows(tokenizer, template)[0][0]
     ids, labels = torch.tensor([row["input_ids"]]), row["labels"]
-    x = place_image(
-        model.language_model.embed_tokens(ids.clamp(min=0)), model.adapter(model.vision_tower(pixel_values(1))), ids
-    )
+    visual = model.adapter(model.vision_tower(pixel_values(1)))
+    x = place_image(model.language_model.embed_tokens(ids.clamp(min=0)), visual, placeholders(ids))
     predicted = F.log_softmax(model.language_model.lm_head(model.language_model.hidden(x))[0], dim=-1)
     by_hand = -torch.stack([predicted[t - 1, label] for t, label in enumerate(labels) if label != IGNORE]).mean()
     assert model(pixel_values(1), **collate([row])).item() == pytest.approx(by_hand.item(), rel=1e-5)
@@ -285,9 +326,9 @@ def test_each_image_lands_on_its_own_placeholders():
     """The i-th image's patches replace the i-th row's placeholders, in order; words stay; a count that differs is refused."""
     ids = torch.tensor([[1, IMAGE_ID, IMAGE_ID, 5], [1, 6, IMAGE_ID, IMAGE_ID]])
     words, visual = torch.zeros(2, 4, 3), torch.arange(1, 5).view(2, 2, 1).expand(2, 2, 3).float()
-    assert place_image(words, visual, ids)[..., 0].tolist() == [[0, 1, 2, 0], [0, 0, 3, 4]]
+    assert place_image(words, visual, placeholders(ids))[..., 0].tolist() == [[0, 1, 2, 0], [0, 0, 3, 4]]
     with pytest.raises(ValueError, match=r"4 image placeholders but 2 visual tokens \(1 images of 2\)"):
-        place_image(words, visual[:1], ids)
+        place_image(words, visual[:1], placeholders(ids))
 
 
 def test_another_image_changes_only_its_own_row(make_model, tokenizer):

@@ -10,10 +10,10 @@ from conftest import TEXT
 from PIL import Image
 
 from clip_vit import open_image, preprocess
-from data import IMAGE_ID, SYSTEM, encode_prefix, encode_question
-from formats.llava_hf import tokenizer_json
+from data import IMAGE_ID, SYSTEM, encode_prefix, encode_question, placeholders
+from formats.llava_hf import json_files
 from llama import Tokenizer
-from model import LocVLM, place_image
+from model import LocVLM, LocVLMConfig, place_image
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers")
 
@@ -68,7 +68,7 @@ def test_a_run_opens_as_llava_hf(make_model, image_file, tmp_path, options):
     with torch.no_grad():
         input_ids = torch.tensor([ids])
         x = model.language_model.embed_tokens(input_ids.clamp(min=0))
-        x = place_image(x, model.adapter(model.vision_tower(pixel_values)), input_ids)
+        x = place_image(x, model.adapter(model.vision_tower(pixel_values)), placeholders(input_ids))
         ours = model.language_model.lm_head(model.language_model.hidden(x))[0]
         wanted = theirs(**inputs).logits[0]
     vocab_size = config.text_config.vocab_size
@@ -86,13 +86,8 @@ def test_the_tokenizer_we_write_is_sentencepiece(real, tmp_path):
 
     tokenizer = Tokenizer(real("llama/tokenizer-llama"))
     image = len(tokenizer)
-    special = {
-        i: {"content": c, "special": True, "normalized": False}
-        for i, c in ((1, "<s>"), (2, "</s>"), (image, "<image>"))
-    }
-    for token in special.values():
-        token |= {"lstrip": False, "rstrip": False}
-    theirs = HFTokenizer.from_str(json.dumps(tokenizer_json(tokenizer, special)))
+    files = json_files(LocVLMConfig(), tokenizer, image, image + 64)
+    theirs = HFTokenizer.from_str(json.dumps(files["tokenizer.json"]))
     for prompt in (
         f"{SYSTEM} USER: <image>\n{QUESTION} ASSISTANT:",
         "<image>\nWhat is at (4, 52, 13, 63)?",

@@ -10,10 +10,11 @@ data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES
 """
 
 import sys
+from collections import defaultdict
 
 from formats.annotations import parse_sources, read_file
 from formats.images import image_problem, orientation
-from formats.schema import NOTES, Problems
+from formats.schema import NOTES
 from tools import command
 from video import read_frames
 
@@ -30,7 +31,7 @@ def check_all(data, images=""):
 
 def check(path, images):
     """List the problems of one annotation file, in any of the formats."""
-    found, listed, opened = Problems(), [], set()
+    found, listed, opened = defaultdict(list), [], set()
     try:
         records, skipped = read_file(path, images, found)
     except (FileNotFoundError, ValueError) as error:

@@ -23,8 +23,7 @@ def read_talk(path):
             talks.append([turn["value"] for turn in row["conversations"]] if has_turns else [row["instruction"], row["output"]])
             "".join(talks[-1])  # raises TypeError if one is not a text
         except (KeyError, TypeError):
-            problem = f"{path}: row {index} is {str(row)[:120]}, without conversations, or instruction and output"
-            raise ValueError(problem) from None
+            raise ValueError(f"{path}: row {index} is {str(row)[:99]}, without conversations, or instruction and output") from None
     return talks
 
 

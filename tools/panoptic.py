@@ -60,7 +60,7 @@ def panoptic(json, out, masks=None, stuff=False, check=False):
 
 
 def clips_from_panoptic(folder, stuff=False):
-    """Make the content of a clips_*.json (see formats.annotations.read_clips) from a folder of panoptic files."""
+    """Make the content of a clips_*.json (see formats.annotations.read_file) from a folder of panoptic files."""
     paths = sorted(path for path in Path(folder).glob("*.json") if not is_hidden(path.name))
     if not paths:
         raise FileNotFoundError(f"no panoptic JSON in {folder}; each clip needs one")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from formats.annotations import find_clips, merge, read_file, static_objects
 from formats.files import read_json
+from formats.schema import Box
 from tiny.moving import write_clips
 from tiny.shapes import NAMES
 from tools.check import check
@@ -27,7 +28,8 @@ def at(cx, cy, half=10):
 def static(*frames, size=(224, 224), **options):
     """The names and boxes of what stays; each frame a dict of name -> box, or a list of pairs."""
     frames = [list(frame.items()) if isinstance(frame, dict) else frame for frame in frames]
-    return {o.name: o.box_px for o in static_objects(frames, size, **options)}
+    boxes = [Box(name, box_px, index) for index, frame in enumerate(frames) for name, box_px in frame]
+    return {o.name: o.box_px for o in static_objects(boxes, size, **options)}
 
 
 # ----- what stays

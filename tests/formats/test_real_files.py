@@ -12,7 +12,7 @@ from PIL import Image
 import train
 from clip_vit import CLIPVisionConfig, open_image
 from coords import CoordFormat
-from data import OBJECTIVES, Examples, Wording, draw_questions, read_llava
+from data import OBJECTIVES, Examples, Wording, draw_questions
 from formats.annotations import image_ids, parse_sources, read_file, read_records, unreadable
 from formats.images import image_problem
 from formats.schema import HARMLESS, read_box
@@ -211,7 +211,7 @@ def test_an_empty_answer_is_a_bad_row(coco, answer):
     row = {**LLAVA[0], "conversations": [LLAVA[0]["conversations"][0], {"from": "gpt", "value": answer}]}
     (coco / "x.json").write_text(json.dumps([*LLAVA, row]))
     assert check(coco / "x.json", coco) == ["row 2: it has an empty answer"]
-    records, skipped = read_llava(coco / "x.json", coco)
+    records, skipped = read_file(coco / "x.json", coco)
     assert len(records) == 2 and list(skipped) == ["bad rows, each has an empty answer (the first: row 2: it has an empty answer)"]
 
 
@@ -261,7 +261,7 @@ def test_rows_about_images_clips_and_text_are_decided_row_by_row(coco):
 def test_many_bad_rows_are_one_line_for_each_kind(coco):
     bad = [{**LLAVA[0], "image": f"../{i}.png"} for i in range(300)] + [{**LLAVA[0], "image": i} for i in range(1, 300)]
     (coco / "x.json").write_text(json.dumps([*LLAVA, *bad]))
-    _, skipped = read_llava(coco / "x.json", coco)
+    _, skipped = read_file(coco / "x.json", coco)
     assert sorted(skipped.values()) == [299, 300] and len("".join(skipped)) < 400
     assert "row 2: it names a file that leaves its folder: ../0.png" in min(skipped)
 
@@ -269,13 +269,13 @@ def test_many_bad_rows_are_one_line_for_each_kind(coco):
 @pytest.mark.parametrize("empty", [None, "", []])
 def test_an_empty_image_is_a_text_row(coco, empty):
     (coco / "x.json").write_text(json.dumps([LLAVA[0], {**LLAVA[1], "image": empty}]))
-    records, skipped = read_llava(coco / "x.json", coco)
+    records, skipped = read_file(coco / "x.json", coco)
     assert [record.image for record in records] == [coco / "1.png", None] and not skipped
 
 
 def test_a_list_of_one_image_is_that_image_and_several_are_refused(coco):
     (coco / "x.json").write_text(json.dumps([{**LLAVA[0], "image": ["1.png"]}, {**LLAVA[0], "image": ["1.png", "2.png"]}]))
-    (record,), skipped = read_llava(coco / "x.json", coco)
+    (record,), skipped = read_file(coco / "x.json", coco)
     assert record.image == coco / "1.png" and "row 1: it names several images" in next(iter(skipped))
 
 
@@ -317,14 +317,14 @@ def test_a_value_whose_meaning_is_certain_is_read(instances):
 @pytest.mark.parametrize("size", [61234, "64x48", [640], None])
 def test_a_column_called_size_is_not_the_images_size(coco, size):
     (coco / "x.json").write_text(json.dumps([{**LLAVA[0], "size": size}]))
-    (record,), skipped = read_llava(coco / "x.json", coco)
+    (record,), skipped = read_file(coco / "x.json", coco)
     assert record.size == (0, 0) and not skipped and check(coco / "x.json", coco) == []
 
 
 def test_half_an_emoji_trains_as_a_replacement_character(coco, tokenizer):
     row = {**LLAVA[0], "conversations": [LLAVA[0]["conversations"][0], {"from": "gpt", "value": "A \ud83d cat."}]}
     (coco / "x.json").write_text(json.dumps([row]))
-    (record,), _ = read_llava(coco / "x.json", coco)
+    (record,), _ = read_file(coco / "x.json", coco)
     assert record.conversations[0][0][1] == "A \ufffd cat."
     examples(coco / "x.json", tokenizer).batch([0])
 
@@ -332,7 +332,7 @@ def test_half_an_emoji_trains_as_a_replacement_character(coco, tokenizer):
 @pytest.mark.parametrize("content", [{"data": LLAVA}, {"0": LLAVA[0]}])
 def test_a_dictionary_of_rows_is_refused_with_what_it_holds(coco, content):
     (coco / "x.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"x.json lacks images with .*a dictionary of {next(iter(content))}.*LLaVA's list"):
+    with pytest.raises(ValueError, match=f"x.json lacks images with .*it holds .'{next(iter(content))}'.*LLaVA's list"):
         read_file(coco / "x.json", coco)
 
 
@@ -473,7 +473,7 @@ def test_rows_as_other_trainers_write_them_are_read(coco):
     """images, messages, role and content, user and assistant."""
     row = {"images": ["1.png"], "messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A."}]}
     (coco / "x.json").write_text(json.dumps([row]))
-    (record,), skipped = read_llava(coco / "x.json", coco)
+    (record,), skipped = read_file(coco / "x.json", coco)
     assert record.image == coco / "1.png" and record.conversations == ((("What?", "A."),),) and not skipped
 
 

@@ -191,6 +191,8 @@ def test_answers_about_annotated_images_and_clips_are_scored_without_them(run, t
     main(["spatial", run[1], *run[2:4], "--score", str(tmp_path / "rows.jsonl")])
     before, after = (read_json(Path(run[1]) / f"{name}/spatial-instances_val.json") for name in ("eval", "eval_scored"))
     assert before["metrics"] == after["metrics"]
+    main(["spatial", run[1], *run[2:4], "--score", str(tmp_path / "rows.jsonl"), "--limit", "3", "--fresh"])
+    assert 0 < read_json(Path(run[1]) / "eval_scored/spatial-instances_val.json")["questions"] < before["questions"]
     with pytest.raises(ValueError, match="the question of .* is .*--seed"):
         main(["spatial", run[1], *run[2:4], "--score", str(tmp_path / "rows.jsonl"), "--seed", "1"])
     videos = [{"id": 1, "file_name": "a.mp4", "width": 9, "height": 9, "frames": 1}]

@@ -6,7 +6,6 @@ import pytest
 from conftest import LLAVA, LOCALIZE
 from PIL import Image
 
-from data import read_llava
 from formats.annotations import read_file
 from tools import check as check_command
 from tools import show
@@ -95,7 +94,7 @@ def test_a_bad_row_is_named_by_check_and_skipped_and_counted(coco, damage, words
     (coco / "x.json").write_text(json.dumps([*LLAVA, {**LLAVA[0], **damage}]))
     (problem,) = check(coco / "x.json", coco)
     assert problem.startswith("row 2: ") and words in problem
-    records, skipped = read_llava(coco / "x.json", coco)
+    records, skipped = read_file(coco / "x.json", coco)
     assert len(records) == 2 and skipped.total() == 1 and words in next(iter(skipped))
 
 

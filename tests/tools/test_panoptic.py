@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
+from formats.annotations import read_file
 from tools.panoptic import boxes_from_panoptic, panoptic
 
 
@@ -78,12 +78,12 @@ def test_frames_of_a_video_become_records(video):
     """No images list: frames go by file name and have the size of their masks; stuff only where it is wanted."""
     folder, _ = video
     panoptic(folder / "p.json", folder / "i.json", folder / "masks")
-    first, second = data.read_coco(folder / "i.json", folder)[0]
+    first, second = read_file(folder / "i.json", folder)[0]
     assert (first.image.name, first.size, first.present, first.absent) == ("f1.jpg", (5, 3), ("kite",), ("dog",))
     assert [(o.name, o.box_px) for o in second.objects] == [("kite", (0, 0, 2, 1)), ("dog", (2, 0, 3, 1))]
     refused("i.json exists already", panoptic, folder / "p.json", folder / "i.json", folder / "masks")
     panoptic(folder / "p.json", folder / "stuff.json", folder / "masks", stuff=True)
-    first = data.read_coco(folder / "stuff.json", folder)[0][0]
+    first = read_file(folder / "stuff.json", folder)[0][0]
     assert first.present == ("kite", "sky") and [o.name for o in first.objects] == ["kite"], "two pieces of sky"
 
 
@@ -112,7 +112,7 @@ def test_real_masks_bear_out_cocos_own_boxes(real, tmp_path, capsys):
     folder = real("coco-sample/annotations")
     panoptic(folder / "panoptic_train2017.json", tmp_path / "i.json", folder / "panoptic_train2017", check=True)
     assert "1111 of 1111 boxes equal" in capsys.readouterr().out
-    records, skipped = data.read_coco(tmp_path / "i.json", folder)
-    annotated = {record.id: record for record in data.read_coco(folder / "instances_train2017.json", folder)[0]}
+    records, skipped = read_file(tmp_path / "i.json", folder)
+    annotated = {record.id: record for record in read_file(folder / "instances_train2017.json", folder)[0]}
     assert len(records) == 100 and not skipped
     assert all(record.size == annotated[record.id].size for record in records)

@@ -15,7 +15,7 @@ from PIL import Image
 
 import data
 from coords import CoordFormat
-from formats.annotations import merge
+from formats.annotations import merge, read_file
 from formats.files import read_json
 from tools import prefcoco as tool
 from tools.prefcoco import caption, clean_caption, localize
@@ -240,7 +240,7 @@ def test_a_row_holds_caption_description_and_box(prefcoco, coco):
         "box_px": [10.1, 20.2, 40.4, 30.6],
         "description": "dog that is brown",
     }
-    records, skipped = data.read_llava(prefcoco, "images")
+    records, skipped = read_file(prefcoco, prefcoco.parent)
     assert len(rows) == len(records) == 18 and not skipped
     assert records[0].objects == (data.Object("dog", tuple(rows[0]["box_px"]), rows[0]["description"]),)
     rejected = read_json(prefcoco.with_name("prefcoco.rejected.json"))["rejected"]
@@ -306,7 +306,7 @@ def test_localize_writes_the_papers_conversations(prefcoco, coco, tmp_path, caps
     assert [row["objective"] for row in rows[:3]] == list(data.OBJECTIVES) and len(rows) == 9 * 3
     assert "loc: 9 conversations of 18 questions" in capsys.readouterr().out
     fmt = CoordFormat("ivb")
-    records, skipped = data.read_llava(tmp_path / "localize.json", "images")
+    records, skipped = read_file(tmp_path / "localize.json", tmp_path)
     assert not skipped and len(merge(records)) == 9, (
         "our own reader takes it, and makes one record of an image's three"
     )
@@ -341,7 +341,7 @@ def test_negatives_are_absent_and_half_of_them_borrow_a_description(coco, tmp_pa
         for image, name in zip(instances["images"], ["dog", "kite"] * 5, strict=True)
     ]
     (tmp_path / "p.json").write_text(json.dumps(rows))
-    present = {r.image.name: r.present for r in data.read_coco(coco / "instances.json", coco)[0]}
+    present = {r.image.name: r.present for r in read_file(coco / "instances.json", coco)[0]}
     negatives = []
     for seed in range(20):
         localize(tmp_path / "p.json", coco / "instances.json", tmp_path / f"{seed}.json", neg_ratio=1.5, seed=seed)
@@ -372,7 +372,7 @@ def test_an_objective_of_ones_own_is_written_under_its_name(prefcoco, coco, tmp_
         assert set(is_order) == {row["objective"] == "order"}
     names, boxes_px = ([sorted(row[key]) for row in rows if row["objective"] == "order"] for key in ("names", "box_px"))
     assert names == [["cat", "dog"]] * 9 and boxes_px == [[[10.1, 20.2, 40.4, 30.6], [40, 5, 60, 55]]] * 9
-    records, skipped = data.read_llava(tmp_path / "localize.json", "images")
+    records, skipped = read_file(tmp_path / "localize.json", tmp_path)
     assert not skipped and [o.name for o in records[3].objects] == rows[3]["names"]
 
 
