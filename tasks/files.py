@@ -17,7 +17,7 @@ ROW_KEYS = {"question_id", "questionId", "expression", "id", "custom_id"}  # a r
 
 
 def read_rows(path, expected):
-    """Read JSON, JSON lines, or a table with a header (.csv, .tsv, .txt), as `expected` describes it. One row is a list of one."""
+    """Read JSON, JSON lines, or a table with a header (.csv, .tsv, .txt). expected: what the file should be"""
     if Path(path).suffix.lower() not in (".csv", ".tsv", ".txt"):
         content = files.read_rows(path, expected)
         return [content] if isinstance(content, dict) and ROW_KEYS & content.keys() else content
@@ -32,7 +32,7 @@ def read_rows(path, expected):
 class Rows:
     """A kind of file with rows, a list or a dictionary {id: row}, and what is required of them."""
     file: str  # its description, for error messages
-    needs: dict  # {key of a row, "a|b" for the first of these that some row has: type}; in a list, the first key has the row's id
+    needs: dict  # {key of a row, or "a|b" for the first that some row has: type}; in a list, the first key has the row's id
     under: str | None = None  # key of the rows, if they are a part of the file
 
     def keys_in(self, rows):

@@ -37,38 +37,38 @@ class PlainPickle(pickle.Unpickler):
 
 
 def read_refs(path, instances=None):
-    """Read refs of any form: [{ref_id, file_name, size or None, split or None, bbox (x, y, w, h) in pixels, sentences [(id, text)]}].
-
-    instances: see `read_pickle`
-    """
+    """Read refs of any form, as dicts: ref_id, file_name, size and split (None if the file does not state them), bbox (x, y, w, h)
+    in pixels, and sentences, pairs (id, text). instances: see `read_pickle`"""
     is_pickle, refs = Path(path).suffix in (".p", ".pkl", ".pickle"), {}
     content = {"refs": read_pickle(path, instances)} if is_pickle else read_rows(path, FILE)
     try:
-        for ref_id, file_name, size, split, bbox, sentences in rows_of(content):
-            if ref_id in refs or not isinstance(split, str | None) or size is not None and not (len(size) == 2 and min(size) > 0):
-                raise ValueError(f"ref_id {ref_id}, split {split}, size {size}")
-            ref = {"ref_id": ref_id or str(len(refs)), "file_name": str(file_name), "size": size, "split": split, "bbox": bbox}
-            ref = refs.setdefault(ref_id or (file_name, *bbox), ref | {"sentences": []})
-            ref["sentences"] += [(str(number), text) for number, text in sentences]
+        for row in rows_of(content):
+            ref_id, size, split = str(row.get("ref_id", len(refs))), row.get("size"), row.get("split")
+            if ref_id in refs or not isinstance(split, str | None) or size and not (len(size) == 2 and min(size) > 0):
+                raise ValueError(f"ref_id {ref_id}, size {size}, split {split}")
+            ref = {"ref_id": ref_id, "file_name": str(row["file_name"]), "size": size, "split": split, "bbox": row["bbox"]}
+            # without ref_id, the sentences about one box belong together
+            key = ref_id if "ref_id" in row else (row["file_name"], *row["bbox"])
+            refs.setdefault(key, ref | {"sentences": []})["sentences"] += [(str(i), text) for i, text in row["sentences"]]
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{path}: a row is invalid ({error!r}); is this another file? It should be {FILE}") from None
     return list(refs.values())
 
 
 def rows_of(content):
-    """Yield (ref_id, file name, size, split, bbox, [(id, sentence)]) of each row. Without ref_id, a row has one sentence."""
+    """Yield the refs of the shapes and of RefCOCO, or a row for each sentence of MDETR's and Shikra's files."""
     if isinstance(content, dict) and "refs" in content:
-        for row in content["refs"]:
-            yield str(row["ref_id"]), row["file_name"], row.get("size"), row.get("split"), row["bbox"], row["sentences"]
+        yield from content["refs"]
     elif isinstance(content, dict):  # MDETR's: each sentence has an image entry of its own
         bboxes = {a["image_id"]: a["bbox"] for a in content["annotations"]}
         for index, image in enumerate(content["images"]):
-            size = image["width"], image["height"]
-            yield None, image["file_name"], size, None, bboxes[image["id"]], [(index, image["caption"])]
+            size, sentences = (image["width"], image["height"]), [(index, image["caption"])]
+            yield {"file_name": image["file_name"], "size": size, "bbox": bboxes[image["id"]], "sentences": sentences}
     else:
         for index, row in enumerate(content):  # Shikra's: corners
             (x1, y1, x2, y2), size = row["bbox"], (row["width"], row["height"]) if "width" in row else None
-            yield None, row["img_path"], size, None, [x1, y1, x2 - x1, y2 - y1], [(index, row["expression"])]
+            bbox, sentences = [x1, y1, x2 - x1, y2 - y1], [(index, row["expression"])]
+            yield {"file_name": row["img_path"], "size": size, "bbox": bbox, "sentences": sentences}
 
 
 def read_pickle(path, instances=None):
@@ -78,7 +78,7 @@ def read_pickle(path, instances=None):
     rows, instances, refs = PICKLE.read(path, content), Path(instances or Path(path).with_name("instances.json")), []
     coco = read_json(require_file(instances, "RefCOCO's instances.json"))
     require_lists(coco, {"images": IMAGE, "annotations": {"id", "bbox"}}, instances, "RefCOCO's instances.json")
-    images, bboxes = entries_by_id(coco, instances, defaultdict(list)), {str(a.get("id")): a.get("bbox") for a in coco["annotations"]}
+    images, bboxes = entries_by_id(coco, instances, defaultdict(list)), {str(a["id"]): a["bbox"] for a in coco["annotations"]}
     for name, row in rows.items():
         image_id, ann_id = str(row["image_id"]), str(row["ann_id"])
         if not images.get(image_id) or ann_id not in bboxes:

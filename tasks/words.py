@@ -86,7 +86,7 @@ def require_meteor():
 
 
 def meteor(answers, sentences):
-    """Compute METEOR 1.5, 0..1, of all {id: answer} against {id: sentences}, as RefCOCO's own evaluation: PTB tokens, `-norm`."""
+    """Compute METEOR 1.5, 0..1, of all {id: answer} and {id: sentences}, as RefCOCO's own evaluation: PTB tokens, `-norm`."""
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 

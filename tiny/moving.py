@@ -161,7 +161,8 @@ def write_panoptic(folder, clip, categories):
         mask, segments = clip.mask(index), []
         mask.save(folder / f"{index:02d}.png")
         counts = zip(*np.unique(np.asarray(mask) @ [1, 256, 65536], return_counts=True), strict=True)
-        for (_, shape, (x1, y1, x2, y2)), (i, area) in zip(clip.boxes(index), list(counts)[1:], strict=True):  # first: no segment
+        _, *counts = counts  # the first is of 0, no segment
+        for (_, shape, (x1, y1, x2, y2)), (i, area) in zip(clip.boxes(index), counts, strict=True):
             row = {"id": int(i), "category_id": world.CATEGORY_IDS[shape.name], "bbox": [x1, y1, x2 - x1, y2 - y1]}
             segments.append(row | {"area": int(area), "iscrowd": 0})
         annotations.append({"file_name": f"{index:02d}.png", "segments_info": segments})

@@ -1,7 +1,7 @@
 """A world of coloured shapes, written in COCO's formats, so that it is read as real data is: `python -m tiny.shapes FOLDER`.
 
-Everything is a function of a seed. Captions and conversations never say left, right, above or below, and go from large shapes to
-small ones: about sides, these files teach only coordinates and descriptions (the tiny LLaMA has read of sides before).
+Everything is a function of a seed. Captions and conversations go from large shapes to small ones, and never say left, right,
+above or below: about sides, these files teach only coordinates and descriptions (the tiny LLaMA has read of sides before).
 """
 
 import random
@@ -139,7 +139,8 @@ class Scene:
         if len(unique := self.unique()) < 2:
             return []
         (a, b), rows = rng.sample(unique, 2), []
-        for choice, true, false in zip(("left or right of", "above or below"), self.side_of(a, b), self.side_of(b, a), strict=True):
+        choices = ("left or right of", "above or below")
+        for choice, true, false in zip(choices, self.side_of(a, b), self.side_of(b, a), strict=True):
             if true:
                 truth = f"the {a.name} is {RELATIONS[true]} the {b.name}."
                 rows.append((f"Is the {a.name} {RELATIONS[true]} the {b.name}?", "Yes.", "yes"))
@@ -216,7 +217,7 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
                     talks.append({"id": f"{image_id}_{number}", "image": file_name, "conversations": turns})
                     kind = next((kind for start, kind in GQA_TYPES.items() if question.startswith(start)), None)
                 if short:
-                    row = {"question": question, "answer": short, "fullAnswer": answer, "imageId": file_name.removesuffix(".png")}
+                    row = {"question": question, "answer": short, "fullAnswer": answer, "imageId": f"{image_id:012d}"}
                     gqa[f"{image_id}_{number}"] = row | {"isBalanced": True, "types": {"detailed": kind}}
         instances = {"info": {"description": "shapes world", "seed": seed}, "images": pictures, "annotations": annotations}
         files = {"captions": {"images": pictures, "annotations": captions}, "conversations": talks, "gqa": gqa}
