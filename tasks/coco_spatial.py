@@ -24,8 +24,9 @@ IMAGES = Rows(FILE, {"file_name": str}, "data")
 
 def read_coco_spatial(args, wording):
     content, items, skipped = read_rows(args.questions, FILE), [], Counter()
-    names = {row["id"]: row["name"] for row in CATEGORIES.read(args.questions, content).values()}
-    for image_id, entry in IMAGES.read(args.questions, content).items():
+    entries, categories = IMAGES.read(args.questions, content), CATEGORIES.read(args.questions, content)
+    names = {row["id"]: row["name"] for row in categories.values()}
+    for image_id, entry in entries.items():
         try:
             annotations, size = entry["annotations"], (int(entry["width"]), int(entry["height"]))
             objects = [(names[annotation["category_id"]], annotation.get("bbox")) for annotation in annotations]
@@ -47,8 +48,8 @@ def read_coco_spatial(args, wording):
                 skipped["pairs that are not left and right of each other"] += 1
             else:
                 truth, question = {"word": "right", "boxes_px": boxes_px}, PROMPT.format(obj_1=name_1, obj_2=name_2)
-                item = Item(f"{image_id}:{left}-{right}", path, size, question, truth)
-                items += [item, mirror(item)]
+                items.append(Item(f"{image_id}:{left}-{right}", path, size, question, truth))
+                items.append(mirror(items[-1]))
     return items, skipped
 
 
