@@ -31,6 +31,7 @@ class Processes:
         world, rank, local = int(env.get("WORLD_SIZE", 1)), int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
+            env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # rows of many lengths leave no gaps
             torch.cuda.set_device(device)  # before anything asks CUDA: fsdp gathers on the current device
             torch.backends.cuda.enable_math_sdp(False)  # attention that no fused kernel takes raises an error, and takes no GiBs
         for batch in [config.recipe(stage).batch for stage in config.stage_list]:
