@@ -229,7 +229,8 @@ def micro_batches_of(step, examples, recipe, micro_batch, processes):
     """Draw this process's share of a step's batch: every world-th image, in pieces of micro_batch images."""
     samples = list(range(step * recipe.batch + processes.rank, (step + 1) * recipe.batch, processes.world))
     size = micro_batch or len(samples)
-    return [examples.batch(samples[i : i + size]) for i in range(0, len(samples), size)]
+    drawn = [examples.batch(samples[i : i + size]) for i in range(0, len(samples), size)]
+    return [(processes.pinned(batch), ids) for batch, ids in drawn]
 
 
 def train_stage(config, stage, model, examples, run, processes):

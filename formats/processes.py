@@ -60,6 +60,10 @@ class Processes:
             dist.all_reduce(total)
         return total
 
+    def pinned(self, batch):
+        """Move a batch where a GPU can fetch it while it computes."""
+        return batch if self.device.type == "cpu" else {k: v.pin_memory() for k, v in batch.items() if v is not None}
+
     def begin_stage(self, model):
         """Let FSDP see which parameters learn now: else it keeps the dtypes of the first stage's gradients (pytorch 186998)."""
         for part in model.modules():
