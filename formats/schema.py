@@ -249,16 +249,16 @@ def coco_entries(content, path, problems, kind="image"):
         problems["images without an annotation, where every category counts as absent"] += empty
     if 2 * len(problems.get(NO_AREA, ())) > len(content["annotations"]):  # not the few that COCO itself has
         problems["most boxes, of which bbox has no area"] = problems.pop(NO_AREA)
+
+    def names_of(ids):
+        return [names[str(i)] for i in ids if str(i) in names] if isinstance(ids, list | dict) else []
+
     for entry in entries:  # LVIS lists which categories are certainly absent, and of which not every object has a box
-        entry.boxes += [Box(name, None, 0) for name in listed(entry.row.get("not_exhaustive_category_ids"), names)]
+        entry.boxes += [Box(name, None, 0) for name in names_of(entry.row.get("not_exhaustive_category_ids"))]
         unsure = lost.union(box.name for box in entry.boxes)
-        absent = listed(entry.row.get("neg_category_ids", names), names) if entry.is_complete else ()
+        absent = names_of(entry.row.get("neg_category_ids", names)) if entry.is_complete else ()
         entry.absent = tuple(dict.fromkeys(name for name in absent if name not in unsure))
     return entries
-
-
-def listed(ids, names):
-    return [names[str(i)] for i in ids if str(i) in names] if isinstance(ids, list | dict) else []
 
 
 def read_annotation(a, name, entry, where, problems):
