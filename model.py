@@ -21,7 +21,6 @@ from coords import CoordFormat
 from data import encode_prefix, encode_question, placeholders
 from formats.fast_cpu import pack_linears
 from formats.llava_hf import read_adapter, read_checkpoint, write_checkpoint
-from formats.weights import SkipInit
 from llama import KVCache, Llama, LlamaConfig, read_tokenizer
 from video import encode, frames_of
 
@@ -248,7 +247,7 @@ class LocVLM(nn.Module):
             rows = f"{len(tokenizer)} pieces, more than the {llama.config.vocab_size} rows of the embedding"
             raise ValueError(f"{tokenizer.path} has {rows}; pass the tokenizer that belongs to these weights")
         name = next(name for name, adapter_class in ADAPTERS.items() if adapter_class is type(adapter))
-        with torch.device("meta"), SkipInit():
+        with torch.device("meta"):
             model = cls(LocVLMConfig(tower.config, llama.config, name, **settings))
         model.vision_tower, model.adapter = tower.requires_grad_(False), adapter
         model.language_model, model.tokenizer = llama, tokenizer

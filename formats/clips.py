@@ -35,8 +35,8 @@ def find_clips(folder):
         folders = [Path(folder, at) for at, names in held if at and FRAMES & {Path(name).suffix.lower() for name in names}]
     else:
         raise FileNotFoundError(f"no folder or zip {folder} of clips, each {CLIP_KINDS}")
-    files = sorted((path for path in files if path.suffix.lower() in CLIP_SUFFIXES), reverse=True)
-    files.sort(key=lambda path: CLIP_SUFFIXES.index(path.suffix.lower()), reverse=True)  # the first suffix overwrites
+    files = [path for path in files if path.suffix.lower() in CLIP_SUFFIXES]
+    files.sort(key=lambda path: (CLIP_SUFFIXES.index(path.suffix.lower()), path), reverse=True)  # the first suffix overwrites
     if doubled := [name for name, count in Counter(path.name for path in files + folders).items() if count > 1]:
         raise ValueError(f"{folder} holds {len(doubled)} names of clips twice ({some(doubled)}); unpack what you need")
     return {path.stem: path for path in files} | {path.name: path for path in files + folders}
@@ -58,17 +58,17 @@ def missing_clips(names, found, path, folder):
 
 def open_clip(path, decode_all=False):
     """Open a clip of any kind, by its name; it may lie in a zip. A still image is a clip of one frame."""
-    path = Path(path)
-    if path.is_dir() or path.suffix.lower() not in (*IMAGES, *CLIP_SUFFIXES) and images.names_in(path):
+    path, suffix = Path(path), Path(path).suffix.lower()
+    if path.is_dir() or suffix not in (*IMAGES, *CLIP_SUFFIXES) and images.names_in(path):
         return open_folder(path)
-    if path.suffix.lower() in IMAGES and path.suffix.lower() not in ANIMATIONS:
+    if suffix in IMAGES and suffix not in ANIMATIONS:
         return "still image", 1, lambda places: {0: open_image(path)}
-    if not (split_zip(path)[0] and images.has_image(path)):
-        if not require_file(path, "a video file, an animation, a folder of frames, or an .npy").stat().st_size:
-            raise ValueError(f"{path} is an empty file; replace it")
-    if path.suffix.lower() == ".npy":
+    is_in_zip = split_zip(path)[0] and images.has_image(path)
+    if not is_in_zip and not require_file(path, f"a clip, {CLIP_KINDS}").stat().st_size:
+        raise ValueError(f"{path} is an empty file; replace it")
+    if suffix == ".npy":
         return open_array(path)
-    return open_animation(path) if path.suffix.lower() in ANIMATIONS else open_video(path, decode_all)
+    return open_animation(path) if suffix in ANIMATIONS else open_video(path, decode_all)
 
 
 def open_folder(folder):
@@ -123,8 +123,7 @@ def open_video(path, decode_all=False):
         covers = av.stream.Disposition.attached_pic
         streams = [s for s in file.streams.video if s.codec_context and not s.disposition & covers]
         if not streams:
-            kinds = ", ".join(sorted({s.type for s in file.streams})) or "none"
-            raise ValueError(f"{path} has no video stream (its streams: {kinds})")
+            raise ValueError(f"{path} has no video stream (its streams: {', '.join(sorted({s.type for s in file.streams}))})")
         listed = {s.index: [] for s in streams}
         for packet in packets(file, streams):
             if not packet.is_discard:  # by the edit list: decoded, never shown

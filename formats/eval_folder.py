@@ -16,8 +16,10 @@ import math
 import shutil
 import subprocess
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,6 +32,8 @@ from formats.journal import work_in_parts
 from formats.pictures import overlay
 
 COMPARED = ("questions", "images", "weights_sha256", "data_sha256", "seed", "split", "decoding", "location", "template")
+ROW_KEYS = ("id", "image", "size", "question", "answer", "correct", "boxes_px", "mirrored", "truth")  # of an evaluate.Item
+ids_in = cache(image_ids)  # a training file may be a gigabyte, and several evaluations in one process need it
 
 
 @dataclass
@@ -47,13 +51,14 @@ class Job:
     def paper(self):
         return self.rules.paper if self.rules.has_paper(self.items) else ()
 
+    @property
+    def paper_b(self):
+        """LocVLM-B's figures, in percent, or None: it reads no clips."""
+        return None if self.rules.is_about_clips(self.items) else dict(self.paper).get("LocVLM-B")
+
 
 def name_of(task, file=None, split=None):
-    """Return the name of a task's results.
-
-    >>> name_of("hal"), name_of("refcoco", "refcoco/refs(unc).p", "testB")
-    ('hal', 'refcoco-refs(unc)-testB')
-    """
+    """Return the name of a task's results, as refcoco-refs(unc)-testB."""
     return "-".join(filter(None, (task, file and Path(file).stem, split)))
 
 
@@ -73,9 +78,10 @@ def read_jobs(tasks, args, wording):
         job = Job(name, name_of(name, file, args.split if task.files else None), task, items, dict(skipped), files)
         if doubled := [i for i, count in Counter(item.id for item in items).items() if count > 1]:
             raise ValueError(f"{files[0]}: {len(doubled)} ids of questions occur twice ({some(doubled)}); make them unique")
-        if not items:
+        if items:
+            jobs.append(job)
+        else:
             print(f"{job.name}: no image of {files[0]} has a question for it")
-        jobs += [job] if items else []
     if not jobs:
         hint = "is it the right file, or split?" if task.files else "it needs boxes and absent categories"
         raise ValueError(f"{files[0]} yields no question for {', '.join(tasks)}; {hint}")
@@ -90,8 +96,8 @@ def require_images(paths, source, images):
     """Raise FileNotFoundError if an image or clip that the file `source` asks about is not in the folder or zip `images`."""
     paths = dict.fromkeys(path for path in paths if path)
     if missing := [path.name for path in paths if not (path.exists() or has_image(path) or names_in(path))]:
-        where = images or "--images, which is not given"
-        raise FileNotFoundError(f"{len(missing)} of the {len(paths)} images of {source} are not in {where} ({some(missing)})")
+        images = images or "--images, which is not given"
+        raise FileNotFoundError(f"{len(missing)} of the {len(paths)} images of {source} are not in {images} ({some(missing)})")
 
 
 def by_picture(items):
@@ -113,8 +119,7 @@ def batches(items, size):
             yield batch
             batch = []
         batch = batch + piece
-    if batch:
-        yield batch
+    yield batch
 
 
 def answer_all(items, size, make_answerer, parts, options, processes, fresh=False):
@@ -132,32 +137,23 @@ def answer_all(items, size, make_answerer, parts, options, processes, fresh=Fals
 def join(items, pairs, source):
     """Give each item its answer, by id. Raise ValueError for missing, unknown or repeated ids. pairs: (id, answer)"""
     count, asked = Counter(i for i, _ in pairs), {item.id: item for item in items}
-    doubled, unknown = [i for i in count if count[i] > 1], [i for i in count if i not in asked]
-    missing, fix = [i for i in asked if i not in count], "pass the file that was answered, or answer again with --fresh"
-    for what, ids in {"occur twice": doubled, "belong to no question": unknown, "are missing": missing}.items():
+    wrong = {
+        "occur twice": [i for i in count if count[i] > 1], "belong to no question": [i for i in count if i not in asked],
+        "are missing": [i for i in asked if i not in count],
+    }
+    for what, ids in wrong.items():
         if ids:
+            fix = "pass the file that was answered, or answer again with --fresh"
             raise ValueError(f"{source}: {len(ids)} ids {what} ({some(ids)}), of {len(items)} questions; {fix}")
     for i, answer in pairs:
         asked[i].answer = answer
 
 
-def git_commit():
-    """Return the commit of this code, marked -dirty if files differ from it; None outside a checkout."""
-    command, folder = ["git", "describe", "--always", "--dirty", "--exclude", "*"], Path(__file__).parent
-    try:
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except OSError:
-        return None
-
-
-def questions_sha256(items):
-    """Hash what identifies the questions: ids, image names and texts, in any order."""
-    rows = sorted((item.id, Path(item.image or "").name, item.mirrored, item.question) for item in items)
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def answers_sha256(items):
-    return hashlib.sha256(json.dumps(sorted((item.id, item.answer) for item in items)).encode()).hexdigest()
+def hashes(items):
+    """Hash what identifies the questions (ids, image names and texts), and the answers; in any order."""
+    questions = [(item.id, Path(item.image or "").name, item.mirrored, item.question) for item in items]
+    rows = {"questions_sha256": questions, "answers_sha256": [(item.id, item.answer) for item in items]}
+    return {name: hashlib.sha256(json.dumps(sorted(values)).encode()).hexdigest() for name, values in rows.items()}
 
 
 def trained_on(run, files=""):
@@ -168,30 +164,22 @@ def trained_on(run, files=""):
     if files:
         return files.split(","), image_ids_of(files)
     files, ids, visited = [], set(), set()
-    while run and Path(run).resolve() not in visited:
-        visited.add(Path(run).resolve())
-        path = Path(run) / "config.json"
-        notes = read_json(path).get("locvlm", {}).get("trained_with") if path.is_file() else None
-        if not notes:
+    while run and run not in visited and (path := Path(run) / "config.json").is_file():
+        visited.add(run)
+        if not (notes := read_json(path).get("locvlm", {}).get("trained_with")):
             break
         world = Path("data/moving" if notes["stages"] in ("3", "4") else "data/shapes")  # the default data
         own = [path for path, _, _ in parse_sources(notes["data"], notes["images"])]
         own = own or sorted(map(str, world.glob("*_train.json")))
-        needed = own + [path for path in notes["exclude"].split(",") if path]
-        if not own or not all(Path(path).is_file() for path in needed):
+        excluded = [path for path in notes["exclude"].split(",") if path]
+        if not own or not all(Path(path).is_file() for path in own + excluded):
             return None
-        files, run = files + own, notes["init_from"]
-        ids |= set().union(*map(ids_in, own)) - image_ids_of(notes["exclude"])
+        files, run, of_run = files + own, notes["init_from"], set()
+        for path in own:
+            with suppress(ValueError):  # it names no COCO image, as chat.json of CC3M
+                of_run |= ids_in(path)
+        ids |= of_run - image_ids_of(notes["exclude"])
     return (files, ids) if files else None
-
-
-@cache  # a training file may be a gigabyte, and several evaluations in one process need it
-def ids_in(path):
-    """Return the COCO ids of a file's images; none if it names none, as chat.json of CC3M."""
-    try:
-        return image_ids(path)
-    except ValueError:
-        return set()
 
 
 def require_own(job, folder, data_sha256):
@@ -204,45 +192,48 @@ def require_own(job, folder, data_sha256):
 
 
 def describe(args, config, wording, jobs):
-    """Return what every result says about its origin."""
+    """Return what every result says about its origin. The commit of this code is -dirty if files differ from it."""
+    commit = ""
+    with suppress(OSError):  # without git
+        git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {
         "run": str(args.run), "data_sha256": {str(path): sha256(path) for path in jobs[0].files},
         "split": getattr(args, "split", None), "short": getattr(args, "short", False), "template": "v1",
         "geometry": config.geometry, "kind": config.kind, "frames": config.frames,
         "location": wording.location, "words": wording.words, "seed": args.seed, "no_object_answer": NEG_ANSWER,
-        "git_commit": git_commit(), "torch": torch.__version__,
+        "git_commit": commit or None, "torch": torch.__version__,
     }
 
 
 def run_jobs(args, jobs, wording, model, processes):
     """Answer the questions of all jobs with an evaluate.Answerer, judge the answers, write and print the results."""
     rank, world, _ = processes
-    folders, about, answering, seen = folders_of(args.run, args.into), {}, {}, None
+    folders, about, answering = folders_of(args.run, args.into), {}, {}
     titles = ["blind", "ours"] if args.with_blind else ["blind" if args.blind else "ours"]
     if rank == 0:
         about = describe(args, model.config, wording, jobs)
-        for job, title in ((job, title) for job in jobs for title in titles if not args.fresh):
+        for job, title in product(jobs, () if args.fresh else titles):
             require_own(job, folders[title], about["data_sha256"])
         # with the questions, all that answers depend on
         answering = {key: about[key] for key in ("template", "geometry", "kind", "frames")} | model.describe()
         seen = trained_on(args.run, args.trained_on)
         print(f"{args.run} on {', '.join(about['data_sha256'])}" + (f" in {world} processes" if world > 1 else ""))
-    for job in jobs:
-        for title in titles:
-            items = copy.deepcopy(job.items)  # judging changes them
-            folder, how = folders[title], answering | {"blind": title == "blind"}
-            parts, options = folder / f"{job.name}.parts", {"questions_sha256": questions_sha256(items), **how}
-            answerer = partial(model.answerer, title == "blind")
-            count, seconds = answer_all(items, args.batch, answerer, parts, options, processes, args.fresh)
-            if rank == 0:
-                ours, trained = {coco_id(item.image) for item in items} - {None}, "unknown"
-                if seen and ours:  # at most so many: some may have been skipped in training
-                    trained = {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]}
-                ran = {"contamination": trained, "world_size": world, "asked": count}
-                ran |= {"seconds": round(seconds, 2), "questions_per_second": round(count / seconds, 2)}
-                write_results(job, items, folder, wording, {**about, **how, **ran}, args)
-                shutil.rmtree(parts)
-        if rank == 0:
+    for job, title in product(jobs, titles):
+        items, how = copy.deepcopy(job.items), answering | {"blind": title == "blind"}  # judging changes the items
+        parts, options = folders[title] / f"{job.name}.parts", {"questions_sha256": hashes(items)["questions_sha256"], **how}
+        answerer = partial(model.answerer, title == "blind")
+        count, seconds = answer_all(items, args.batch, answerer, parts, options, processes, args.fresh)
+        if rank > 0:
+            continue
+        ours, trained = {coco_id(item.image) for item in items} - {None}, "unknown"
+        if seen and ours:  # at most so many: some may have been skipped in training
+            trained = {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]}
+        ran = {"contamination": trained, "world_size": world, "asked": count}
+        ran |= {"seconds": round(seconds, 2), "questions_per_second": round(count / seconds, 2)}
+        write_results(job, items, folders[title], wording, about | how | ran, args)
+        shutil.rmtree(parts)
+        if title == titles[-1]:
             print_table(job, {title: folders[title] for title in ("ours", "blind")})
             if trained != "unknown" and trained["images"]:
                 print(f"  {trained['images']} of the {trained['of']} images were trained on")
@@ -254,27 +245,20 @@ def write_results(job, items, folder, wording, about, args):
         job.rules.judge(item, wording)
     metrics = job.rules.metrics(items)
     more, judge = job.rules.after(job, items, folder, args) if job.rules.after else ({}, None)
-    keys = ("id", "image", "size", "question", "answer", "correct", "boxes_px", "mirrored", "truth")
-    rows = [{key: getattr(item, key) for key in keys} | {"image": item.image and str(item.image)} for item in items]
+    rows = [{key: getattr(item, key) for key in ROW_KEYS} | {"image": item.image and str(item.image)} for item in items]
     write_rows(folder / f"{job.name}.jsonl", rows)
     if job.rules.submission:
         write_json(folder / f"{job.name}.submission.json", job.rules.submission(items))
     figures = {  # JSON has no NaN, which stands for: there was no such question
         "task": job.task, "metrics": {name: None if math.isnan(value) else value for name, value in (metrics | more).items()},
         "questions": len(items), "images": len({item.image for item in items}), "skipped": job.skipped, "judge": judge,
-        "paper": paper_of(job), "paper_rows": job.paper, "prompts": list(job.rules.prompts),
-        "questions_sha256": questions_sha256(items), "answers_sha256": answers_sha256(items),
+        "paper": job.paper_b, "paper_rows": job.paper, "prompts": list(job.rules.prompts), **hashes(items),
     }
     if not getattr(args, "score", None):
         overlay(items, folder / f"{job.name}.png")
     # written last, as it says that all is complete; figures win over older ones in `about` (--score)
     write_json(folder / f"{job.name}.json", figures | about | figures)
     remove_temporary(folder.glob(f"{glob.escape(job.name)}.*"))
-
-
-def paper_of(job):
-    """Return LocVLM-B's figures, in percent, or None: it reads no clips."""
-    return None if job.rules.is_about_clips(job.items) else dict(job.paper).get("LocVLM-B")
 
 
 def read_results(folder, order=()):
@@ -294,18 +278,19 @@ def differences(result, blind):
 
 def print_table(job, folders):
     """Print a task's figures: a column for each result about the same questions, and the paper's."""
-    pin, paper, images = questions_sha256(job.items), paper_of(job), len({item.image for item in job.items})
+    pin, paper = hashes(job.items)["questions_sha256"], job.paper_b
     results = {title: read_results(folder).get(job.name, {}) for title, folder in folders.items()}
     results = {title: result for title, result in results.items() if result.get("questions_sha256") == pin}
     columns = {title: result["metrics"] for title, result in results.items()}
+    names = dict.fromkeys(name for figures in columns.values() for name in figures)
     columns |= {"paper": {name: value / 100 for name, value in paper.items()}} if paper else {}
     note = f" (paper: LocVLM-B{'' if job.rules.files else ' on COCO'})" if paper else ""
-    print(f"\n{job.name}: {len(job.items)} questions about {images} images{note}")
+    print(f"\n{job.name}: {len(job.items)} questions about {len({item.image for item in job.items})} images{note}")
     print("".join(f"  skipped: {count} {reason}\n" for reason, count in job.skipped.items()), end="")
     if changed := differences(results.get("ours", {}), results.get("blind", {})):
         print(f"  ours and blind are of two evaluations; they differ in {', '.join(changed)}")
     print(" " * 42 + "".join(f"{title:>10}" for title in columns))
-    for name in dict.fromkeys(name for title, figures in columns.items() if title != "paper" for name in figures):
+    for name in names:
         print(f"  {name:40}" + "".join(f"{shown(figures.get(name)):>10}" for figures in columns.values()).rstrip())
     if job.rules.summary:
         folder = folders.get("scored", folders["ours"])

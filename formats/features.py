@@ -54,57 +54,54 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
     processes  of journal.start_processes
     """
     config, device, out, batch = tower.config, next(tower.parameters()).device, Path(out), 1 if frames else batch
-    parts, file = out / "features.parts", out / "features.npy"
+    parts, file, rank = out / "features.parts", out / "features.npy", processes[0]
     images = sorted({os.path.abspath(record.image) for record in records if record.image})
     bad = {os.path.abspath(image): problem for image, problem in unreadable(records).items()}
     if bad and not skip_bad:
         some_problems = "; ".join([*bad.values()][:3])
         raise ValueError(f"{len(bad)} of {len(images)} images cannot be used: {some_problems}; --skip-bad skips them")
-    if processes[0] == 0 and bad:
-        print(*(f"skipped: {problem}" for problem in bad.values()), sep="\n")
     about = {"tower": fingerprint(tower), "side": config.image_size, "geometry": geometry, "frames": frames, "images": images}
-    if processes[0] == 0 and not parts.exists():
-        require_new(out)
-        shape = (len(images), frames + config.num_patches, config.hidden_size)
-        with writing(out):
-            out.mkdir(parents=True)
-        size, free = 2 * math.prod(shape) / 2**30, shutil.disk_usage(out).free / 2**30
-        if free < size:  # later it would be a bus error: the file is mapped
-            out.rmdir()
-            raise ValueError(f"{file} needs {size:.1f} GiB, and {free:.1f} are free; choose another --out")
-        np.lib.format.open_memmap(file, "w+", np.float16, shape).flush()
+    if rank == 0 and not parts.exists():
+        make_array(file, (len(images), frames + config.num_patches, config.hidden_size))
 
     def write(chosen):
         """Write the chosen rows. Return the images that cannot be read."""
-        rows, read = np.load(file, mmap_mode="r+"), {}
-        for row in chosen:
-            pixels = None if images[row] in bad else read_input(images[row], tower, geometry, frames, skip_bad)
-            if pixels is not None:
-                read[row] = pixels
-        if read and frames:  # one clip
-            rows[chosen[0]] = encode(tower, read[chosen[0]], geometry).half().cpu().numpy()
-        elif read:  # (B, 3, S, S) -> (B, P, Dv)
-            rows[list(read)] = tower(torch.stack([*read.values()]).to(device)).half().cpu().numpy()
+        rows, inputs = np.load(file, mmap_mode="r+"), {}
+        for row, image in ((row, images[row]) for row in chosen):
+            try:
+                if image in bad:
+                    raise ValueError(bad[image])
+                inputs[row] = read_frames(image, frames) if frames else preprocess(open_image(image), config, geometry)
+            except (ValueError, FileNotFoundError) as error:
+                if not skip_bad:
+                    raise ValueError(f"{error}; --skip-bad skips what cannot be read") from None
+                print(f"skipped: {error}")
+        if inputs and frames:  # one clip
+            rows[chosen[0]] = encode(tower, inputs[chosen[0]], geometry).half().cpu().numpy()
+        elif inputs:  # (B, 3, S, S) -> (B, P, Dv)
+            rows[list(inputs)] = tower(torch.stack([*inputs.values()]).to(device)).half().cpu().numpy()
         rows.flush()  # before they count as done
-        return [images[row] for row in chosen if row not in read]
+        return [images[row] for row in chosen if row not in inputs]
 
     pieces = {first: range(len(images))[first : first + batch] for first in range(0, len(images), batch)}
     done, *_ = work_in_parts(pieces, lambda: write, parts, about | {"batch": batch}, processes)
-    if processes[0] == 0:
-        skipped = sorted(image for _, unreadable in done for image in unreadable)
+    if rank == 0:
+        skipped = sorted(image for _, unread in done for image in unread)
         write_json(out / "features.json", about | {"skipped": skipped})
         shutil.rmtree(parts)
         print(f"{out}: {len(images)} images or clips, {len(skipped)} of them skipped, {file.stat().st_size / 2**30:.2f} GiB")
 
 
-def read_input(image, tower, geometry, frames, skip_bad):
-    """Return an image as the tower's input (3, S, S), or a clip as PIL frames; None if it is unreadable and skip_bad."""
-    try:
-        return read_frames(image, frames) if frames else preprocess(open_image(image), tower.config, geometry)
-    except (ValueError, FileNotFoundError) as error:
-        if not skip_bad:
-            raise ValueError(f"{error}; --skip-bad skips what cannot be read") from None
-        print(f"skipped: {error}")
+def make_array(file, shape):
+    """Make a file of zeros, float16, in a new folder. Raise ValueError if the disk is too small for it."""
+    require_new(file.parent)
+    with writing(file.parent):
+        file.parent.mkdir(parents=True)
+    size, free = 2 * math.prod(shape) / 2**30, shutil.disk_usage(file.parent).free / 2**30
+    if free < size:  # later it would be a bus error: the file is mapped
+        file.parent.rmdir()
+        raise ValueError(f"{file} needs {size:.1f} GiB, and {free:.1f} are free; choose another --out")
+    np.lib.format.open_memmap(file, "w+", np.float16, shape).flush()
 
 
 def open_features(config, records, model, processes):

@@ -1,7 +1,6 @@
 """Work that takes hours and may be killed at any moment: journals of JSON lines, options that must match, processes.
 
 A journal gets a line per piece of work, flushed to disk. After a kill, the same command reads the journal and continues.
-`work_in_parts` does this for several processes, on any number of which it may continue.
 """
 
 import atexit
@@ -64,7 +63,7 @@ def require_new(path):
 
 
 def work_in_parts(pieces, make_worker, parts, options, processes, *, restarts=False, fresh=False):
-    """Do the pieces {key: piece} that earlier runs have left, this process every world-th of them.
+    """Do the pieces {key: piece} that earlier runs have left, in any number of processes, this one every world-th of them.
 
     make_worker()  returns the function piece -> result, in JSON; called by processes with something to do
     parts          folder with a journal per process, and `options`, all that results depend on (rank 0's count). If it was
@@ -96,16 +95,17 @@ def read_parts(parts):
 
 def begin(parts, options, restarts, fresh):
     """Make the folder of journals, or keep the one of an earlier run."""
-    before = read_json(parts / "options.json") if (parts / "options.json").is_file() else {}
+    path = parts / "options.json"
+    before = read_json(path) if path.is_file() else {}
     if before and not (restarts or fresh):
         require_same_options(before, options, parts)
     elif before != options or fresh:
         for journal in parts.glob("part-*.jsonl"):
             open_journal(journal).close()  # raises if another run is writing it
-        if changed := [key for key in options if before and not fresh and before.get(key) != options[key]]:
-            print(f"{parts} was begun with other {', '.join(changed)}: starting over")
+        if before and not fresh:
+            print(f"{parts} was begun with other {', '.join(k for k in options if before.get(k) != options[k])}: starting over")
         shutil.rmtree(parts, ignore_errors=True)
-        write_json(parts / "options.json", options)
+        write_json(path, options)
 
 
 def end_with_parent(leaves_interrupt=False):

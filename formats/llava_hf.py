@@ -5,15 +5,20 @@ mean of the others: never the most likely), and a linear adapter the identity as
 `read_checkpoint` undoes both. Our settings are in config.json's "locvlm", which others ignore.
 """
 
+import json
 import math
+import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from string import Template
 
+import jinja2
 import torch
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower, mean_colour
 from data import ASSISTANT, SYSTEM, USER
-from formats.files import read_config, read_json, sha256, write_json, write_text, write_whole
+from formats.files import read_config, read_json, read_text, sha256, write_json, write_text, write_whole
 from formats.weights import build, open_tensors, sort_tensors, write_tensors
 from llama import Llama, LlamaConfig, read_tokenizer
 
@@ -26,21 +31,14 @@ SUPPORTED = {  # keys of a LLaVA's config, and the values that this model can re
     "vision_feature_layer": (-2,), "vision_feature_select_strategy": ("default",),
     "mm_projector_type": ("linear", "mlp2x_gelu"), "projector_hidden_act": ("gelu",), "mm_use_im_start_end": (False,),
 }
+HERE = Path(__file__).parent
 SETTINGS = ("geometry", "kind", "location", "words", "frames")  # of LocVLMConfig, saved under "locvlm"
-CHAT_TEMPLATE = (  # data.encode_prefix and data.encode_segment as transformers' template, for any number of turns
-    SYSTEM + " {% for m in messages %}{% if m['role'] == 'user' %}"
-    + USER + " {% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %} {% else %}"
-    + ASSISTANT + " {% if m['content'] is string %}{{ m['content'] }}{% else %}{{ m['content'][0]['text'] }}{% endif %}"
-    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
-)
 
 
 def read_checkpoint(folder, vision, adapters, dtype, device):
     """Read a whole model: (tower, adapter, LLaMA, tokenizer, settings of LocVLMConfig). See LocVLM.from_pretrained."""
     config, parts = read_config(folder), sort_tensors(open_tensors(folder), folder)
-    ours, stored, language = config.get("locvlm", {}), parts["adapter"], parts["language_model"]
+    ours, language = config.get("locvlm", {}), parts["language_model"]
     for key, values in SUPPORTED.items():
         is_our_identity = key == "projector_hidden_act" and ours.get("adapter") == "linear"
         if config.get(key, values[0]) not in values and not is_our_identity:
@@ -50,8 +48,7 @@ def read_checkpoint(folder, vision, adapters, dtype, device):
         for name in {"embed_tokens.weight", "lm_head.weight"} & language.keys():
             language[name] = language[name].rows(0, ours["vocab_size"])
     llama = Llama.from_stored(LlamaConfig.from_dict(config), language, f"{folder} (LLaMA)", dtype, device)
-    sizes = tower.config.hidden_size, llama.config.hidden_size
-    adapter = build_adapter(stored, ours, adapters, sizes, f"{folder} (adapter)", dtype, device)
+    adapter = read_adapter(folder, adapters, (tower.config.hidden_size, llama.config.hidden_size), dtype, device)
     tokenizer = read_tokenizer(folder)
     if ours and sha256(tokenizer.path) != ours["tokenizer_sha256"]:
         hint = f"use the one whose sha256 begins {ours['tokenizer_sha256'][:12]}"
@@ -72,38 +69,33 @@ def read_tower(folder, config, stored, vision, dtype, device):
 
 
 def read_adapter(path, adapters, sizes, dtype=torch.float32, device="cpu"):
-    """Read an adapter alone: LLaVA's mm_projector.bin, or the one inside a run. sizes: of CLIP and LLaMA."""
-    ours = read_json(Path(path) / "config.json").get("locvlm", {}) if (Path(path) / "config.json").is_file() else {}
-    return build_adapter(sort_tensors(open_tensors(path), path)["adapter"], ours, adapters, sizes, path, dtype, device)
-
-
-def build_adapter(stored, ours, adapters, sizes, source, dtype, device):
-    """Make the adapter that a run of ours names under "locvlm", or that a LLaVA's tensors show."""
+    """Read the adapter alone: of a run, which names its kind, of a LLaVA, or its mm_projector.bin. sizes: of CLIP and LLaMA."""
+    stored, config = sort_tensors(open_tensors(path), path)["adapter"], Path(path) / "config.json"
+    ours = read_json(config).get("locvlm", {}) if config.is_file() else {}
     kind = ours.get("adapter") or ("mlp2x_gelu" if "linear_2.weight" in stored else "linear")
     if kind == "linear":  # drop the identity
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("linear_2.")}
-    return build(lambda: adapters[kind](*sizes), stored, source, dtype, device)
+    return build(lambda: adapters[kind](*sizes), stored, f"{path} (adapter)", dtype, device)
 
 
 def geometry_of(folder, config):
-    """Return how a LLaVA that is not ours makes its square: from its image processor, or its image_aspect_ratio."""
-    if "vision_config" in config:  # llava-hf's; transformers 5 writes the image processor into the processor's file
-        paths = [folder / "preprocessor_config.json", folder / "processor_config.json"]
-        found = [read_json(path) for path in paths if path.is_file()]
-        found = [content.get("image_processor", content) for content in found]
-        processor = next((content for content in found if content.keys() & {"size", "do_resize"}), None)
-        if not processor:
-            print(f"{folder} has no preprocessor_config.json: images are cropped to a square, as CLIP does")
-            return "crop"
+    """Return how a LLaVA that is not ours makes its square: from its image_aspect_ratio, or llava-hf's image processor."""
+    if "vision_config" not in config:
+        ratio = config.get("image_aspect_ratio") or "square"
+        if ratio not in ("square", "pad"):
+            hint = "this model looks once at the whole image ('square' or 'pad')"
+            raise ValueError(f"{folder}/config.json: unsupported image_aspect_ratio = {ratio!r}; {hint}")
+        return "pad" if ratio == "pad" else "crop"
+    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):  # transformers 5 has it in the second
+        content = read_json(path) if path.is_file() else {}
+        processor = content.get("image_processor", content)
         if processor.get("do_pad"):
             return "pad"
-        size, is_crop = processor.get("size"), processor.get("do_center_crop", True)
-        return "squash" if not is_crop and isinstance(size, dict) and "height" in size else "crop"
-    ratios = {"square": "crop", "pad": "pad"}
-    if (ratio := config.get("image_aspect_ratio") or "square") not in ratios:
-        hint = "this model looks once at the whole image ('square' or 'pad')"
-        raise ValueError(f"{folder}/config.json: unsupported image_aspect_ratio = {ratio!r}; {hint}")
-    return ratios[ratio]
+        if processor.keys() & {"size", "do_resize"}:
+            size, is_crop = processor.get("size"), processor.get("do_center_crop", True)
+            return "squash" if not is_crop and isinstance(size, dict) and "height" in size else "crop"
+    print(f"{folder} has no preprocessor_config.json: images are cropped to a square, as CLIP does")
+    return "crop"
 
 
 def write_checkpoint(model, folder, state_dict, notes):
@@ -113,15 +105,16 @@ def write_checkpoint(model, folder, state_dict, notes):
     image_id, vocab_size = len(tokenizer), config.text_config.vocab_size
     rows = vocab_size if image_id < vocab_size else 64 * math.ceil((image_id + 1) / 64)
     write_tensors(folder / "model.safetensors", llava_tensors(model, state_dict or model.state_dict(), rows))
-    tokenizer_model = tokenizer.path.read_bytes()
-    write_whole(folder / tokenizer.path.name, lambda temporary: temporary.write_bytes(tokenizer_model))
-    write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
+    write_whole(folder / tokenizer.path.name, partial(shutil.copyfile, tokenizer.path))
+    chat = "".join(read_json(HERE / "chat_template.json"))  # data.encode_prefix and encode_segment, for any number of turns
+    chat = Template(chat).substitute(SYSTEM=SYSTEM, USER=USER, ASSISTANT=ASSISTANT)
+    write_text(folder / "chat_template.jinja", chat)
     ours = {
         "adapter": config.adapter, **{key: getattr(config, key) for key in SETTINGS}, "n_bins": config.coord_format().n_bins,
         "template": "v1", "vocab_size": vocab_size, "tokenizer_sha256": sha256(tokenizer.path),
     }
-    files = processor_files(config) | tokenizer_files(config, tokenizer, image_id)
-    files["config.json"] = {**llava_config(config, tokenizer, image_id, rows), "locvlm": {**ours, **notes}}
+    files = json_files(config, tokenizer, image_id, rows)
+    files["config.json"]["locvlm"] = {**ours, **notes}
     for name, content in files.items():
         write_json(folder / name, content)
 
@@ -146,87 +139,28 @@ def llava_tensors(model, state_dict, rows):
     return tensors
 
 
-def processor_files(config):
-    """Return the JSON files of the image processor: {file name: content}."""
-    vision, side = config.vision_config, config.vision_config.image_size
-    is_pad, is_crop = config.geometry == "pad", config.geometry == "crop"
-    whole = {"height": side, "width": side}
-    processor = {
-        "image_processor_type": "LlavaImageProcessor" if is_pad else "CLIPImageProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": side} if is_crop else whole, "resample": 3,  # bicubic
-        "do_center_crop": is_crop, "crop_size": whole, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": vision.image_mean, "image_std": vision.image_std,
-        "processor_class": "LlavaProcessor",
-    } | ({"do_pad": True, "background_color": list(mean_colour(vision))} if is_pad else {})
-    llava = {  # the additional token is the class token, which "default" drops again
-        "processor_class": "LlavaProcessor", "patch_size": vision.patch_size, "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1, "image_token": "<image>",
+def json_files(config, tokenizer, image_id, rows):
+    """Fill in llava_hf.jinja: {file name: content}. rows: of the vocabulary; image_id: the row of <image>"""
+    facts = {
+        "adapter": config.adapter, "geometry": config.geometry, "mean_colour": mean_colour(config.vision_config),
+        "vision": asdict(config.vision_config), "text": asdict(config.text_config) | {"vocab_size": rows},
+        "image_id": image_id, "tokenizer": tokenizer, "vocab": None,
     }
-    return {"preprocessor_config.json": processor, "processor_config.json": llava}
+    if hasattr(tokenizer, "piece"):  # a sentencepiece model
+        ids = tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+        special = {i: tokenizer.piece(i) for i in ids} | {image_id: "<image>"}
+        vocab = {tokenizer.piece(i): i for i in range(len(tokenizer))}
+        facts |= {"special": special, "vocab": vocab, "merges": merges_of(tokenizer, vocab, special)}
+    template = jinja2.Environment(finalize=json.dumps, undefined=jinja2.StrictUndefined).from_string
+    return json.loads(template(read_text(HERE / "llava_hf.jinja")).render(facts))
 
 
-def llava_config(config, tokenizer, image_id, vocab_size):
-    """Return the content of config.json, but for our own settings."""
-    moved = ("image_mean", "image_std")  # to the image processor, in llava-hf
-    vision = {key: value for key, value in asdict(config.vision_config).items() if key not in moved}
-    text = {key: value for key, value in asdict(config.text_config).items() if value or key != "rope_scaling"}
-    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return {
-        "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": image_id,
-        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-        "projector_hidden_act": "linear" if config.adapter == "linear" else "gelu",
-        "tie_word_embeddings": config.text_config.tie_word_embeddings,
-        "vision_config": {"model_type": "clip_vision_model", **vision},
-        "text_config": {"model_type": "llama", "hidden_act": "silu", **text, "vocab_size": vocab_size, **tokens},
-    }
-
-
-def tokenizer_files(config, tokenizer, image_id):
-    """Return the JSON files of a sentencepiece tokenizer: {file name: content}. Another one's file is saved as it is."""
-    if not hasattr(tokenizer, "piece"):
-        return {}
-    ids = {"unk": tokenizer.unk_token_id, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
-    unk, bos, eos = (tokenizer.piece(i) for i in ids.values())
-    how = {"lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    contents = {ids["unk"]: unk, ids["bos"]: bos, ids["eos"]: eos, image_id: "<image>"}
-    special = {i: {"content": content, **how} for i, content in contents.items()}
-    return {
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "unk_token": unk, "bos_token": bos, "eos_token": eos, "pad_token": unk, "padding_side": "left",
-            "added_tokens_decoder": {str(i): token for i, token in special.items()},
-            "processor_class": "LlavaProcessor", "model_max_length": config.text_config.max_position_embeddings,
-        },
-        "generation_config.json": {
-            "bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["unk"], "do_sample": False,
-        },
-        "tokenizer.json": tokenizer_json(tokenizer, special),
-    }
-
-
-def tokenizer_json(tokenizer, special):
-    """Return a sentencepiece model in the format of HF's tokenizers.
-
-    Its merges: every pair of pieces that makes a piece, the best score first. The text after a special token gets a space.
-    """
-    vocab = {tokenizer.piece(i): i for i in range(len(tokenizer))}
+def merges_of(tokenizer, vocab, special):
+    """Return the merges that a sentencepiece model implies: every pair of pieces that makes a piece, the best score first."""
     merges = sorted(
         (-tokenizer.score(i), vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
         for piece, i in vocab.items()
         if not (tokenizer.is_byte(i) or i in special)
         for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab
     )
-    bos = tokenizer.piece(tokenizer.bos_token_id)
-    start = {"SpecialToken": {"id": bos, "type_id": 0}}
-    text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return read_json(Path(__file__).with_name("tokenizer.json")) | {
-        "added_tokens": [{"id": i, "single_word": False, **token} for i, token in special.items()],
-        "post_processor": {
-            "type": "TemplateProcessing", "single": [start, text], "pair": [start, text, second],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_token_id], "tokens": [bos]}},
-        },
-        "model": {
-            "type": "BPE", "unk_token": tokenizer.piece(tokenizer.unk_token_id), "fuse_unk": True, "byte_fallback": True,
-            "vocab": vocab, "merges": [f"{left} {right}" for *_, left, right in merges],
-        },
-    }
+    return [f"{left} {right}" for *_, left, right in merges]

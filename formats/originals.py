@@ -22,19 +22,18 @@ def meta_tensors(folder):
     params, files, stored = read_config(folder, "params.json"), sorted(folder.glob("consolidated.*.pth")), {}
     if not files:
         raise FileNotFoundError(f"no consolidated.*.pth in {folder}, beside its params.json")
-    shards = [open_file(path) for path in files]
-    count = params["dim"] // shards[0]["layers.0.attention.wo.weight"].shape[1]
+    shards, width, norm_eps = [open_file(path) for path in files], params["dim"], params.get("norm_eps", 1e-6)
+    count = width // shards[0]["layers.0.attention.wo.weight"].shape[1]
     if count != len(files):
         names = f"consolidated.00.pth to .{count - 1:02d}.pth"
         raise FileNotFoundError(f"{folder} holds {len(files)} of {count} shards, {names}; complete the download")
     for name in shards[0].keys() - {"rope.freqs"}:
-        tensor = join(name, [shard[name] for shard in shards], params["dim"])
+        tensor = join(name, [shard[name] for shard in shards], width)
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
-            tensor = split_halves(tensor, params["dim"] // params["n_heads"])
+            tensor = split_halves(tensor, width // params["n_heads"])
         stored[renamed(name, "Meta")] = tensor
-    norm_eps = params.get("norm_eps", 1e-6)
     return {
-        "hidden_size": params["dim"], "intermediate_size": stored["layers.0.mlp.gate_proj.weight"].shape[0],
+        "hidden_size": width, "intermediate_size": stored["layers.0.mlp.gate_proj.weight"].shape[0],
         "num_hidden_layers": params["n_layers"], "num_attention_heads": params["n_heads"], "rms_norm_eps": norm_eps,
         "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"], "rope_theta": params.get("rope_theta", 10000.0),
         "max_position_embeddings": 2048 if norm_eps == 1e-6 else 4096,  # not in the file: LLaMA-2's eps is 1e-5
@@ -43,19 +42,17 @@ def meta_tensors(folder):
 
 def join(name, parts, width):
     """Join the parts of a tensor from all shards. Norms are the same in each."""
-    shape = list(parts[0].shape)
-    if len(shape) == 1 or len(parts) == 1:
+    height, *columns = parts[0].shape
+    if not columns or len(parts) == 1:
         return parts[0]
-    by_column = name.endswith(("wo.weight", "w2.weight")) or name.startswith("tok_embeddings") and shape[1] < width
-    shape[int(by_column)] *= len(parts)
+    if name.endswith(("wo.weight", "w2.weight")) or name.startswith("tok_embeddings") and columns[0] < width:
+        shape = (height, columns[0] * len(parts))
+        return Stored(shape, lambda a, b: torch.cat([part.read_rows(a, b) for part in parts], dim=1), parts[0].path)
 
     def read_rows(start, stop):
-        if by_column:
-            return torch.cat([part.read_rows(start, stop) for part in parts], dim=1)
-        height = parts[0].shape[0]
-        cuts = [(max(0, start - before), max(0, min(stop - before, height))) for before in range(0, shape[0], height)]
+        cuts = [(min(max(start - i * height, 0), height), min(max(stop - i * height, 0), height)) for i in range(len(parts))]
         return torch.cat([part.read_rows(*cut) for part, cut in zip(parts, cuts, strict=True)])
-    return Stored(tuple(shape), read_rows, parts[0].path)
+    return Stored((height * len(parts), *columns), read_rows, parts[0].path)
 
 
 def split_halves(stored, head_dim):
@@ -70,11 +67,12 @@ def openai_tensors(stored, source):
     """Select the vision tower of an OpenAI state dict, under our names: {name: Stored}."""
     if "visual.conv1.weight" not in stored:
         raise ValueError(f"{source} is not OpenAI's CLIP (no visual.conv1.weight); pass a folder with a config.json")
-    stored = {renamed(name.removeprefix("visual."), "OpenAI"): stored[name] for name in stored if name.startswith("visual.")}
-    stored.pop("proj", None)  # into the space that images share with texts
-    for name in [name for name in stored if ".in_proj_" in name]:  # query, key and value in one matrix
-        tensor = stored.pop(name)
+    ours = {}
+    for name in [name for name in stored if name.startswith("visual.")]:
+        tensor, name = stored[name], renamed(name.removeprefix("visual."), "OpenAI")
+        parts = ("q_proj.", "k_proj.", "v_proj.") if ".in_proj_" in name else ()  # in one matrix
         width = tensor.shape[0] // 3
-        for number, part in enumerate(("q_proj.", "k_proj.", "v_proj.")):
-            stored[name.replace("in_proj_", part)] = tensor.rows(number * width, (number + 1) * width)
-    return stored
+        ours |= {name.replace("in_proj_", part): tensor.rows(i * width, (i + 1) * width) for i, part in enumerate(parts)}
+        if not parts and name != "proj":  # into the space that images share with texts
+            ours[name] = tensor
+    return ours

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 @dataclass(frozen=True)
 class Processes:
     """Where this process runs, and the dtype of the forward pass. With one process and fp32, every method does nothing."""
-
     rank: int
     world: int  # number of processes
     device: torch.device
@@ -62,7 +61,7 @@ class Processes:
 
     def begin_stage(self, model):
         """Let FSDP see which parameters learn now: else it keeps the dtypes of the first stage's gradients (pytorch 186998)."""
-        for part in model.modules() if self.is_fsdp else ():
+        for part in model.modules():
             if isinstance(part, FSDPModule):
                 part.unshard()
                 part.reshard()
@@ -71,8 +70,7 @@ class Processes:
         """Make gradients travel between processes (DDP). FSDP's do already, see `shard`."""
         if self.world == 1 or self.is_fsdp:
             return model
-        ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def accumulate(self, parallel, is_last):
         """Let DDP's gradients travel once per step. FSDP's travel after each micro-batch: no process holds them whole."""
@@ -80,8 +78,7 @@ class Processes:
 
     def autocast(self):
         """Compute in bf16 if asked; weights stay float32. FSDP casts by itself."""
-        is_plain = self.dtype == torch.float32 or self.is_fsdp
-        return nullcontext() if is_plain else torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32 and not self.is_fsdp)
 
 
 def prefetched(make, first, last, workers=2):
@@ -97,9 +94,7 @@ def prefetched(make, first, last, workers=2):
 
 def shard(model, env):
     """Split a model over all processes by layer (FSDP2), and copy rank 0's weights there; other ranks' may be on "meta".
-
-    Weights, gradients and their sums stay float32; layers compute in env.dtype.
-    """
+    Weights, gradients and their sums stay float32; layers compute in env.dtype."""
     if model.config.text_config.tie_word_embeddings:
         raise ValueError("fsdp cannot train a LLaMA whose head is its embedding; use --parallel ddp")
     weights = model.state_dict() if env.rank == 0 else {}

@@ -33,7 +33,7 @@ class RunFolder:
     """The folder of a run. Raise ValueError if it holds another run, or was started with other options than --resume has."""
 
     def __init__(self, config, rank, world):
-        self.folder, self.rank, self.resumes = Path(config.out), rank, config.resume
+        self.folder, self.state, self.rank, self.resumes = Path(config.out), Path(config.out, "state"), rank, config.resume
         if rank == 0:
             path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
             if config.resume:
@@ -44,10 +44,10 @@ class RunFolder:
                 raise ValueError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
             else:
                 write_json(path, options)
-            for unfinished in (self.folder / "state").glob("*.tmp"):
+            for unfinished in self.state.glob("*.tmp"):
                 shutil.rmtree(unfinished)
         self.group = dist.new_group(backend="gloo") if world > 1 else None  # its own: it talks while training talks
-        self.pending = self.log_file = self.bar = None
+        self.pending, self.bar = None, tqdm(disable=True)
 
     def begin_stage(self, stage, steps, model, optimizer):
         """Load the stage's newest checkpoint, if the run is resumed and has one, and open the log. Return the first step."""
@@ -55,7 +55,7 @@ class RunFolder:
         first_step = newest_step if newest_stage == stage else 0
         if first_step:
             state = state_of(model, optimizer)
-            dcp.load(state, checkpoint_id=self.folder / f"state/{stage}-{first_step}", process_group=self.group)
+            dcp.load(state, checkpoint_id=self.state / f"{stage}-{first_step}", process_group=self.group)
             loaded = {"model_state_dict": state["weights"], "optim_state_dict": state["optimizer"]}
             set_state_dict(model, optimizer, **loaded, options=LEARNED)
         if self.rank == 0:
@@ -75,15 +75,15 @@ class RunFolder:
             self.bar.update()
 
     def end_stage(self, summary):
+        self.bar.close()
         if self.rank == 0:
-            self.bar.close()
             print(summary)
         if self.group:
             dist.barrier()
 
     def complete(self):
         """List (stage, step) of the complete checkpoints, the newest last."""
-        names = [path.name.split("-") for path in (self.folder / "state").glob("[0-9]*-*") if path.suffix != ".tmp"]
+        names = [path.name.split("-") for path in self.state.glob("[0-9]*-*") if path.suffix != ".tmp"]
         return sorted((int(stage), int(step)) for stage, step in names)
 
     def newest(self):
@@ -93,15 +93,14 @@ class RunFolder:
     def save(self, stage, step, model, optimizer):
         """Start writing a checkpoint. The weights are copied before this returns."""
         self.finish()
-        path = self.folder / f"state/{stage}-{step}.tmp"
+        path = self.state / f"{stage}-{step}.tmp"
         path.parent.mkdir(parents=True, exist_ok=True)
         self.pending = path, dcp.async_save(state_of(model, optimizer), checkpoint_id=path, process_group=self.group)
 
     def close(self):
         """Finish, and leave the bar's line to what is printed next."""
         self.finish()
-        if self.bar:
-            self.bar.close()
+        self.bar.close()
 
     def finish(self):
         """Wait for the checkpoint being written, rename it, and delete the oldest beyond KEEP."""
@@ -117,7 +116,7 @@ class RunFolder:
         if self.rank == 0:
             path.rename(path.with_suffix(""))
             for stage, step in self.complete()[:-KEEP]:
-                shutil.rmtree(self.folder / f"state/{stage}-{step}")
+                shutil.rmtree(self.state / f"{stage}-{step}")
 
 
 def print_next(config, records, location):
@@ -127,6 +126,5 @@ def print_next(config, records, location):
         print(f"look:  {page}")
     if record and config.stages != "1":  # which teaches no questions
         question = LOC_PROMPTS[2].format(category=record.objects[0].name, repr=REPR[location])
-        words = "python", "evaluate.py", config.out, "--image", str(record.image), "--ask", question
-        print(f"ask:   {shlex.join(words)}")
+        print("ask:   " + shlex.join(["python", "evaluate.py", config.out, "--image", str(record.image), "--ask", question]))
     print("train: docs/data.md, on images of your own")

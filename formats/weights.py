@@ -1,7 +1,6 @@
 """Weight files: read lazily and strictly, under every naming in use; written whole or not at all.
 
-A checkpoint is a Hugging Face folder or a single file. `open_tensors` returns names and shapes, `sort_tensors` sorts them into
-the parts of a LLaVA, and `build` reads a piece of a tensor at a time.
+`open_tensors` returns names and shapes, `sort_tensors` sorts them into the parts of a LLaVA, `build` reads piece by piece.
 """
 
 import math
@@ -16,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.overrides import TorchFunctionMode
 
 from formats.files import naming, read_json, require_file, sha256, some, write_json, write_whole, writing
 
@@ -86,8 +84,7 @@ def find_weights(path):
 
 def weights_sha256(path):
     """Hash what identifies a model: {file name: sha256} of its config and weights. A path may be a single file."""
-    is_file, expected = Path(path).is_file(), "a model: config.json beside its weights"
-    config = [] if is_file else [require_file(Path(path) / "config.json", expected)]
+    config = [] if Path(path).is_file() else [require_file(Path(path) / "config.json", "a model: its config and weights")]
     return {file.name: sha256(file) for file in config + find_weights(path)}
 
 
@@ -105,22 +102,6 @@ def open_file(path):
     return {name: Stored(shape, partial(read_rows, name), path) for name, shape in shapes.items()}
 
 
-def load_torch(path):
-    """Map a file that torch.save wrote into memory, without running any code in its pickle: {name: tensor}."""
-    try:  # files from before torch 1.6 are no zips, and cannot be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        wants = (re.findall(r"GLOBAL ([\w.]+)", str(error)) or ["more than tensors"])[0]
-        raise ValueError(f"{path} is a pickle that wants {wants}, which could run any code; get safetensors") from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        script = "a TorchScript archive; save its state_dict() with torch.save"
-        raise ValueError(f"{path} is {script if 'TorchScript' in str(error) else 'damaged; download it again'}") from None
-    tensors = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else None
-    if not tensors:
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a state_dict")
-    return tensors
-
-
 def open_torch(path):
     tensors, bytes_read = load_torch(path), 0
 
@@ -133,6 +114,21 @@ def open_torch(path):
         bytes_read += rows.nbytes
         return rows
     return {name: Stored(tuple(tensor.shape), partial(read_rows, name), path) for name, tensor in tensors.items()}
+
+
+def load_torch(path):
+    """Map a file that torch.save wrote into memory, without running any code in its pickle: {name: tensor}."""
+    try:  # files from before torch 1.6 are no zips, and cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is a pickle that wants more than tensors: it could run any code; get safetensors") from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        script = "a TorchScript archive; save its state_dict() with torch.save"
+        raise ValueError(f"{path} is {script if 'TorchScript' in str(error) else 'damaged; download it again'}") from None
+    tensors = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else None
+    if not tensors:
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state_dict")
+    return tensors
 
 
 # Tensor names of a LLaVA, or of its CLIP or LLaMA alone, in every naming: HF's, LLaVA's own (model.mm_projector.0), llava-hf's
@@ -159,25 +155,18 @@ def sort_tensors(stored, source):
     return parts
 
 
-class SkipInit(TorchFunctionMode):
-    """Skip weight initialisation: the weights are filled from files, and on the meta device it costs a second of imports."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in (kwargs or {}) else args[0]
-        return function(*args, **kwargs or {})
-
-
 def build(make, stored, source, dtype=torch.float32, device="cpu"):
     """Make a module on the meta device with make(), and fill it from {name: Stored}, strictly: `source` names it in errors.
     Memory: the module and a piece of a tensor. The device "meta" checks names and shapes, and reads no contents."""
-    with torch.device("meta"), SkipInit():
+    with torch.device("meta"):
         module = make()
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    missing, unexpected = sorted(shapes.keys() - stored.keys()), sorted(stored.keys() - shapes.keys())
-    others = [name for name in sorted(shapes.keys() & stored.keys()) if stored[name].shape != shapes[name]]
-    others = [f"{name} {stored[name].shape}, expected {shapes[name]}" for name in others]
-    for what, names in {"missing": missing, "unexpected": unexpected, "of another shape": others}.items():
+    problems = {
+        "missing": sorted(shapes.keys() - stored.keys()), "unexpected": sorted(stored.keys() - shapes.keys()),
+        "of another shape": [f"{name} {stored[name].shape}, expected {shapes[name]}"
+                             for name in sorted(shapes.keys() & stored.keys()) if stored[name].shape != shapes[name]],
+    }
+    for what, names in problems.items():
         if names:
             raise ValueError(f"{source}: {len(names)} tensors {what}: {some(names)}; does config.json belong to these weights?")
     if torch.device(device).type == "meta":
@@ -187,8 +176,7 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
         whole = filled[tensor] = torch.empty(tensor.shape, dtype=dtype, device=device)
         for start, piece in tensor.pieces():
             if piece.dtype not in DTYPES:
-                what = f"{name} is {piece.dtype}, a quantised or packed tensor"
-                raise ValueError(f"{tensor.path}: {what}; get the weights in bf16 or fp16")
+                raise ValueError(f"{tensor.path}: {name} is {piece.dtype}, a quantised or packed tensor; get bf16 or fp16")
             if not torch.isfinite(piece).all():
                 raise ValueError(f"{tensor.path}: {name} holds NaN or infinity; the file is damaged, or its training diverged")
             whole[start : start + len(piece)] = piece
@@ -203,10 +191,9 @@ def write_tensors(path, tensors, shard_bytes=SHARD_BYTES):
         if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_bytes:
             shards.append({})
         shards[-1][name] = tensor.detach()
-    index = path.with_name(path.name + ".index.json")
+    index, weight_map, count = path.with_name(path.name + ".index.json"), {}, len(shards)
     with writing(index):
         index.unlink(missing_ok=True)  # first: find_weights refuses shards without an index, so old and new ones do not mix
-    weight_map, count = {}, len(shards)
     for number, shard in enumerate(shards, start=1):
         file = path if count == 1 else path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
         contents = {k: v.cpu().contiguous() for k, v in shard.items()}

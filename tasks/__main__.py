@@ -47,18 +47,16 @@ def parse(argv):
     add("--judge-model", default="gpt-3.5-turbo", help="its name (default: gpt-3.5-turbo, the paper's)")
     args = parser.parse_args(argv)
     name, task = args.task, TASKS.get(args.task)
-    files, options = (task.files, task.options) if task else ("", ())
-    options += ("answers",) if "answers:" in files else ()
+    takes = ["questions", *task.options] if task else ["coco"]
+    takes += ["answers"] * bool(task and "answers:" in task.files) + ["judgements", "judge_url"] * bool(task and task.after)
+    others = [o for o in ("coco", "questions", "answers", "split", "short", "judgements", "judge_url") if o not in takes]
     evaluate.check_options(parser, args, [
         (args.score and int(os.environ.get("WORLD_SIZE", 1)) > 1, "--score runs in one process only"),
         (args.score and (args.blind or args.with_blind), "--score asks no model; leave out --blind and --with-blind"),
         (args.judgements and args.with_blind, "--judgements are about one run; leave out --with-blind"),
-        (task and args.coco, f"{name} takes --questions and --images, not --coco"),
-        (task and not args.questions, f"{name} needs --questions FILE ({files})"),
+        *((getattr(args, o), f"{name} takes --{', --'.join(takes)}, but not --{o}".replace("_", "-")) for o in others),
+        (task and not args.questions, f"{name} needs --questions FILE ({task and task.files})"),
         (task and not (args.images or args.score), f"{name} needs --images, the folder or zip of its images or clips"),
-        (not task and args.questions, f"{name} takes --coco, not --questions, which are for {', '.join(TASKS)}"),
-        (not (task and task.after) and (args.judgements or args.judge_url), f"{name} takes no judge; leave out its options"),
-        *((getattr(args, o) and o not in options, f"{name} has no --{o}") for o in ("answers", "split", "short")),
     ])
     args.max_new_tokens = args.max_new_tokens or (None if task and task.after else 64)
     return args
@@ -67,8 +65,7 @@ def parse(argv):
 def read_answers(path, items):
     """Read answers to items that anybody wrote: pairs (id, answer). Others are counted; other questions raise ValueError."""
     content = read_rows(path, "rows as in NAME.jsonl")
-    values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
-    held = {key for row in values if isinstance(row, dict) for key in row}
+    held = {key for row in (content if isinstance(content, list) else ()) if isinstance(row, dict) for key in row}
     key_of = {what: next((key for key in keys if key in held), keys[-1]) for what, keys in KEYS.items()}
     rows = Rows("rows as in NAME.jsonl", {key_of["id"]: str | int, key_of["answer"]: str}).read(path, content)
     print(f"{path}: answers are read from {key_of['answer']!r}, ids from {key_of['id']!r}")
@@ -98,8 +95,7 @@ def score(args, job, wording, about):
     folder, about = folders["scored"], about | {"scored": {"file": str(path), "sha256": sha256(path)}}
     own = [f for f in folders.values() if (f / f"{job.name}.jsonl").resolve() == path.resolve()]
     before = read_json(path.with_suffix(".json")) if own and path.with_suffix(".json").is_file() else {}
-    hashes = eval_folder.questions_sha256(job.items), eval_folder.answers_sha256(job.items)
-    if args.images and hashes == (before.get("questions_sha256"), before.get("answers_sha256")):
+    if args.images and eval_folder.hashes(job.items).items() <= before.items():
         folder, about = own[0], before | {key: about[key] for key in ("git_commit", "torch")}
     if not args.fresh:
         eval_folder.require_own(job, folder, about["data_sha256"])

@@ -18,15 +18,14 @@ ROW_KEYS = {"question_id", "questionId", "expression", "id", "custom_id"}  # a r
 
 def read_rows(path, expected):
     """Read JSON, JSON lines, or a table with a header (.csv, .tsv, .txt), as `expected` describes it. One row is a list of one."""
-    if Path(path).suffix.lower() in (".csv", ".tsv", ".txt"):
-        text = read_text(require_file(path, expected))
-        if text[:1] not in ("[", "{"):
-            with naming(path, csv.Error):
-                if "\t" in text.partition("\n")[0]:  # a quotation mark is a part of the text
-                    return list(csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
-                return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    content = files.read_rows(path, expected)
-    return [content] if isinstance(content, dict) and ROW_KEYS & content.keys() else content
+    if Path(path).suffix.lower() not in (".csv", ".tsv", ".txt"):
+        content = files.read_rows(path, expected)
+        return [content] if isinstance(content, dict) and ROW_KEYS & content.keys() else content
+    text = read_text(require_file(path, expected))
+    # between tabs, a quotation mark is a part of the text
+    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in text.partition("\n")[0] else {"strict": True}
+    with naming(path, csv.Error):
+        return list(csv.DictReader(io.StringIO(text, newline=""), **style))
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,13 @@ class Rows:
         if self.under:
             rows = rows.get(self.under) if isinstance(rows, dict) else None
         if not rows or not isinstance(rows, list | dict):
-            where = f" under {self.under!r}" if self.under else ""
-            raise ValueError(f"{path} has no rows{where}; is this another file? It should be {self.file}")
-        found, key, wanted = {}, next(iter(self.needs)), f"{self.file}: rows with {', '.join(self.needs)}"
+            what = f"rows under {self.under!r}" if self.under else "rows"
+            raise ValueError(f"{path} has no {what}; is this another file? It should be {self.file}")
+        found, key = {}, next(iter(self.needs))
         for place, row in enumerate(rows) if isinstance(rows, list) else rows.items():
             if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in self.needs.items()):
-                raise ValueError(f"{path}: row {place} is {str(row)[:120]}; is this another file? It should be {wanted}")
+                wanted = f"is this another file? It should be {self.file}: rows with {', '.join(self.needs)}"
+                raise ValueError(f"{path}: row {place} is {str(row)[:120]}; {wanted}")
             name = str(row[key] if isinstance(rows, list) else place)
             if name in found:
                 raise ValueError(f"{path} has {key} {name} twice; are two files in one?")
@@ -74,4 +74,4 @@ def find_image(images, name, folder="."):
     if any(map(leaves_folder, names)):
         raise ValueError(f"the image name {name} leads out of {images}; correct the file of questions")
     paths = [Path(images) / name for name in names]
-    return next((path for path in paths if has_image(path)), paths[0])
+    return next(filter(has_image, paths), paths[0])

@@ -57,9 +57,8 @@ def judge_gqa(item, wording):
     judge_exact(item, wording, lambda answer, truth: normal(answer) == truth)
 
 
-def submission(items):
-    return [{"questionId": item.id, "prediction": normal(item.answer)} for item in items]
-
-
-FILES = "questions: testdev_balanced_questions.json; or LLaVA's .jsonl, and answers: testdev_balanced_questions.json"
-TASKS = {"gqa": Task(read_gqa, judge_gqa, gqa_metrics, PROMPTS, FILES, ("short",), paper_rows("gqa"), submission=submission)}
+TASKS = {"gqa": Task(
+    read_gqa, judge_gqa, gqa_metrics, PROMPTS, options=("short",), paper=paper_rows("gqa"),
+    files="questions: testdev_balanced_questions.json; or LLaVA's .jsonl, and answers: testdev_balanced_questions.json",
+    submission=lambda items: [{"questionId": item.id, "prediction": normal(item.answer)} for item in items],
+)}  # fmt: skip

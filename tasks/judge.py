@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.client import HTTPException
 from urllib.error import HTTPError
@@ -66,10 +66,7 @@ def reply_of(row):
 
 
 def parse_judgement(reply):
-    """Read {'pred': 'yes', 'score': 4} in a reply, whatever is around it: (is right, score 0..5), or None. 4.8 counts as 4.
-    >>> [parse_judgement(reply) for reply in ("{'pred': 'yes', 'score': 4.8}", "Yes, 5", "{'pred': 'no', 'score': 9}")]
-    [(True, 4), None, None]
-    """
+    """Read {'pred': 'yes', 'score': 4.8} in a reply, whatever is around it: (True, 4), or None. Scores are 0..5."""
     try:
         text = reply[reply.find("{") : reply.rfind("}") + 1] if len(reply) <= 10_000 else ""  # a longer one is no dictionary
         judgement = ast.literal_eval(text)
@@ -86,18 +83,19 @@ def read_judgements(rows, items):
         name, reply = str(row.get("custom_id") if isinstance(row, dict) else None), reply_of(row)
         if name not in by_id:
             raise ValueError(f"judgement {index} has custom_id {name[:80]!r}, which no question has; is it another run's?")
-        if reply is not None and name in replies:
+        if reply is None:  # the request failed; another row may hold its reply
+            continue
+        if name in replies:
             raise ValueError(f"custom_id {name} comes twice among the judgements; remove one of them")
-        if reply is not None:  # else the request failed; another row may hold its reply
-            replies[name] = reply
-    valid = {name: judgement for name, reply in replies.items() if (judgement := parse_judgement(reply))}
+        replies[name] = parse_judgement(reply)
+    valid = {name: judgement for name, judgement in replies.items() if judgement}
     for name, (is_right, score) in valid.items():
         by_id[name].truth["judged"] = {"right": is_right, "score": score}
     return {
         "judge accuracy": mean(is_right for is_right, _ in valid.values()),
         "judge score, as a share of 5": sum(score for _, score in valid.values()) / 5 / len(valid) if valid else float("nan"),
         "judged": len(valid), "judge unparsable": len(replies) - len(valid), "judge missing": len(items) - len(replies),
-    }
+    }  # fmt: skip
 
 
 def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0):
@@ -106,25 +104,21 @@ def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0):
         raise ValueError("OPENAI_API_KEY holds blanks, line ends or other characters outside ASCII; set it to the key alone")
     if not re.match(r"https?://", url):
         raise ValueError(f"the judge's address {url} must begin with http:// or https://")
-    url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    answered, failures, pool = {row["custom_id"] for row in done if reply_of(row) is not None}, [], ThreadPoolExecutor(workers)
+    send = partial(send_request, url=f"{url.rstrip('/')}/chat/completions", headers=headers, retries=retries, wait=wait)
+    answered = {row["custom_id"] for row in done if reply_of(row) is not None}
     pending = [row for row in judge_requests(items, model) if row["custom_id"] not in answered]
-    send = partial(send_request, url=url, headers=headers, failures=failures, retries=retries, wait=wait)
-    try:
-        for future in as_completed([pool.submit(send, row) for row in pending]):
-            if reply := future.result():  # also those that were under way when another failed
-                yield reply
-    finally:
-        pool.shutdown(cancel_futures=True)
-    if failures:
-        raise failures[0]
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(pending), workers):
+            replies = list(pool.map(send, pending[start : start + workers]))
+            yield from (reply for reply in replies if isinstance(reply, dict))  # also those beside one that failed
+            for failure in replies:
+                if isinstance(failure, ValueError):
+                    raise failure
 
 
-def send_request(row, url, headers, failures, retries, wait):
-    """Return a row of OpenAI's batch output, or add an error to `failures`. Once there is one, send nothing."""
-    if failures:
-        return None
+def send_request(row, url, headers, retries, wait):
+    """Return a row of OpenAI's batch output, or a ValueError."""
     request = Request(url, json.dumps(row["body"]).encode(), headers)
     for attempt in range(retries):
         time.sleep(min(60, wait * 2 ** (attempt - 1)) if attempt else 0)  # longer after each try
@@ -141,4 +135,4 @@ def send_request(row, url, headers, failures, retries, wait):
         except (OSError, ValueError, HTTPException) as error:  # no connection, timeout, half a reply, no JSON
             problem = repr(error)
     problem = f"no judgement of {row['custom_id']} in {attempt + 1} tries ({problem})"
-    failures.append(ValueError(f"{url}: {problem}; check address, key and model, or repeat the command later: it resumes"))
+    return ValueError(f"{url}: {problem}; check address, key and model, or repeat the command later: it resumes")

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from evaluate import Item, Task, paper_rows
 from formats.clips import find_clips
-from formats.files import read_text, some
-from tasks.files import Rows, match_answers, read_rows
+from formats.files import read_json, read_text, some
+from tasks.files import FOLDER, Rows, match_answers, read_rows
 from tasks.judge import judge_answers
 from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
 
@@ -29,33 +29,32 @@ TABLE = Rows("TGIF-QA's *_frameqa_question.csv", {"vid_id": str, "gif_name": str
 ANSWERS = Rows("[{answer, type, question_id}]", {"question_id": str | int, "answer": str | int})
 
 
-def read_questions(path):
-    """Read the questions of any of the four sets by id. ActivityNet-QA's hold no answers."""
-    content = read_rows(path, FILE)
-    first = content[0] if isinstance(content, list) and content and isinstance(content[0], dict) else {}
-    is_qa, is_table = "video_id" in first and "question_id" not in first, "gif_name" in first
-    return (TABLE if is_table else QA if is_qa else QUESTIONS).read(path, content)
-
-
 def read_video_qa(args, wording, types, prefix):
-    """Read questions and answers, and find each clip. types, prefix: see SETS"""
-    rows, items, missing = read_questions(args.questions), [], Counter()
+    """Read questions and answers, and find each clip, in one of the ways of video_qa.json.
+
+    types   names of the question types that the files number
+    prefix  what is before a clip's number in its file name: video7010.mp4, vid1451.avi
+    """
+    content, items, missing = read_rows(args.questions, FILE), [], Counter()
+    has = set(content[0]) if isinstance(content, list) and content and isinstance(content[0], dict) else set()
+    kind = TABLE if "gif_name" in has else QA if "video_id" in has and "question_id" not in has else QUESTIONS
+    rows = kind.read(args.questions, content)
     truth, skipped = match_answers(rows, ANSWERS, args)
-    clips = find_clips(args.images) if args.images else None  # --score needs none
+    clips = find_clips(args.images) if args.images else {}  # --score needs none
     mapping = Path(args.questions).with_name("youtube_mapping.txt")  # MSVD's other names
     lines = [line.split() for line in read_text(mapping).splitlines()] if mapping.is_file() else []
     other = {line[1]: line[0] for line in lines if len(line) == 2}
     for name, row in rows.items():
         number = str(row.get("video_id")).removeprefix(prefix)
         clip = row.get("video_name") or row.get("gif_name") or row.get("video") or prefix + number
-        names = [clip, f"v_{clip}", other.get(clip)]
-        path = next((clips[key] for key in names if key in clips), None) if clips is not None else Path(clip)
-        if path is None:
+        names = [key for key in (clip, f"v_{clip}", other.get(clip)) if key in clips]
+        if args.images and not names:
             missing[clip] += 1
             continue
         facts, kind = {"answer": str(truth[name]["answer"])}, str(truth[name].get("type", ""))
         if types and kind.isdecimal():
             facts["type"] = types[int(kind)] if int(kind) < len(types) else f"type {int(kind)}"
+        path = clips[names[0]] if names else Path(clip)
         items.append(Item(name, path, None, add_short(row["question"], args.short), facts, is_clip=True))
     where = f"in {args.images} ({some(list(missing))})"
     if not items:
@@ -63,16 +62,8 @@ def read_video_qa(args, wording, types, prefix):
     return items, skipped + Counter({f"questions about {len(missing)} clips that are not {where}": missing.total()})
 
 
-QA_FILES = "questions: val_qa.json, [{id, video_id, question, answer}]; or Video-LLaVA's test_q.json, and answers: test_a.json"
-ACTIVITYNET = "motion, spatial relationship, temporal relationship, yes/no, color, object, location, number, other".split(", ")
-SETS = {  # name: (files, names of the question types that the files number, text before a clip's number in its file name)
-    "activitynet-qa": ("questions: test_q.json; answers: test_a.json", ACTIVITYNET, ""),
-    "msrvtt-qa": (QA_FILES, (), "video"),  # video7010.mp4
-    "msvd-qa": (QA_FILES, (), "vid"),  # vid1451.avi
-    "tgif-qa": ("questions: Test_frameqa_question.csv; or test_q.json, and answers: test_a.json",
-                ("object", "number", "color", "location"), ""),
-}
 TASKS = {}
-for name, (files, types, prefix) in SETS.items():
-    read = partial(read_video_qa, types=types, prefix=prefix)
-    TASKS[name] = Task(read, judge_exact, exact_metrics, PROMPTS, files, ("short",), paper_rows(name), after=judge_answers)
+for name, about in read_json(FOLDER / "video_qa.json").items():
+    read = partial(read_video_qa, types=about["types"], prefix=about["prefix"])
+    files, options = about["files"], ("short",)
+    TASKS[name] = Task(read, judge_exact, exact_metrics, PROMPTS, files, options, paper_rows(name), after=judge_answers)

@@ -46,22 +46,20 @@ def judge_vqa(item, wording):
 
 
 def vqa_metrics(items):
-    scored = [item for item in items if item.correct is not None]
-    if not scored:
+    if items[0].correct is None:
         return {"questions without annotations": len(items)}
-    metrics = {"accuracy": mean(item.correct for item in scored)}
-    metrics["accuracy, normalised first"] = mean(item.truth["normalised"] for item in scored)
-    metrics["contains"] = mean(item.truth["contains"] for item in scored)
+    metrics = {"accuracy": mean(item.correct for item in items)}
+    metrics["accuracy, normalised first"] = mean(item.truth["normalised"] for item in items)
+    metrics["contains"] = mean(item.truth["contains"] for item in items)
     for key in ("answer_type", "question_type"):
-        for kind in sorted({item.truth[key] for item in scored}):
-            metrics[f"{key.replace('_', ' ')} {kind}"] = mean(i.correct for i in scored if i.truth[key] == kind)
-    return metrics | {"questions": len(scored)}
+        for kind in sorted({item.truth[key] for item in items}):
+            metrics[f"{key.replace('_', ' ')} {kind}"] = mean(i.correct for i in items if i.truth[key] == kind)
+    return metrics | {"questions": len(items)}
 
 
-def submission(items):
-    """Write every question in EvalAI's format; normalised, because the server compares letter by letter if annotators agree."""
-    return [{"question_id": i.truth["question_id"], "answer": vqa_normal(i.answer)} for i in items]
-
-
-FILES = "questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json, none for test"
-TASKS = {"vqa": Task(read_vqa, judge_vqa, vqa_metrics, PROMPTS, FILES, ("short",), paper_rows("vqa"), submission=submission)}
+TASKS = {"vqa": Task(
+    read_vqa, judge_vqa, vqa_metrics, PROMPTS, options=("short",), paper=paper_rows("vqa"),
+    files="questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json, none for test",
+    # for EvalAI; normalised, because its server compares letter by letter if annotators agree
+    submission=lambda items: [{"question_id": i.truth["question_id"], "answer": vqa_normal(i.answer)} for i in items],
+)}  # fmt: skip

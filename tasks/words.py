@@ -58,10 +58,7 @@ def exact_metrics(items):
 
 
 def vqa_normal(text):
-    """Normalise an answer as the official VQA evaluation does, mistakes included.
-    >>> vqa_normal("The Two-way street."), vqa_normal("1,000 dont"), vqa_normal("3.5")
-    ('2 way street', "1000 don't", '3.5')
-    """
+    """Normalise an answer as the official VQA evaluation does, mistakes included: "The Two-way street." -> "2 way street"."""
     text = out = text.replace("\n", " ").replace("\t", " ").strip()
     has_comma = re.search(r"\d,\d", text) is not None
     for mark in PUNCTUATION:  # deleted if it has a space beside it somewhere, or if the text has a comma between digits
@@ -71,15 +68,12 @@ def vqa_normal(text):
 
 
 def vqa_scores(answer, answers):
-    """Score an answer by the annotators', 0..1: (official score, the same score if containing counts as a match).
-    >>> vqa_scores("cat", ["cat"] * 3 + ["dog"] * 7)  # three annotators have two others who agree, seven have three
-    (0.9, 0.9)
-    """
+    """Score an answer by the annotators', 0..1: (official score, the same score if containing counts as a match)."""
     answer, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *answers))
     if len(set(answers)) > 1:  # else nothing is normalised, not even case
         answer, answers = vqa_normal(answer), [vqa_normal(text) for text in answers]
 
-    def score(matching):
+    def score(matching):  # of each annotator: how many of the others match?
         total = sum(text in matching for text in answers)
         return (total * min(1, (total - 1) / 3) + (len(answers) - total) * min(1, total / 3)) / len(answers)
     return score({answer}), score({text for text in set(answers) if contains(answer, text)})
@@ -87,22 +81,17 @@ def vqa_scores(answer, answers):
 
 def require_meteor():
     """Raise ValueError, before any question is answered, if METEOR cannot be computed."""
-    if missing := ["pycocoevalcap"] * (not find_spec("pycocoevalcap")) + ["java"] * (not shutil.which("java")):
-        fix = "pip install pycocoevalcap, and install Java 1.8 or later"
-        raise ValueError(f"no {' and no '.join(missing)}: METEOR 1.5 is a Java program inside pycocoevalcap; {fix}")
+    if not (find_spec("pycocoevalcap") and shutil.which("java")):
+        raise ValueError("METEOR 1.5 is a Java program in a package: pip install pycocoevalcap, and install Java 1.8 or later")
 
 
 def meteor(answers, sentences):
-    """Compute METEOR 1.5, 0..1, of all matches together, as RefCOCO's own evaluation does: PTB tokens, lower case, `-norm`.
-    Return a score for each {id: answer} in the list `answers`. sentences: {id: references}. See `require_meteor`"""
+    """Compute METEOR 1.5, 0..1, of all {id: answer} against {id: sentences}, as RefCOCO's own evaluation: PTB tokens, `-norm`."""
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     def row(text):  # one line, or all that follow would shift; half of a surrogate pair, which no file can hold, becomes "?"
         words = text.encode(errors="replace").decode().replace("|||", " ").split()
         return {"caption": " ".join(words[:1000])}  # METEOR's search for matches takes minutes over a book
-    texts = {("reference", name): references for name, references in sentences.items()}
-    texts |= {(i, name): [by_id[name]] for i, by_id in enumerate(answers) for name in sentences}
-    tokens, java = PTBTokenizer().tokenize({key: list(map(row, texts[key])) for key in texts}), Meteor()
-    references = {name: tokens["reference", name] for name in sentences}
-    return [java.compute_score(references, {name: tokens[i, name] for name in sentences})[0] for i in range(len(answers))]
+    references = PTBTokenizer().tokenize({name: list(map(row, texts)) for name, texts in sentences.items()})
+    return Meteor().compute_score(references, PTBTokenizer().tokenize({name: [row(answers[name])] for name in sentences}))[0]

@@ -11,9 +11,9 @@ from PIL import Image
 
 from clip_vit import open_image, preprocess
 from data import IMAGE_ID, SYSTEM, encode_prefix, encode_question, placeholders
-from formats.llava_hf import tokenizer_json
+from formats.llava_hf import json_files
 from llama import Tokenizer
-from model import LocVLM, place_image
+from model import LocVLM, LocVLMConfig, place_image
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers")
 
@@ -86,13 +86,8 @@ def test_the_tokenizer_we_write_is_sentencepiece(real, tmp_path):
 
     tokenizer = Tokenizer(real("llama/tokenizer-llama"))
     image = len(tokenizer)
-    special = {
-        i: {"content": c, "special": True, "normalized": False}
-        for i, c in ((1, "<s>"), (2, "</s>"), (image, "<image>"))
-    }
-    for token in special.values():
-        token |= {"lstrip": False, "rstrip": False}
-    theirs = HFTokenizer.from_str(json.dumps(tokenizer_json(tokenizer, special)))
+    files = json_files(LocVLMConfig(), tokenizer, image, image + 64)
+    theirs = HFTokenizer.from_str(json.dumps(files["tokenizer.json"]))
     for prompt in (
         f"{SYSTEM} USER: <image>\n{QUESTION} ASSISTANT:",
         "<image>\nWhat is at (4, 52, 13, 63)?",

@@ -168,7 +168,7 @@ def test_bad_clips_are_refused_by_name(tmp_path):
     for name in ("empty", "none.mp4", "text.gif", "floats.npy", "objects.npy", "lfs.mp4", "cut.gif"):
         with pytest.raises(ValueError, match=f"(?s){name}.*{hints.get(name, 'cannot be read')}.*; "):
             video.read_frames(tmp_path / name, 8, "linspace")
-    with pytest.raises(FileNotFoundError, match="expected a video file"):
+    with pytest.raises(FileNotFoundError, match="expected a clip, a .mp4"):
         video.read_frames(tmp_path / "absent.mp4", 8)
 
 

@@ -1,11 +1,11 @@
 """The shapes world in motion, written to disk in the formats of clips: `python -m tiny.moving FOLDER`, a minute.
 
-Functions of a seed, as in tiny.shapes: `draw_clip` moves the shapes of a scene, and a `Clip` renders its frames, paints their
-panoptic masks and asks about itself. Unlike questions about images, these also ask for sides, of shapes that stay.
+Functions of a seed, as in tiny.shapes. Unlike questions about images, these also ask for sides, of shapes that stay.
 """
 
 import math
 import random
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,8 +39,8 @@ class Clip:
 
     def parts(self, index, fills):
         """List the shapes in a frame for `Scene.paint`. They touch no pixel beside their boxes."""
-        corners = [(number, shape.name, [v * world.SCALE for v in box_px]) for number, shape, box_px in self.boxes(index)]
-        return [(name, (x1, y1, x2 - 1, y2 - 1), fills[number]) for number, name, (x1, y1, x2, y2) in corners]
+        k, boxes = world.SCALE, self.boxes(index)
+        return [(shape.name, (k * x1, k * y1, k * x2 - 1, k * y2 - 1), fills[i]) for i, shape, (x1, y1, x2, y2) in boxes]
 
     def render(self, rng):
         """Yield the frames, PIL RGB images. A shape keeps its shade; each frame has its own grain. Snow falls in front of the
@@ -75,20 +75,18 @@ class Clip:
         for shape in self.scene.shapes:
             centre = (shape.box_px[0] + shape.box_px[2]) / 2 / self.scene.size[0]
             if shape not in moving and not 0.4 <= centre <= 0.6:  # the paper skips the central 20 % (App. C)
-                side = "left" if centre < 0.5 else "right"
-                answer = f"The {shape} is located at the {side} side."
-                rows.append((f"Which side of the image is the {shape} located?", answer, side))
+                question, side = f"Which side of the image is the {shape} located?", "left" if centre < 0.5 else "right"
+                rows.append((question, f"The {shape} is located at the {side} side.", side))
         rng.shuffle(rows)
         return rows
 
 
 def draw_clip(rng, frames=8):
     """Draw a clip: about half of its shapes stay; the others move in a straight line, or come or go. None overlap."""
-    scene, shapes = world.draw_scene(rng), []
-    for shape in scene.shapes:
-        x1, y1, x2, y2 = shape.box_px
-        shapes.append(replace(shape, box_px=(round(x1), round(y1), round(x1) + round(x2 - x1), round(y1) + round(y2 - y1))))
-    tracks = [[shape.box_px] * frames for shape in shapes]
+    scene, tracks = world.draw_scene(rng), []
+    for x1, y1, x2, y2 in (shape.box_px for shape in scene.shapes):
+        tracks.append([(round(x1), round(y1), round(x1) + round(x2 - x1), round(y1) + round(y2 - y1))] * frames)
+    shapes = tuple(replace(shape, box_px=track[0]) for shape, track in zip(scene.shapes, tracks, strict=True))
     for number in rng.sample(range(len(shapes)), len(shapes)):  # the first has the most room to move
         behaviour = rng.choices(("stays", "moves", "comes or goes"), (4, 3, 3))[0]
         if behaviour == "moves":
@@ -98,7 +96,7 @@ def draw_clip(rng, frames=8):
             change = rng.randrange(max(1, frames // 3), frames - frames // 3)  # near the middle
             present = rng.choices((range(change), range(change, frames), range(change, change + 1)), (4, 4, 1))[0]
             tracks[number] = [box_px if i in present else None for i, box_px in enumerate(tracks[number])]
-    return Clip(replace(scene, shapes=tuple(shapes)), tuple(map(tuple, tracks)))
+    return Clip(replace(scene, shapes=shapes), tuple(map(tuple, tracks)))
 
 
 def draw_path(box_px, others, size, frames, rng):
@@ -125,21 +123,19 @@ def write_clips(folder, clips=CLIPS, frames=8, seed=0):
     """
     if not 2 <= frames <= 100:
         raise ValueError(f"{frames} frames per clip; use 2 to 100, because file names have two digits")
-    folder = Path(folder)
     categories = [{"id": i, "name": name, "supercategory": "shape", "isthing": 1} for name, i in world.CATEGORY_IDS.items()]
     for split, count in clips.items():
         videos, annotations, talks, questions, answers = [], [], [], [], []
         for index in tqdm(range(count), desc=split, disable=None):
             rng, clip_id = random.Random(f"{seed} clip {split} {index}"), f"{index + world.FIRST_IDS.get(split, 1):012d}"
-            clip = draw_clip(rng, frames)
+            clip, into = draw_clip(rng, frames), Path(folder) / "clips" / clip_id
             images, (width, height) = list(clip.render(rng)), clip.scene.size
             videos.append({"id": clip_id, "file_name": clip_id, "width": width, "height": height, "frames": frames})
-            into = folder / "clips" / clip_id
             into.mkdir(parents=True, exist_ok=True)
             if split == "val" and index % 10 == 0:
                 images[0].save(f"{into}.gif", save_all=True, append_images=images[1:], duration=125, loop=0)
             if index % 4 == 0:
-                write_panoptic(folder / f"panoptic_{split}" / clip_id, clip, categories)
+                write_panoptic(Path(folder) / f"panoptic_{split}" / clip_id, clip, categories)
             for i, image in enumerate(images):  # grain does not compress: level 1 is five times faster, and no larger
                 image.save(into / f"{i:02d}.png", compress_level=1)
                 for number, shape, (x1, y1, x2, y2) in clip.boxes(i):
@@ -154,7 +150,7 @@ def write_clips(folder, clips=CLIPS, frames=8, seed=0):
         info = {"description": "shapes world in motion", "seed": seed}
         coco = {"info": info, "videos": videos, "annotations": annotations, "categories": categories}
         for name, content in {"conversations": talks, "q": questions, "a": answers, "clips": coco}.items():
-            write_json(folder / f"{name}_{split}.json", content)
+            write_json(Path(folder) / f"{name}_{split}.json", content)
 
 
 def write_panoptic(folder, clip, categories):
@@ -162,14 +158,13 @@ def write_panoptic(folder, clip, categories):
     folder.mkdir(parents=True, exist_ok=True)
     annotations = []
     for index in range(len(clip.tracks[0])):
-        mask, name, segments = clip.mask(index), f"{index:02d}.png", []
-        mask.save(folder / name)
-        counts = np.unique(np.asarray(mask) @ [1, 256, 65536], return_counts=True)
-        ids, areas = (column[1:].tolist() for column in counts)  # without 0, which is no segment
-        for (_, shape, (x1, y1, x2, y2)), segment, area in zip(clip.boxes(index), ids, areas, strict=True):
-            row = {"id": segment, "category_id": world.CATEGORY_IDS[shape.name], "bbox": [x1, y1, x2 - x1, y2 - y1]}
-            segments.append(row | {"area": area, "iscrowd": 0})
-        annotations.append({"file_name": name, "segments_info": segments})
+        mask, segments = clip.mask(index), []
+        mask.save(folder / f"{index:02d}.png")
+        counts = zip(*np.unique(np.asarray(mask) @ [1, 256, 65536], return_counts=True), strict=True)
+        for (_, shape, (x1, y1, x2, y2)), (i, area) in zip(clip.boxes(index), list(counts)[1:], strict=True):  # first: no segment
+            row = {"id": int(i), "category_id": world.CATEGORY_IDS[shape.name], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            segments.append(row | {"area": int(area), "iscrowd": 0})
+        annotations.append({"file_name": f"{index:02d}.png", "segments_info": segments})
     write_json(folder.with_suffix(".json"), {"annotations": annotations, "categories": categories})
 
 
@@ -179,4 +174,4 @@ def ensure_clips(folder="data/moving"):
 
 
 if __name__ == "__main__":
-    run_command("tiny.moving", lambda: world.run(write_clips), "FOLDER")
+    run_command("tiny.moving", lambda: ensure_clips(*sys.argv[1:2]), "FOLDER")

@@ -1,8 +1,7 @@
 """A world of coloured shapes, written in COCO's formats, so that it is read as real data is: `python -m tiny.shapes FOLDER`.
 
 Everything is a function of a seed. Captions and conversations never say left, right, above or below, and go from large shapes to
-small ones: about sides, these files teach only coordinates and descriptions (the tiny LLaMA has read of sides before, see
-tiny.make_llama). `tiny.moving` sets the shapes in motion.
+small ones: about sides, these files teach only coordinates and descriptions (the tiny LLaMA has read of sides before).
 """
 
 import random
@@ -23,6 +22,7 @@ NAMES = tuple(CATEGORY_IDS)
 FIRST_IDS = {"train": 1, "val": 1_000_001}  # of images and clips: those of train and val differ, as COCO's do
 SPLITS = {"train": 4000, "val": 300}  # images
 GQA_TYPES = {"How": "number", "What colour": "colour", "Is there": "presence", "Is the": "colour, yes or no", "Which": "size"}
+RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 SCALE = 3  # pictures are painted this many times larger, then reduced: smooth edges
 
 
@@ -36,7 +36,7 @@ class Shape:
         return f"{self.colour} {self.name}"
 
     def shade(self, rng):
-        """Return its RGB: a colour, slightly off."""
+        """Return an RGB: its colour, slightly off."""
         return tuple(min(255, max(0, value + rng.randint(-18, 18))) for value in COLOURS[self.colour])
 
 
@@ -53,7 +53,8 @@ class Scene:
 
     def unique(self):
         """List the shapes whose name occurs once."""
-        return [shape for shape in self.shapes if sum(other.name == shape.name for other in self.shapes) == 1]
+        names = [shape.name for shape in self.shapes]
+        return [shape for shape in self.shapes if names.count(shape.name) == 1]
 
     def absent(self, names=NAMES):
         """List the names that do not occur."""
@@ -66,10 +67,10 @@ class Scene:
         for name, (x1, y1, x2, y2), fill in parts:
             if name in ("circle", "ring"):
                 pen.ellipse((x1, y1, x2, y2), fill if name == "circle" else None, outline=fill, width=round((x2 - x1) * 0.17))
-            else:
-                xs, ys = zip(*OUTLINES[name], strict=True)
-                to_x, to_y = (x2 - x1) / (max(xs) - min(xs)), (y2 - y1) / (max(ys) - min(ys))
-                pen.polygon([(x1 + (x - min(xs)) * to_x, y1 + (y - min(ys)) * to_y) for x, y in OUTLINES[name]], fill=fill)
+                continue
+            xs, ys = zip(*OUTLINES[name], strict=True)
+            to_x, to_y = (x2 - x1) / (max(xs) - min(xs)), (y2 - y1) / (max(ys) - min(ys))
+            pen.polygon([(x1 + (x - min(xs)) * to_x, y1 + (y - min(ys)) * to_y) for x, y in OUTLINES[name]], fill=fill)
         return image
 
     def render(self, rng, parts=None):
@@ -104,9 +105,8 @@ class Scene:
         others = [other for other in self.shapes if other is not shape]
         rng.shuffle(others)
         for other in others:
-            left_right, above_below = self.side_of(shape, other)
-            if relations := [relation for relation in (left_right and f"{left_right} of", above_below) if relation]:
-                return f"{words}, {rng.choice(relations)} the {other}"
+            if sides := [side for side in self.side_of(shape, other) if side]:
+                return f"{words}, {RELATIONS[rng.choice(sides)]} the {other}"
         return words
 
     def presence(self, rng, names=NAMES):
@@ -136,16 +136,15 @@ class Scene:
 
     def side_quiz(self, rng):
         """Draw such rows about a pair's sides, which no conversation has: the right side, the wrong one, and which it is."""
-        unique, rows = self.unique(), []
-        a, b = rng.sample(unique, 2) if len(unique) > 1 else (None, None)
-        sides = zip(("left or right", "above or below"), self.side_of(a, b), self.side_of(b, a), strict=True) if a else ()
-        for choice, true, false in sides:
+        if len(unique := self.unique()) < 2:
+            return []
+        (a, b), rows = rng.sample(unique, 2), []
+        for choice, true, false in zip(("left or right of", "above or below"), self.side_of(a, b), self.side_of(b, a), strict=True):
             if true:
-                of = " of" * choice.startswith("left")
-                truth = f"the {a.name} is {true}{of} the {b.name}."
-                rows.append((f"Is the {a.name} {true}{of} the {b.name}?", "Yes.", "yes"))
-                rows.append((f"Is the {a.name} {false}{of} the {b.name}?", f"No, {truth}", "no"))
-                rows.append((f"Is the {a.name} {choice}{of} the {b.name}?", truth.capitalize(), true))
+                truth = f"the {a.name} is {RELATIONS[true]} the {b.name}."
+                rows.append((f"Is the {a.name} {RELATIONS[true]} the {b.name}?", "Yes.", "yes"))
+                rows.append((f"Is the {a.name} {RELATIONS[false]} the {b.name}?", f"No, {truth}", "no"))
+                rows.append((f"Is the {a.name} {choice} the {b.name}?", truth.capitalize(), true))
         return rows
 
 
@@ -196,18 +195,18 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
         pictures, annotations, captions, talks, gqa, refs = [], [], [], [], {}, []
         for index in tqdm(range(count), desc=split, disable=None):
             rng, image_id = random.Random(f"{seed} {split} {index}"), index + FIRST_IDS.get(split, 1)
-            scene, stem, file_name = draw_scene(rng, names), f"{image_id:012d}", f"{image_id:012d}.png"
+            scene, file_name = draw_scene(rng, names), f"{image_id:012d}.png"
             scene.render(rng).save(Path(folder) / "images" / file_name, compress_level=1)  # as in tiny.moving
             pictures.append({"id": image_id, "file_name": file_name, "width": scene.size[0], "height": scene.size[1]})
             for number, shape in enumerate(scene.shapes, start=len(annotations) + 1):
                 x1, y1, x2, y2 = shape.box_px
-                bbox, words = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)], scene.phrase(shape)
+                bbox = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
                 row = {"id": number, "image_id": image_id, "category_id": CATEGORY_IDS[shape.name], "iscrowd": 0, "bbox": bbox}
                 annotations.append(row | {"area": round(bbox[2] * bbox[3], 2), "description": scene.describe(shape, rng)})
                 relation = scene.describe(shape, random.Random(f"{number} {split}")).partition(", ")[2]
-                sentences = enumerate(dict.fromkeys((str(shape), words, f"{words} {relation}".strip())))
+                calls = dict.fromkeys((str(shape), scene.phrase(shape), f"{scene.phrase(shape)} {relation}".strip()))
                 row = {"ref_id": str(number), "file_name": file_name, "size": scene.size, "split": split, "bbox": bbox}
-                refs.append(row | {"sentences": [(f"{number}-{i}", sentence) for i, sentence in sentences]})
+                refs.append(row | {"sentences": [(f"{number}-{i}", text) for i, text in enumerate(calls)]})
             captions.append({"id": len(captions) + 1, "image_id": image_id, "caption": scene.caption(rng)})
             quiz, sides = scene.quiz(rng, names), scene.side_quiz(random.Random(f"{seed} {split} {index} sides"))
             for number, (question, answer, short) in enumerate(quiz + sides):
@@ -217,12 +216,11 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
                     talks.append({"id": f"{image_id}_{number}", "image": file_name, "conversations": turns})
                     kind = next((kind for start, kind in GQA_TYPES.items() if question.startswith(start)), None)
                 if short:
-                    row = {"question": question, "answer": short, "fullAnswer": answer, "imageId": stem, "isBalanced": True}
-                    gqa[f"{image_id}_{number}"] = row | {"types": {"detailed": kind}}
-        coco, info = {"images": pictures, "annotations": captions}, {"description": "shapes world", "seed": seed}
-        instances = {"info": info, "images": pictures, "annotations": annotations, "categories": categories}
-        files = {"captions": coco, "conversations": talks, "gqa": gqa, "refs": {"refs": refs}, "instances": instances}
-        for name, content in files.items():
+                    row = {"question": question, "answer": short, "fullAnswer": answer, "imageId": file_name.removesuffix(".png")}
+                    gqa[f"{image_id}_{number}"] = row | {"isBalanced": True, "types": {"detailed": kind}}
+        instances = {"info": {"description": "shapes world", "seed": seed}, "images": pictures, "annotations": annotations}
+        files = {"captions": {"images": pictures, "annotations": captions}, "conversations": talks, "gqa": gqa}
+        for name, content in (files | {"refs": {"refs": refs}, "instances": instances | {"categories": categories}}).items():
             write_json(Path(folder) / f"{name}_{split}.json", content)
 
 
@@ -230,18 +228,10 @@ def ensure_world(folder="data/shapes", write=write_world, last="instances_val.js
     """Return the folder of a world; write the world if the file that completes it is missing."""
     if not (Path(folder) / last).exists():
         print(f"writing a world of shapes to {folder}")
-        write(folder, **options)
+        with writing(folder):
+            write(folder, **options)
     return Path(folder)
 
 
-def run(write):
-    """Write a world to the folder named on the command line, and list its JSON files."""
-    if len(sys.argv) != 2:
-        raise ValueError("usage: python -m tiny.shapes FOLDER, or tiny.moving")
-    with writing(sys.argv[1]):
-        write(sys.argv[1])
-    print(*sorted(Path(sys.argv[1]).glob("*.json")), sep="\n")
-
-
 if __name__ == "__main__":
-    run_command("tiny.shapes", lambda: run(write_world), "FOLDER")
+    run_command("tiny.shapes", lambda: ensure_world(*sys.argv[1:2]), "FOLDER")

@@ -99,10 +99,10 @@ def plan_step(config, stage, batch, parallel="ddp", world=1, bf16=False, recompu
         for p in learned if is_fsdp else ():  # a gradient is summed over processes and sharded as soon as it exists
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with BytesAlive(everything) as alive:
-            dtypes = {name: dtype if t.is_floating_point() else t.dtype for name, t in batch.items() if t is not None}
-            fake = {name: torch.empty(batch[name].shape, dtype=kind) for name, kind in dtypes.items()}
+            tensors = {name: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype)
+                       for name, t in batch.items() if t is not None}  # fmt: skip
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not is_fsdp):
-                loss = model(**fake)
+                loss = model(**tensors)
             loss.backward()
     weights, learning = 4 * sum(p.numel() for p in everything), sum(p.numel() for p in learned)
     if not is_fsdp:  # gradients lie in ddp's buckets (gradient_as_bucket_view)
@@ -136,11 +136,9 @@ def batch_of(config, row, count, features=False):
 
 def remedies(fits, micro_batch, parallel, recompute, world):
     """Return options that make a step fit, the mildest first, or None. fits: (micro_batch, parallel, recompute) -> bool"""
+    engines = [parallel] + ["fsdp"] * (parallel == "ddp" and world > 1)
     sizes = [micro_batch >> n for n in range(micro_batch.bit_length())]  # halved, down to 1
-    tries = [(micro_batch, parallel, True), *((m, parallel, again) for again in (recompute, True) for m in sizes[1:])]
-    if parallel == "ddp" and world > 1:
-        tries += [(micro_batch, "fsdp", recompute), *((m, "fsdp", True) for m in sizes)]
-    for m, engine, again in tries:
+    for engine, again, m in product(engines, sorted({recompute, True}), sizes):
         if fits(m, engine, again):
             flags = [f"--micro-batch {m}"] * (m != micro_batch) + ["--parallel fsdp"] * (engine != parallel)
             return " ".join(flags + ["--recompute"] * (again != recompute))
@@ -168,19 +166,19 @@ def plan_stage(config, stage, model, records, world, room):
         count, learns = sum(p.numel() for p in part.parameters()), any(n.startswith(name) for n in learned)
         print(f"  {name:15} {count:>14,} parameters  {'trained' if learns else 'frozen'}")
     row, basis = row_of(config, stage, records, model)
-    micro, features = config.micro_batch or math.ceil(recipe.batch / world), bool(config.features or model.config.frames)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and bool(room or torch.cuda.is_available()))
+    features, bf16 = bool(config.features or model.config.frames), config.precision == "bf16"
+    bf16 |= config.precision == "auto" and bool(room or torch.cuda.is_available())
 
     def plan_of(micro, parallel, recompute):
         return plan_step(model.config, stage, batch_of(model.config, row, micro, features), parallel, world, bf16, recompute)
 
-    planned = plan_of(micro, config.parallel, config.recompute)
-    length, answers = len(row["input_ids"]), sum(label != IGNORE for label in row["labels"])
+    how = (config.micro_batch or math.ceil(recipe.batch / world), config.parallel, config.recompute)
+    planned, micro, length, answers = plan_of(*how), how[0], len(row["input_ids"]), sum(i != IGNORE for i in row["labels"])
     flops = step_flops(model.config, stage, micro, length, micro * answers, runs_tower=not features)
     print(f"  {micro} rows of at most {length} tokens ({basis}), {world} processes, {'bf16' if bf16 else 'fp32'}")
     print(f"  each process holds {planned}\n  {flops / 1e12:.2f} TFLOP forward and backward")
     if room and not planned.fits(room):
-        remedy = remedies(lambda *how: plan_of(*how).fits(room), micro, config.parallel, config.recompute, world)
+        remedy = remedies(lambda *how: plan_of(*how).fits(room), *how, world)
         fix = f"add {remedy}" if remedy else "use more processes with --parallel fsdp, or larger GPUs"
         need = f"{planned.total / 2**30:.0f} GiB per process, too much for {room / 2**30:g}GB"
         raise ValueError(f"stage {stage} needs {need}; {fix}")
@@ -188,29 +186,29 @@ def plan_stage(config, stage, model, records, world, room):
 
 def bytes_of(text):
     """Read the memory of a GPU: 80GB, 80g or 80."""
-    if not re.fullmatch(r"\d+(\.\d+)?(GI?B?)?", text.upper()):
-        raise ValueError(f"--device-memory {text} is not a number of gigabytes; write 80GB")
-    return float(text.upper().rstrip("GIB")) * 2**30
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)(GI?B?)?", text.upper()):
+        return float(match[1]) * 2**30
+    raise ValueError(f"--device-memory {text} is not a number of gigabytes; write 80GB")
 
 
 def print_table(world):
     """Print the memory of the paper's models, and hours of their stage 2."""
-    print("| | stage | run as | GiB a GPU | weights | optimizer | gradients | activations | gathered |\n" + "|---" * 9 + "|")
+    print("| | stage | run as | GiB a GPU | " + " | ".join(Plan._fields) + " |\n" + "|---" * 9 + "|")
     runs = [(1, 16, "ddp", False), (1, 16, "fsdp", True), (2, 8, "ddp", True), (2, 8, "fsdp", False), (2, 8, "fsdp", True)]
     for name, (stage, micro, engine, recompute) in product("bl", runs):
         config = VARIANTS[name]
         batch = batch_of(config, made_row(config, stage, PRESETS["paper"][stage].questions), micro)
         plan = plan_step(config, stage, batch, engine, world, bf16=True, recompute=recompute)
         how = f"`--parallel {engine}{' --recompute' * recompute} --micro-batch {micro}`"
-        sizes = " | ".join(f"{size / 2**30:.1f}" for size in (plan.total, *plan))
-        print(f"| {name.upper()} | {stage} | {how} | {sizes} |")
+        print("|", name.upper(), "|", stage, "|", how, "|", *(f"{size / 2**30:.1f} |" for size in (plan.total, *plan)))
     print()
-    ways = [("a row for each question", QUESTIONS, 1), ("a row for each image", IMAGES, QUESTIONS / IMAGES)]
-    for name, (how, rows, questions) in product("bl", ways):
-        length = SYSTEM_TOKENS + VARIANTS[name].visual_tokens + round(questions * QUESTION)
-        flops = step_flops(VARIANTS[name], 2, 1, length, round(questions * ANSWER))
+    for name, (what, rows) in product("bl", (("question", QUESTIONS), ("image", IMAGES))):
+        config, questions = VARIANTS[name], QUESTIONS / rows  # in a row
+        length = SYSTEM_TOKENS + config.visual_tokens + round(questions * QUESTION)
+        flops = step_flops(config, 2, 1, length, round(questions * ANSWER))
         hours = flops * rows * EPOCHS / (PEAK_FLOPS["A100"] * SHARE_OF_PEAK) / 3600
-        print(f"LocVLM-{name.upper()}, stage 2, {how}: {flops / 1e12:.1f} TFLOP a row, {hours:,.0f} A100-hours (estimate)")
+        print(f"LocVLM-{name.upper()}, stage 2, a row for each {what}: {flops / 1e12:.1f} TFLOP a row, "
+              f"{hours:,.0f} A100-hours (estimate)")  # fmt: skip
 
 
 def main(argv=None):
@@ -223,7 +221,7 @@ def main(argv=None):
     if not (args.variant or args.device_memory or of_train):
         return print_table(args.world_size or 8)
     room, config = args.device_memory and bytes_of(args.device_memory), parse_config(TrainConfig, [*of_train, "--dry-run"])
-    if config.vision or config.llm or config.init_from or (args.variant or "tiny") == "tiny":
+    if config.vision or config.llm or config.init_from or args.variant in (None, "tiny"):
         model = build_model(config, "meta")
     else:  # a variant's shape, without a tokenizer
         adapter = {"adapter": config.adapter} if config.adapter in ADAPTERS and config.adapter != "linear" else {}

@@ -113,7 +113,7 @@ def captioner(model, vision, decoding):
 
 def prefcoco_rows(records, captions, images):
     """Join records and captions: (rows kept, rows rejected)."""
-    rows = []
+    kept, rejected = [], []
     for record, texts in zip(records, captions, strict=True):
         for o, text in zip(record.objects, texts, strict=True):
             question, image = "<image>\n" + PROMPT.format(category=o.name), record.image.relative_to(images).as_posix()
@@ -122,8 +122,8 @@ def prefcoco_rows(records, captions, images):
                 "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": text}],
                 "objective": "caption", "name": o.name, "box_px": [round(v, 2) for v in o.box_px]}  # fmt: skip
             description, reason = (None, "damaged image") if text is None else clean_caption(text, o.name)
-            rows.append({**row, "reason": reason} if reason else {**row, "description": description})
-    return [row for row in rows if "reason" not in row], [row for row in rows if "reason" in row]
+            (rejected if reason else kept).append(row | ({"reason": reason} if reason else {"description": description}))
+    return kept, rejected
 
 
 LONGEST = 60  # words of a description, into which a caption is turned
@@ -191,8 +191,7 @@ def localize(prefcoco, coco, out, images="", kind: Literal[KINDS] = "ivb", locat
         if not is_row or not are_numbers(row.get("box_px"), 4):
             raise ValueError(f"{prefcoco}: a row is {str(row)[:80]}, not one that `tools.prefcoco caption` wrote")
         described.setdefault(row["image"], []).append(Object(row["name"], tuple(row["box_px"]), row["description"]))
-    for o in (o for objects in described.values() for o in objects):
-        descriptions.setdefault(o.name, []).append(o.description)
+        descriptions.setdefault(row["name"], []).append(row["description"])
     wording = Wording(CoordFormat(kind, side, geometry), tuple(OBJECTIVES), location, "description", neg_ratio)
     records = {record.image.as_posix(): record for record in read_file(coco, "")[0] if record.image}
     if unknown := sorted(described.keys() - records.keys()):
@@ -214,22 +213,20 @@ def localize(prefcoco, coco, out, images="", kind: Literal[KINDS] = "ivb", locat
 
 
 def conversations(record, wording, rng, descriptions=None):
-    """Draw questions about an image. Return a row of LLaVA's per objective."""
-    questions = draw_questions(record, wording, rng, descriptions)
-    turns = {name: [turn for objective, *turn in questions if objective == name] for name in OBJECTIVES}
-    return [conversation(name, record, turns[name]) for name in OBJECTIVES if turns[name]]
-
-
-def conversation(objective, record, turns):
-    """Return (target, question, answer) turns as a row in LLaVA's format, with the fields that our own reader uses."""
-    objects = [o for target, _, _ in turns for o in (target if isinstance(target, tuple) else [target])]  # a pair is two
-    values = [{"from": who, "value": text} for _, *texts in turns for who, text in zip(("human", "gpt"), texts, strict=True)]
-    values[0]["value"] = "<image>\n" + values[0]["value"]
-    boxes_px = None if OBJECTIVES[objective].about == "absent" else [list(o.box_px) for o in objects]
-    return {
-        "id": f"{record.id}-{objective}", "image": record.image.as_posix(), "size": list(record.size), "objective": objective,
-        "names": [o.name for o in objects], "descriptions": [o.description for o in objects], "box_px": boxes_px,
-        "conversations": values}  # fmt: skip
+    """Draw questions about an image: a row of LLaVA's per objective, with the fields that our own reader uses."""
+    drawn, rows = draw_questions(record, wording, rng, descriptions), []
+    for objective in OBJECTIVES:
+        if not (turns := [turn for name, *turn in drawn if name == objective]):
+            continue
+        objects = [o for target, _, _ in turns for o in (target if isinstance(target, tuple) else [target])]  # a pair is two
+        values = [{"from": who, "value": text} for _, *texts in turns for who, text in zip(("human", "gpt"), texts, strict=True)]
+        values[0]["value"] = "<image>\n" + values[0]["value"]
+        boxes_px = None if OBJECTIVES[objective].about == "absent" else [list(o.box_px) for o in objects]
+        rows.append({
+            "id": f"{record.id}-{objective}", "image": record.image.as_posix(), "size": list(record.size),
+            "objective": objective, "names": [o.name for o in objects], "descriptions": [o.description for o in objects],
+            "box_px": boxes_px, "conversations": values})  # fmt: skip
+    return rows
 
 
 main = command(__name__, caption, localize)

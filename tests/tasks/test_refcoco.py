@@ -135,8 +135,10 @@ def test_other_forms_of_refcoco_are_read(tmp_path, no_meteor):
 
 def test_real_samples_of_refcoco(real, tmp_path):
     """MAttNet's detections: sentences and true boxes are read, its best boxes judged. Descriptions are written as theirs."""
-    path = real("formats/refcoco/testA_refcoco_unc_dets.json")
-    rows = json.loads(path.read_text())
+    rows = json.loads(real("formats/refcoco/testA_refcoco_unc_dets.json").read_text())
+    refs = [{"ref_id": f"{n}", "file_name": f"{row['pred_boxes_img_id'][0][15:27]}.jpg", "bbox": row["gt_box"],
+             "sentences": [(n, row["sent"])]} for n, row in enumerate(rows)]  # fmt: skip
+    path = write(tmp_path / "refs.json", {"refs": refs})
     for number in {row["pred_boxes_img_id"][0][15:27] for row in rows}:
         picture(tmp_path / f"{number}.jpg", (640, 640))
     items, skipped = read("rec", path, None, tmp_path)
@@ -153,7 +155,7 @@ def test_real_samples_of_refcoco(real, tmp_path):
     assert TASKS["rec"].metrics(items)["acc@0.5"] == right / 50 and right == 45
     for name in ("testA", "testB"):
         sample = real(f"formats/refcoco/sample_expressions_{name}.json")
-        with pytest.raises(ValueError, match="holds a model's descriptions"):
+        with pytest.raises(ValueError, match="'annotations'.*is this another file"):
             read("rec", sample, None, tmp_path)
     [theirs, *_] = json.loads(sample.read_text())["predictions"]
     [ours] = TASKS["refcoco"].submission([Item("25", None, None, "?", {}, "car on left")])["predictions"]
@@ -163,7 +165,7 @@ def test_real_samples_of_refcoco(real, tmp_path):
 def test_meteors_absence_is_named_before_anything_is_asked(tmp_path, monkeypatch):
     path, images = refs_pickle(tmp_path)
     monkeypatch.setattr(words, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="no pycocoevalcap.*pip install pycocoevalcap, and install Java 1.8"):
+    with pytest.raises(ValueError, match="METEOR.*: pip install pycocoevalcap, and install Java 1.8"):
         read("refcoco", path, None, images, split="testB")
 
 
