@@ -315,7 +315,7 @@ def test_localize_writes_the_papers_conversations(prefcoco, coco, tmp_path, caps
         texts = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
         turns = list(zip(texts[0::2], texts[1::2], strict=True))
         assert (
-            record.image == Path("images", row["image"])
+            record.image == Path(tmp_path, row["image"])
             and row["id"] == f"{50 + int(row['image'][:12])}-{row['objective']}"
         )
         assert [turn["value"].startswith("<image>\n") for turn in row["conversations"]] == [True] + [False] * 3
