@@ -46,17 +46,17 @@ EVALUATED = LocVLMConfig(CLIPVisionConfig(image_size=336), SMOLLM2, ADAPTER)
 NAMES = ("dog", "cup", "traffic light", "orange", "dining table", "person", "bicycle", "laptop")
 
 
-def compare(measure, config, sides, threads, *args):
+def compare(measure, config, sides, threads):
     """Measure every side in a process of its own, with its own peak. Print its figures, then ours divided by theirs.
 
-    measure(side, folder of a model, *args) -> ({name: figure}, answers, which no side may give otherwise)
+    measure(side, folder of a model) -> ({name: figure}, answers, which no side may give otherwise)
     """
     found = {}
     with TemporaryDirectory() as folder:
         write_random_model(config, folder)
         for side in sides:
             with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as fresh:
-                found[side] = fresh.submit(measure, side, folder, *args).result()
+                found[side] = fresh.submit(measure, side, folder).result()
             print(f"{side}: " + ", ".join(f"{value:.3g} {name}" for name, value in found[side][0].items()), flush=True)
     for ours, theirs in product(sides, sides):
         if ours.startswith("ours") and theirs.startswith("theirs"):
@@ -163,7 +163,8 @@ def train(images: positive = 4, questions: positive = 6, steps: positive = 5, th
     """
     for allocator in ("tuned", "default"):
         print(f"allocator: {allocator}")
-        compare(measure_training, TRAINED, ("theirs", "ours"), threads, allocator, images, questions, steps)
+        measure = partial(measure_training, allocator=allocator, images=images, questions=questions, steps=steps)
+        compare(measure, TRAINED, ("theirs", "ours"), threads)
 
 
 @torch.inference_mode()
@@ -190,7 +191,8 @@ def measure_generation(side, folder, tokens):
 
 def generate(tokens: positive = 32, threads: positive = 2):
     """Compare loading and greedy generation. The goal: twice the tokens/s, of one row and of eight."""
-    compare(measure_generation, GENERATING, ("theirs", "ours", "ours, compiled", "ours, bf16"), threads, tokens)
+    measure = partial(measure_generation, tokens=tokens)
+    compare(measure, GENERATING, ("theirs", "ours", "ours, compiled", "ours, bf16"), threads)
 
 
 @torch.inference_mode()
@@ -221,12 +223,9 @@ def measure_evaluation(side, folder, images, questions, tokens):
 
 
 def evaluate(images: positive = 4, questions: positive = 6, tokens: positive = 32, threads: positive = 2):
-    """Compare evaluation: theirs reads as many rows at a time as our batch has questions, then as it has images.
-
-    The goal: five times the speed.
-    """
+    """Compare answering: theirs as many rows at a time as there are questions, then images. The goal: 5 times the speed."""
     sides = ("ours", f"theirs, {images * questions} rows at a time", f"theirs, {images} rows at a time")
-    compare(measure_evaluation, EVALUATED, sides, threads, images, questions, tokens)
+    compare(partial(measure_evaluation, images=images, questions=questions, tokens=tokens), EVALUATED, sides, threads)
 
 
 main = command(__name__, train, generate, evaluate)
