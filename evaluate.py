@@ -375,11 +375,11 @@ class Answerer:
         return model.for_inference(self.args.compile)
 
     def answerer(self, is_blind):
-        """Load the weights, if they are not, and return the function batch -> {id: answer}."""
-        return partial(self.answer, self.model, is_blind)
+        """Load the weights, if they are not, and return the functions batch -> opened images, and these -> {id: answer}."""
+        return partial(self.open, is_blind), partial(self.answer, self.model)
 
-    def answer(self, model, is_blind, batch):
-        """Answer a batch of items: {id: answer}. Blind: an image without content, CLIP's mean colour."""
+    def open(self, is_blind, batch):
+        """Open the images of a batch of items: (items by image, images). Blind: without content, CLIP's mean colour."""
         pictures, images, frames = by_picture(batch), [], self.config.frames
         for (path, mirrored), group in pictures.items():
             if is_blind or not path:
@@ -388,6 +388,11 @@ class Answerer:
                 images.append([ImageOps.mirror(f) if mirrored else f for f in frames_of(path, frames)])
             else:
                 images.append(still(path, mirrored, group[0].is_clip))
+        return pictures, images
+
+    def answer(self, model, opened):
+        """Answer the questions about opened images: {id: answer}."""
+        pictures, images = opened
         questions = [[item.question for item in group] for group in pictures.values()]
         answers = model.generate(images, questions, **self.decoding)
         pairs = zip(sum(pictures.values(), []), sum(answers, []), strict=True)

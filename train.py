@@ -136,7 +136,7 @@ class TrainConfig:
     lr: float = opt(0.0, "peak learning rate [preset]")
     steps: int = opt(0, "optimizer steps [preset]")
     seed: int = opt(0, "of data order, wording and the adapter's initial weights")
-    # how it runs; the losses stay the same, up to rounding
+    # how it runs; losses differ by rounding, in bf16 between ddp and fsdp too
     micro_batch: int = opt(0, "images per forward pass in each process; gradients accumulate [all at once]")
     precision: typing.Literal["auto", "fp32", "bf16"] = opt("auto", "of the forward pass; auto: bf16 on GPUs that have it")
     parallel: typing.Literal["ddp", "fsdp"] = opt("ddp", "ddp: a whole model per process; fsdp: weights and optimizer sharded")
@@ -229,7 +229,8 @@ def micro_batches_of(step, examples, recipe, micro_batch, processes):
     """Draw this process's share of a step's batch: every world-th image, in pieces of micro_batch images."""
     samples = list(range(step * recipe.batch + processes.rank, (step + 1) * recipe.batch, processes.world))
     size = micro_batch or len(samples)
-    return [examples.batch(samples[i : i + size]) for i in range(0, len(samples), size)]
+    drawn = [examples.batch(samples[i : i + size]) for i in range(0, len(samples), size)]
+    return [(processes.pinned(batch), ids) for batch, ids in drawn]
 
 
 def train_stage(config, stage, model, examples, run, processes):
@@ -371,6 +372,16 @@ def build_examples(config, stage, records, model, features=None):
     )  # fmt: skip
 
 
+def print_parts(config, stage, model):
+    """Print what a stage trains. Return its recipe."""
+    print(f"\nstage {stage}: {(recipe := config.recipe(stage))}")
+    learned = trainable(model, stage)
+    for name, part in model.named_children():
+        count, learns = sum(p.numel() for p in part.parameters()), any(n.startswith(name) for n in learned)
+        print(f"  {name:15} {count:>14,} parameters  {'trained' if learns else 'frozen'}")
+    return recipe
+
+
 def dry_run(config, processes):
     """Print what each stage would do. Nothing is written: without data, a few shapes are painted in a temporary folder."""
     with TemporaryDirectory() as folder:
@@ -381,12 +392,7 @@ def dry_run(config, processes):
         records, _ = build_records(config, processes)
         model = build_model(config)
         for stage in config.stage_list:
-            examples = build_examples(config, stage, records, model)
-            recipe, learned = config.recipe(stage), trainable(model, stage)
-            print(f"\nstage {stage}: {recipe}")
-            for name, part in model.named_children():
-                count, learns = sum(p.numel() for p in part.parameters()), any(n.startswith(name) for n in learned)
-                print(f"  {name:15} {count:>14,} parameters  {'trained' if learns else 'frozen'}")
+            examples, recipe = build_examples(config, stage, records, model), print_parts(config, stage, model)
             index, epoch = examples.order(0)
             record = examples.records[index]
             print(f"  {record.image} {record.size} px\n  {marked(model.tokenizer, examples.text_row(record, epoch))}")

@@ -1,7 +1,4 @@
-"""Annotation files beyond COCO instances and LLaVA rows: captions, clips, mixtures of files, and lists of COCO images.
-
-Readers return a list of data.Record and a Counter {reason: rows skipped}. A file's format is detected from its content.
-"""
+"""From annotation files to Records: one file of any format, a mixture of files, and lists of COCO images to exclude."""
 
 import json
 import math
@@ -24,14 +21,12 @@ STATIC, STATIC_SIDE = 5, 224  # at most 5 px from the mean, in a square of 224 p
 def read_file(path, images, problems=None):
     """Read an annotation file about images or clips: a list of Records, and a Counter {reason: rows skipped}.
 
-    COCO     instances_*.json: images [{id, file_name, width, height}], categories [{id, name}], annotations [{image_id,
-             category_id, bbox [x, y, width, height] in px}], perhaps with iscrowd, and with our own "description";
-             captions_*.json; clips_*.json of tiny.moving or tools.panoptic: the same of videos, with a box per frame
-    LLaVA    rows {id, image, conversations [{from, value}]}; "video" in place of image, Video-ChatGPT's {q, a, video_id}, or
-             neither. What tools.prefcoco wrote (key `objective`) is read as objects and absent categories, so that a run
-             writes their text in its own representation
-    images   folder of the images or clips, or a zip
-    problems of the rows are added to a defaultdict(list); see formats.schema
+    COCO    instances_*.json: images [{id, file_name, width, height}], categories [{id, name}], annotations [{image_id,
+            category_id, bbox [x, y, width, height] in px}], perhaps with iscrowd and our own "description"; captions_*.json;
+            clips_*.json of tiny.moving or tools.panoptic, about videos with a number of frames, a box per frame
+    LLaVA   rows {id, image, conversations [{from, value}]}, or with "video", or about no image; Video-ChatGPT's {q, a, video_id};
+            rows of tools.prefcoco become objects and absent categories, so that a run writes text in its own representation
+    images is the folder of images or clips, or a zip; problems, a defaultdict(list), takes the problem of each row.
     """
     problems, records, missing = defaultdict(list) if problems is None else problems, [], []
     entries = read_entries(read_rows(path, "an annotation file"), path, problems)

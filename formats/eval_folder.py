@@ -125,7 +125,7 @@ def batches(items, size):
 def answer_all(items, size, make_answerer, parts, options, processes, fresh=False):
     """Answer all items on rank 0 (see journal.work_in_parts). Return (how many were answered now, in how many seconds).
 
-    make_answerer() returns the function batch -> {id: answer}.
+    make_answerer() returns the functions batch -> input, and input -> {id: answer}.
     """
     pieces = {batch[0].id: batch for batch in batches(items, size)}
     rows, now, seconds = work_in_parts(pieces, make_answerer, parts, options, processes, restarts=True, fresh=fresh)

@@ -64,9 +64,9 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
     if rank == 0 and not parts.exists():
         make_array(file, (len(images), frames + config.num_patches, config.hidden_size))
 
-    def write(chosen):
-        """Write the chosen rows. Return the images that cannot be read."""
-        rows, inputs = np.load(file, mmap_mode="r+"), {}
+    def read(chosen):
+        """Read the images of some rows: (the rows, {row: its input}) without those that cannot be read."""
+        inputs = {}
         for row, image in ((row, images[row]) for row in chosen):
             try:
                 if image in bad:
@@ -76,15 +76,21 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
                 if not skip_bad:
                     raise ValueError(f"{error}; --skip-bad skips what cannot be read") from None
                 print(f"skipped: {error}")
-        if inputs and frames:  # one clip
-            rows[chosen[0]] = encode(tower, inputs[chosen[0]], geometry).half().cpu().numpy()
-        elif inputs:  # (B, 3, S, S) -> (B, P, Dv)
-            rows[list(inputs)] = tower(torch.stack([*inputs.values()]).to(device)).half().cpu().numpy()
+        return chosen, inputs
+
+    def write(ready):
+        """Write the rows that were read. Return the images that were not."""
+        (chosen, inputs), rows = ready, np.load(file, mmap_mode="r+")
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            if inputs and frames:  # one clip
+                rows[chosen[0]] = encode(tower, inputs[chosen[0]], geometry).half().cpu().numpy()
+            elif inputs:  # (B, 3, S, S) -> (B, P, Dv)
+                rows[list(inputs)] = tower(torch.stack([*inputs.values()]).to(device)).half().cpu().numpy()
         rows.flush()  # before they count as done
         return [images[row] for row in chosen if row not in inputs]
 
     pieces = {first: range(len(images))[first : first + batch] for first in range(0, len(images), batch)}
-    done, *_ = work_in_parts(pieces, lambda: write, parts, about | {"batch": batch}, processes)
+    done, *_ = work_in_parts(pieces, lambda: (read, write), parts, about | {"batch": batch}, processes)
     if rank == 0:
         skipped = sorted(image for _, unread in done for image in unread)
         write_json(out / "features.json", about | {"skipped": skipped})

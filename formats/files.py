@@ -84,14 +84,12 @@ def read_rows(path, expected):
     with suppress(json.JSONDecodeError, RecursionError):
         return json.loads(text)
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON text may hold U+2028
-        row = None
         with suppress(json.JSONDecodeError, RecursionError):
-            row = json.loads(line)
-        if isinstance(row, dict):
-            rows.append(row)
-        elif line.strip():
-            problem = "so the file is neither JSON nor JSON lines; was its download cut short?"
-            raise ValueError(f"{path}: line {number} is {line[:80]}, {problem} It should be {expected}")
+            rows += [json.loads(line)] if line.strip() else []
+            if not line.strip() or isinstance(rows[-1], dict):
+                continue
+        problem = "so the file is neither JSON nor JSON lines; was its download cut short?"
+        raise ValueError(f"{path}: line {number} is {line[:80]}, {problem} It should be {expected}")
     return rows
 
 

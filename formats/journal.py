@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from formats.files import read_json, write_json, writing
+from formats.processes import prefetched
 
 
 def read_journal(path):
@@ -65,7 +66,8 @@ def require_new(path):
 def work_in_parts(pieces, make_worker, parts, options, processes, *, restarts=False, fresh=False):
     """Do the pieces {key: piece} that earlier runs have left, in any number of processes, this one every world-th of them.
 
-    make_worker()  returns the function piece -> result, in JSON; called by processes with something to do
+    make_worker()  returns two functions: prepare, piece -> input, which threads call ahead (images are read there), and work,
+                   input -> result, in JSON; called by processes with something to do
     parts          folder with a journal per process, and `options`, all that results depend on (rank 0's count). If it was
                    begun with others, raise ValueError or, with `restarts`, start over; `fresh` starts over anyway
     processes      of start_processes
@@ -82,9 +84,10 @@ def work_in_parts(pieces, make_worker, parts, options, processes, *, restarts=Fa
         print(f"{len(pieces) - len(pending)} of {len(pieces)} parts are done already in {parts}; resuming")
     mine = pending[rank::world]
     with open_journal(parts / f"part-{rank}.jsonl") as journal:
-        work, began = make_worker() if mine else None, time.perf_counter()
-        for key in tqdm(mine, desc=parts.stem, disable=None if rank == 0 else True):
-            write_line(journal, (key, work(pieces[key])))
+        (prepare, work), began = make_worker() if mine else (None, None), time.perf_counter()
+        ahead = prefetched(lambda i: prepare(pieces[mine[i]]), 0, len(mine))
+        for key, ready in zip(tqdm(mine, desc=parts.stem, disable=None if rank == 0 else True), ahead, strict=True):
+            write_line(journal, (key, work(ready)))
     wait()
     return read_parts(parts) if rank == 0 else [], pending, time.perf_counter() - began
 

@@ -4,8 +4,8 @@ import time
 
 import torch
 
-# operations per second that a GPU is sold with, bf16, dense
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
+# operations per second that a GPU is sold with, bf16, dense; the first name that the GPU's contains
+PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "NVL": 835e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
 
 
 def step_flops(config, stage, rows, length, answers, runs_tower=True):

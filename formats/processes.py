@@ -31,6 +31,7 @@ class Processes:
         world, rank, local = int(env.get("WORLD_SIZE", 1)), int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
+            env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # rows of many lengths leave no gaps
             torch.cuda.set_device(device)  # before anything asks CUDA: fsdp gathers on the current device
             torch.backends.cuda.enable_math_sdp(False)  # attention that no fused kernel takes raises an error, and takes no GiBs
         for batch in [config.recipe(stage).batch for stage in config.stage_list]:
@@ -58,6 +59,10 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(total)
         return total
+
+    def pinned(self, batch):
+        """Move a batch where a GPU can fetch it while it computes."""
+        return batch if self.device.type == "cpu" else {k: v.pin_memory() for k, v in batch.items() if v is not None}
 
     def begin_stage(self, model):
         """Let FSDP see which parameters learn now: else it keeps the dtypes of the first stage's gradients (pytorch 186998)."""

@@ -22,7 +22,7 @@ HARMLESS = (NO_AREA, "images that --exclude", *NOTES)  # these do not stop train
 
 
 class Box(NamedTuple):
-    """An annotation. If its box is invalid or a crowd's, box_px is None: the category is present, and is not asked for."""
+    """An annotation. If its box is invalid or a crowd's, box_px is None: the category is present, but not asked for."""
 
     name: str
     box_px: tuple | None
@@ -249,16 +249,16 @@ def coco_entries(content, path, problems, kind="image"):
         problems["images without an annotation, where every category counts as absent"] += empty
     if 2 * len(problems.get(NO_AREA, ())) > len(content["annotations"]):  # not the few that COCO itself has
         problems["most boxes, of which bbox has no area"] = problems.pop(NO_AREA)
+
+    def names_of(ids):
+        return [names[str(i)] for i in ids if str(i) in names] if isinstance(ids, list | dict) else []
+
     for entry in entries:  # LVIS lists which categories are certainly absent, and of which not every object has a box
-        entry.boxes += [Box(name, None, 0) for name in listed(entry.row.get("not_exhaustive_category_ids"), names)]
+        entry.boxes += [Box(name, None, 0) for name in names_of(entry.row.get("not_exhaustive_category_ids"))]
         unsure = lost.union(box.name for box in entry.boxes)
-        absent = listed(entry.row.get("neg_category_ids", names), names) if entry.is_complete else ()
+        absent = names_of(entry.row.get("neg_category_ids", names)) if entry.is_complete else ()
         entry.absent = tuple(dict.fromkeys(name for name in absent if name not in unsure))
     return entries
-
-
-def listed(ids, names):
-    return [names[str(i)] for i in ids if str(i) in names] if isinstance(ids, list | dict) else []
 
 
 def read_annotation(a, name, entry, where, problems):
@@ -302,7 +302,6 @@ def caption_entries(content, path, problems):
 # ----- LLaVA
 
 OTHER_KEYS = ("videos", "image_path", "image_file", "img", "img_path", "image_url", "video_path")  # of other trainers
-SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 
 def llava_entries(content, path, problems):
@@ -346,12 +345,12 @@ def llava_row(row, index):
     size = tuple(row["size"]) if are_numbers(row.get("size"), 2) and min(row["size"]) > 0 else (0, 0)
     entry = Entry(name, file.removesuffix(".pkl") if clip else file, size, bool(clip))  # .pkl: Video-ChatGPT's features
     texts = [whole(re.sub("<image>|<video>", "", text)).strip() for text in texts]
-    if not all(texts[1::2]):
-        raise ValueError("has an empty answer")
     if "objective" in row:
         entry.boxes, entry.absent = objective_of(row, size)
-    else:
+    elif all(texts[1::2]):
         entry.turns = tuple(zip(texts[0::2], texts[1::2], strict=True))
+    else:
+        raise ValueError("has an empty answer")
     return entry
 
 
@@ -363,7 +362,7 @@ def texts_of(row, clip):
         else:
             turns = row.get("conversations") or row["messages"]
             turns = [(turn.get("from") or turn["role"], turn["value"] if "value" in turn else turn["content"]) for turn in turns]
-        speakers = [SPEAKERS.get(speaker, speaker) for speaker, _ in turns]
+        speakers = [{"user": "human", "assistant": "gpt"}.get(speaker, speaker) for speaker, _ in turns]
     except (KeyError, TypeError, AttributeError):
         raise ValueError("has no conversations [{from, value}], or texts q, a and video_id", row) from None
     if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):

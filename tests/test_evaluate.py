@@ -402,7 +402,7 @@ def test_answers_are_joined_by_id_and_what_is_wrong_is_named(tmp_path, monkeypat
     parts = tmp_path / "t.parts"
 
     def asker():
-        return lambda batch: {item.id: item.id + "!" for item in batch}
+        return list, lambda batch: {item.id: item.id + "!" for item in batch}
 
     items = ten()
     assert eval_folder.answer_all(items, 3, asker, parts, options, alone)[0] == 10

@@ -29,12 +29,12 @@ def positive(text):
     return int(text)
 
 
-def command(module, *functions, either=()):
+def command(module, *functions):
     """Return main(argv), which calls a function with its parameters from the command line; several are sub-commands.
 
     A parameter before / is positional, and so are *parameters. An option is required without a default, and a flag with the
     default False. Its type is the annotation (Literal: choices), else that of the default; its help a line "name  help" or
-    "name, alias  help" in a docstring, of its module or above. Exactly one of the options `either` must be present.
+    "name, alias  help" in a docstring, of its module or above.
     """
     names, raw = functions[0].__globals__, {"formatter_class": argparse.RawDescriptionHelpFormatter}
     lines = {name: (alias, line) for name, alias, line in HELP.findall(f"{__doc__}\n{names['__doc__']}")}
@@ -46,9 +46,8 @@ def command(module, *functions, either=()):
             about = inspect.getdoc(function)
             target = commands.add_parser(function.__name__, description=about, **raw) if commands else parser
             target.set_defaults(function=function)
-            group = target.add_mutually_exclusive_group(required=True) if either else None
             for name, parameter in inspect.signature(function).parameters.items():
-                add_option(group if name in either else target, name, parameter, *lines[name])
+                add_option(target, name, parameter, *lines[name])
         options = vars(parser.parse_args(argv))
         bound = inspect.BoundArguments(inspect.signature(options["function"]), options)  # splits positional from named ones
         return options["function"](*bound.args, **bound.kwargs)
@@ -60,7 +59,7 @@ def command(module, *functions, either=()):
 
 def add_option(parser, name, parameter, alias, line):
     """Add a parameter of a function to a parser."""
-    is_required, default, kind = parameter.default is parameter.empty, parameter.default, parameter.annotation
+    default, kind, is_required = parameter.default, parameter.annotation, parameter.default is parameter.empty
     if kind is parameter.empty:
         kind = str if is_required or default is None else type(default)
     how = {"choices": typing.get_args(kind)} if typing.get_origin(kind) is typing.Literal else {"type": kind}

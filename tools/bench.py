@@ -19,6 +19,7 @@ import re
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,17 +46,17 @@ EVALUATED = LocVLMConfig(CLIPVisionConfig(image_size=336), SMOLLM2, ADAPTER)
 NAMES = ("dog", "cup", "traffic light", "orange", "dining table", "person", "bicycle", "laptop")
 
 
-def compare(measure, config, sides, threads, *args):
+def compare(measure, config, sides, threads):
     """Measure every side in a process of its own, with its own peak. Print its figures, then ours divided by theirs.
 
-    measure(side, folder of a model, *args) -> ({name: figure}, answers, which no side may give otherwise)
+    measure(side, folder of a model) -> ({name: figure}, answers, which no side may give otherwise)
     """
     found = {}
     with TemporaryDirectory() as folder:
         write_random_model(config, folder)
         for side in sides:
             with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as fresh:
-                found[side] = fresh.submit(measure, side, folder, *args).result()
+                found[side] = fresh.submit(measure, side, folder).result()
             print(f"{side}: " + ", ".join(f"{value:.3g} {name}" for name, value in found[side][0].items()), flush=True)
     for ours, theirs in product(sides, sides):
         if ours.startswith("ours") and theirs.startswith("theirs"):
@@ -112,14 +113,19 @@ def random_images(config, count):
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-def their_inputs(model, rows, pixels):
+def their_inputs(model, rows, pixels=None):
     """Batch rows of ids and their images for `transformers`: padding on the left, its own image placeholder."""
     rows = [torch.tensor(row) for row in rows]
-    ids, mask = (pad_sequence(part, batch_first=True, padding_side="left") for part in (rows, map(torch.ones_like, rows)))
-    return {
-        "input_ids": ids.masked_fill(ids == data.IMAGE_ID, model.config.image_token_index), "attention_mask": mask,
-        "pixel_values": pixels,
-    }  # fmt: skip
+    ids, mask = (pad_sequence(part, True, padding_side="left") for part in (rows, [torch.ones_like(row) for row in rows]))
+    ids = ids.masked_fill(ids == data.IMAGE_ID, model.config.image_token_index)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def their_answers(model, rows, count, pixels=None):
+    """Continue rows of ids greedily."""
+    inputs = their_inputs(model, rows, pixels)
+    ids = model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 def measure_training(side, folder, allocator, images, questions, steps):
@@ -157,7 +163,8 @@ def train(images: positive = 4, questions: positive = 6, steps: positive = 5, th
     """
     for allocator in ("tuned", "default"):
         print(f"allocator: {allocator}")
-        compare(measure_training, TRAINED, ("theirs", "ours"), threads, allocator, images, questions, steps)
+        measure = partial(measure_training, allocator=allocator, images=images, questions=questions, steps=steps)
+        compare(measure, TRAINED, ("theirs", "ours"), threads)
 
 
 @torch.inference_mode()
@@ -165,16 +172,10 @@ def measure_generation(side, folder, tokens):
     """Load, and continue prompts of one length greedily."""
     model, seconds, before = load(side, folder, torch.bfloat16 if side == "ours, bf16" else torch.float32)
     peak, size = memory("VmHWM") - before, sum(p.nbytes for p in model.parameters()) / 2**30
-    if side != "theirs":
-        model.for_inference(compile=side == "ours, compiled")
-
-    def answer(prompts, count):
-        if side != "theirs":
-            return model.language_model.generate(prompts, count)
-        ids = torch.tensor(prompts)
-        how = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        return model.generate(ids, attention_mask=torch.ones_like(ids), **how)[:, ids.shape[1] :].tolist()
-
+    if side == "theirs":
+        answer = partial(their_answers, model)
+    else:
+        answer = model.for_inference(compile=side == "ours, compiled").language_model.generate
     draw = random.Random(0)
     # the longer prompt is about an image at 336 px and the words before it
     *prompts, long = ([draw.randrange(3, 400) for _ in range(length)] for length in [32] * 8 + [600])
@@ -190,7 +191,8 @@ def measure_generation(side, folder, tokens):
 
 def generate(tokens: positive = 32, threads: positive = 2):
     """Compare loading and greedy generation. The goal: twice the tokens/s, of one row and of eight."""
-    compare(measure_generation, GENERATING, ("theirs", "ours", "ours, compiled", "ours, bf16"), threads, tokens)
+    measure = partial(measure_generation, tokens=tokens)
+    compare(measure, GENERATING, ("theirs", "ours", "ours, compiled", "ours, bf16"), threads)
 
 
 @torch.inference_mode()
@@ -211,9 +213,7 @@ def measure_evaluation(side, folder, images, questions, tokens):
         rows = [(i, data.encode_question(tokenizer, text)) for i, of_image in enumerate(asked) for text in of_image]
         for start in range(0, len(rows), size):
             image_of, ids = zip(*rows[start : start + size], strict=True)
-            inputs = their_inputs(model, [prefix + row for row in ids], pixels[list(image_of)])
-            answered = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-            answers += map(str, answered[:, inputs["input_ids"].shape[1] :].tolist())
+            answers += map(str, their_answers(model, [prefix + row for row in ids], tokens, pixels[list(image_of)]))
         return answers
 
     answer([asked[0][:1]])  # not timed
@@ -223,12 +223,9 @@ def measure_evaluation(side, folder, images, questions, tokens):
 
 
 def evaluate(images: positive = 4, questions: positive = 6, tokens: positive = 32, threads: positive = 2):
-    """Compare evaluation: theirs reads as many rows at a time as our batch has questions, then as it has images.
-
-    The goal: five times the speed.
-    """
+    """Compare answering: theirs as many rows at a time as there are questions, then images. The goal: 5 times the speed."""
     sides = ("ours", f"theirs, {images * questions} rows at a time", f"theirs, {images} rows at a time")
-    compare(measure_evaluation, EVALUATED, sides, threads, images, questions, tokens)
+    compare(partial(measure_evaluation, images=images, questions=questions, tokens=tokens), EVALUATED, sides, threads)
 
 
 main = command(__name__, train, generate, evaluate)

@@ -41,6 +41,8 @@ RADIUS = 0.25  # radius of the blur, in lengths of the face: the distance of the
 
 def blur(images, out, faces=None, detector=None, threshold=0.2, processes: positive = None):
     """Copy images with their faces blurred. Raise ValueError if images cannot be read; the others are blurred by then."""
+    if bool(faces) == bool(detector):
+        raise ValueError("where are the faces? pass either --faces or --detector")
     images, out = Path(images), Path(out)
     names = image_names(images, out)
     boxes, model = (read_faces(faces, names), None) if faces else ({}, centerface(str(detector))[1])
@@ -57,13 +59,14 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes: posit
         (out / JOURNAL).unlink(missing_ok=True)
         return print(f"{out} is complete: {len(names)} images")
     done = {row["image"]: row["faces"] for row in rows[1:] if (out / row["image"]).is_file()}
-    jobs = [(name, images, out, boxes.get(name), model, threshold) for name in names if name not in done]
-    problems = []
+    pending, problems = [name for name in names if name not in done], []
+    work = partial(blur_image, images, out, partial(detect_faces, model=model, threshold=threshold))
     with open_journal(out / JOURNAL) as journal, ProcessPoolExecutor(processes, None, end_with_parent, (True,)) as pool:
         if not rows:
             write_line(journal, options)
         try:
-            for name, number, problem in tqdm(pool.map(blur_image, jobs), total=len(jobs), disable=None):
+            results = pool.map(work, pending, map(boxes.get, pending))
+            for name, (number, problem) in zip(pending, tqdm(results, total=len(pending), disable=None), strict=True):
                 if problem:
                     problems.append(problem)
                 else:
@@ -150,14 +153,13 @@ def detect_faces(image, model, threshold):
     return [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2, _ in found.tolist()]
 
 
-def blur_image(job):
-    """Copy an image with its faces blurred: (its name, number of faces, None), or (its name, 0, the problem)."""
-    name, images, out, faces, model, threshold = job
+def blur_image(images, out, detect, name, faces):
+    """Copy an image with its faces (None: detect them) blurred: (number of faces, None), or (0, the problem)."""
     try:
         image = open_image(images / name)
     except (ValueError, FileNotFoundError) as error:  # the latter: a link that leads nowhere
-        return name, 0, str(error)
-    faces = detect_faces(image, model, threshold) if faces is None else faces
+        return 0, str(error)
+    faces = detect(image) if faces is None else faces
     with image_file(images / name) as file:
         content = file.read()
     with Image.open(io.BytesIO(content)) as stored:
@@ -168,7 +170,7 @@ def blur_image(job):
     number = blur_faces(image, faces)
     save = partial(image.save, format=kind, quality=95, **extra) if number else lambda path: path.write_bytes(content)
     write_whole(out / name, save)
-    return name, number, None
+    return number, None
 
 
 def blur_faces(image, faces):
@@ -188,4 +190,4 @@ def blur_faces(image, faces):
     return len(inside)
 
 
-main = command(__name__, blur, either=("faces", "detector"))
+main = command(__name__, blur)

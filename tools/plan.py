@@ -14,6 +14,7 @@ import os
 import re
 import weakref
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -28,9 +29,9 @@ from formats.meter import PEAK_FLOPS, step_flops
 from formats.processes import Processes
 from model import ADAPTERS, VARIANTS, LocVLM
 from tools import positive
-from train import PRESETS, TrainConfig, build_examples, build_model, build_records, parse_config, trainable
+from train import PRESETS, TrainConfig, build_examples, build_model, build_records, parse_config, print_parts, trainable
 
-RESERVE, SPARE = 1.5 * 2**30, 0.05  # of a GPU: bytes that CUDA and communication take, share that the allocator loses to gaps
+RESERVE, SPARE = 2.75 * 2**30, 0.05  # of a GPU: bytes that CUDA and communication take, share that the allocator loses to gaps
 CAPTION, QUESTION, ANSWER = 24, 55, 20  # tokens: CC3M's captions; a question of App. B with its answer, and the answer
 SYSTEM_TOKENS, SHARE_OF_PEAK = 36, 0.4  # of A100s, that such training reaches
 IMAGES, QUESTIONS, EPOCHS = 95_899, 2 * 402_686, 10  # PRefCOCO, with LocPred and RevLoc of each object
@@ -63,7 +64,7 @@ class BytesAlive(TorchDispatchMode):
     def __init__(self, parameters):
         super().__init__()
         self.parameters = parameters
-        self.now = self.peak = self.gradients_at_peak = 0
+        self.now = self.peak = self.sharded = self.gradients_at_peak = 0
         self.storages = weakref.WeakSet(p.untyped_storage() for p in parameters)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -79,7 +80,13 @@ class BytesAlive(TorchDispatchMode):
         self.now += size
         if self.now > self.peak:
             self.peak = self.now
-            self.gradients_at_peak = sum(p.grad.nbytes for p in self.parameters if p.grad is not None)
+            self.gradients_at_peak = self.sharded + sum(p.grad.nbytes for p in self.parameters if p.grad is not None)
+
+    def shard(self, p, world):
+        """Do what fsdp does with a gradient as soon as it exists: sum it over processes and keep a share, in float32."""
+        p.grad = None
+        self.sharded += 4 * p.numel() // world
+        self.change(4 * p.numel() // world)
 
 
 def plan_step(config, stage, batch, parallel="ddp", world=1, bf16=False, recompute=False):
@@ -96,24 +103,25 @@ def plan_step(config, stage, batch, parallel="ddp", world=1, bf16=False, recompu
         everything, learned = list(model.parameters()), list(trainable(model, stage).values())
         for layer in model.language_model.layers:
             layer.recompute = recompute
-        for p in learned if is_fsdp else ():  # a gradient is summed over processes and sharded as soon as it exists
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        with BytesAlive(everything) as alive:
+        alive = BytesAlive(everything)
+        for p in learned if is_fsdp else ():
+            p.register_post_accumulate_grad_hook(partial(alive.shard, world=world))
+        with alive:
             tensors = {name: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype)
                        for name, t in batch.items() if t is not None}  # fmt: skip
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not is_fsdp):
                 loss = model(**tensors)
             loss.backward()
     weights, learning = 4 * sum(p.numel() for p in everything), sum(p.numel() for p in learned)
+    gradients, activations = alive.gradients_at_peak, alive.peak - alive.gradients_at_peak
     if not is_fsdp:  # gradients lie in ddp's buckets (gradient_as_bucket_view)
-        return Plan(weights, 8 * learning, alive.gradients_at_peak, alive.peak - alive.gradients_at_peak, 0)
+        return Plan(weights, 8 * learning, gradients, activations, 0)
     layer = sum(p.nbytes for p in model.language_model.layers[0].parameters())
     wrapped = [*model.vision_tower.encoder["layers"][:-1], *model.language_model.layers]  # see formats.processes.shard
     root = sum(p.nbytes for p in everything) - sum(p.nbytes for part in wrapped for p in part.parameters())
     # whole at a time: the root, a layer and the one fetched ahead; while summing, a layer's gradients, here and in float32
     sums = (root + layer + 4 * layer // dtype.itemsize) if stage in (2, 4) else 0
-    shards = (weights // world, 8 * learning // world, 4 * learning // world)
-    return Plan(*shards, alive.peak, root + 2 * layer + sums)
+    return Plan(weights // world, 8 * learning // world, gradients, activations, root + 2 * layer + sums)
 
 
 def made_row(config, stage, questions, length=None):
@@ -160,11 +168,7 @@ def row_of(config, stage, records, model):
 
 def plan_stage(config, stage, model, records, world, room):
     """Print a stage's parts and what each process holds in a step. Raise ValueError if that exceeds `room` bytes, if given."""
-    recipe, learned = config.recipe(stage), trainable(model, stage)
-    print(f"\nstage {stage}: {recipe}")
-    for name, part in model.named_children():
-        count, learns = sum(p.numel() for p in part.parameters()), any(n.startswith(name) for n in learned)
-        print(f"  {name:15} {count:>14,} parameters  {'trained' if learns else 'frozen'}")
+    recipe = print_parts(config, stage, model)
     row, basis = row_of(config, stage, records, model)
     features, bf16 = bool(config.features or model.config.frames), config.precision == "bf16"
     bf16 |= config.precision == "auto" and bool(room or torch.cuda.is_available())
@@ -177,11 +181,22 @@ def plan_stage(config, stage, model, records, world, room):
     flops = step_flops(model.config, stage, micro, length, micro * answers, runs_tower=not features)
     print(f"  {micro} rows of at most {length} tokens ({basis}), {world} processes, {'bf16' if bf16 else 'fp32'}")
     print(f"  each process holds {planned}\n  {flops / 1e12:.2f} TFLOP forward and backward")
+    print_beside(model, sum(p.numel() for p in trainable(model, stage).values()), how[1] == "fsdp", world)
     if room and not planned.fits(room):
         remedy = remedies(lambda *how: plan_of(*how).fits(room), *how, world)
         fix = f"add {remedy}" if remedy else "use more processes with --parallel fsdp, or larger GPUs"
         need = f"{planned.total / 2**30:.0f} GiB per process, too much for {room / 2**30:g}GB"
         raise ValueError(f"stage {stage} needs {need}; {fix}")
+
+
+def print_beside(model, learning, is_fsdp, world):
+    """Print what a run takes beside a step: a checkpoint, the host's memory, and the keys and values of evaluation."""
+    weights, state, text = 4 * sum(p.numel() for p in model.parameters()), 12 * learning, model.config.text_config
+    copied, first = (state / world, weights) if is_fsdp else (state, 0)  # while one is written; loaded, and saved whole
+    tokens = SYSTEM_TOKENS + model.config.visual_tokens + QUESTION + 64  # evaluate.py's --max-new-tokens
+    cache = 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * tokens * 128  # its --batch, in bf16
+    print(f"  a checkpoint: {state / 2**30:.1f} GiB on disk. The host: {copied / 2**30:.1f} GiB for each process"
+          f" and {first / 2**30:.1f} for the first. Evaluation: {cache / 2**30:.1f} GiB of keys and values")  # fmt: skip
 
 
 def bytes_of(text):

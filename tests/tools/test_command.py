@@ -60,15 +60,6 @@ def test_several_functions_are_sub_commands_and_help_shows_each_line(capsys):
     assert "folder or zip of the images" in printed, "the package's line"
 
 
-def test_exactly_one_of_either(capsys):
-    main = command("not main", many, either=("out", "data"))
-    assert main(["x", "--out", "o"]) == (("x",), "o", None)
-    for words in (["x"], ["x", "--out", "o", "--data", "d"]):
-        with pytest.raises(SystemExit):
-            main(words)
-    assert "one of the arguments --out --data is required" in capsys.readouterr().err
-
-
 # ----- how a program ends
 
 

@@ -196,7 +196,7 @@ def test_what_is_left_of_a_killed_run_is_gone_on_with(coco, tmp_path, monkeypatc
     """Killed before its options were written, or while its last file was; only chunks that are not there are asked again."""
     asked = []
     monkeypatch.setattr(tool, "weights_sha256", lambda path: "x")
-    monkeypatch.setattr(tool, "captioner", lambda *_: lambda records: asked.append(records[0].id) or told(records))
+    monkeypatch.setattr(tool, "captioner", lambda *_: (list, lambda records: asked.append(records[0].id) or told(records)))
     common = {"model": "m", "coco": coco / "instances.json", "images": coco, "batch": 4}
     caption(**common, out=tmp_path / "a" / "pref.json")
     (tmp_path / "b" / "pref.json.parts").mkdir(parents=True)
@@ -216,7 +216,7 @@ def test_what_is_left_of_a_killed_run_is_gone_on_with(coco, tmp_path, monkeypatc
 @pytest.fixture
 def prefcoco(coco, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "weights_sha256", lambda path: "x")
-    monkeypatch.setattr(tool, "captioner", lambda *_: told)
+    monkeypatch.setattr(tool, "captioner", lambda *_: (list, told))
     caption("m", coco / "instances.json", coco, tmp_path / "prefcoco.json")
     return tmp_path / "prefcoco.json"
 
@@ -256,7 +256,7 @@ def test_a_damaged_image_is_a_rejected_row(run, coco, tmp_path):
 
 def test_ids_are_excluded_and_missing_images_told_before_any_work(coco, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, "weights_sha256", lambda path: "x")
-    monkeypatch.setattr(tool, "captioner", lambda *_: told)
+    monkeypatch.setattr(tool, "captioner", lambda *_: (list, told))
     (tmp_path / "ids.txt").write_text("0\n9\n1234\n")
     common = {"model": "m", "coco": coco / "instances.json", "exclude": f"{tmp_path}/ids.txt"}
     caption(**common, images=coco, out=tmp_path / "pref.json")
@@ -315,7 +315,7 @@ def test_localize_writes_the_papers_conversations(prefcoco, coco, tmp_path, caps
         texts = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
         turns = list(zip(texts[0::2], texts[1::2], strict=True))
         assert (
-            record.image == Path("images", row["image"])
+            record.image == Path(tmp_path, row["image"])
             and row["id"] == f"{50 + int(row['image'][:12])}-{row['objective']}"
         )
         assert [turn["value"].startswith("<image>\n") for turn in row["conversations"]] == [True] + [False] * 3
