@@ -78,7 +78,10 @@ def write_random_model(config, folder):
 def load(side, folder, dtype=torch.float32):
     """Open a folder as our model or as theirs: (the model, whose answers do not end; seconds; GiB of the process before)."""
     if side.startswith("theirs"):
-        from transformers import LlavaForConditionalGeneration as Model  # before the clock starts
+        try:
+            from transformers import LlavaForConditionalGeneration as Model  # before the clock starts
+        except ImportError as error:
+            raise ImportError(f"cannot import transformers ({error}), the other side; pip install transformers") from None
     else:
         Model = LocVLM
     before, began = memory("VmRSS"), time.perf_counter()
