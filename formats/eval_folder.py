@@ -222,7 +222,7 @@ def run_jobs(args, jobs, wording, model, processes):
     for job, title in product(jobs, titles):
         items, how = copy.deepcopy(job.items), answering | {"blind": title == "blind"}  # judging changes the items
         parts, options = folders[title] / f"{job.name}.parts", {"questions_sha256": hashes(items)["questions_sha256"], **how}
-        answerer = partial(model.answerer, title == "blind")
+        answerer = partial(model.answerer, title == "blind", job.rules.choose)
         count, seconds = answer_all(items, args.batch, answerer, parts, options, processes, args.fresh)
         if rank > 0:
             continue

@@ -13,7 +13,7 @@ from formats.images import has_image
 from formats.schema import leaves_folder
 
 FOLDER = Path(__file__).parent  # also holds texts
-ROW_KEYS = {"question_id", "questionId", "expression", "id", "custom_id"}  # a row has one, a dictionary of rows none
+ROW_KEYS = {"question_id", "questionId", "expression", "caption", "id", "custom_id"}  # a row has one, a dictionary of rows none
 
 
 def read_rows(path, expected):
