@@ -401,9 +401,9 @@ class Answerer:
         return {
             "weights_sha256": weights_sha256(args.run), "tokenizer_sha256": self.tokenizer_sha256,
             "vision_sha256": weights_sha256(args.vision) if args.vision else None,
-            "dtype": str(self.dtype).removeprefix("torch."), "decoding": self.decoding, "batch": args.batch, "compile": args.compile,
+            "dtype": str(self.dtype).removeprefix("torch."), "decoding": self.decoding, "batch": args.batch,
+            "compile": args.compile, "images_folder": str(args.images),
             "device": torch.cuda.get_device_name(self.device) if self.device != "cpu" else platform.machine(),
-            "images_folder": str(args.images),
         }  # fmt: skip
 
 

@@ -202,7 +202,7 @@ class LocVLM(nn.Module):
     def log_likelihood(self, images, turns):
         """Score given answers: per image, a list of (question, answer) -> for each, log p of its tokens and of the end token.
 
-        Rows are packed as in training, an image once before all its turns: minus the sum of all is the summed loss of `forward`.
+        Rows are packed as in training, an image once before all its turns: minus the sum of all is `forward`'s summed loss.
         """
         prefix = encode_prefix(self.tokenizer, "v1", self.config.visual_tokens)
         segments = [[encode_segment(self.tokenizer, "v1", [turn]) for turn in of_image] for of_image in turns]

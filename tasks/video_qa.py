@@ -18,7 +18,7 @@ from pathlib import Path
 from evaluate import Item, Task, paper_rows
 from formats.clips import find_clips
 from formats.files import read_json, read_text, some
-from tasks.files import FOLDER, Rows, match_answers, read_rows
+from tasks.files import FOLDER, Rows, keys_of, match_answers, read_rows
 from tasks.judge import judge_answers
 from tasks.words import PROMPTS, add_short, exact_metrics, judge_exact
 
@@ -36,7 +36,7 @@ def read_video_qa(args, wording, types, prefix):
     prefix  what is before a clip's number in its file name: video7010.mp4, vid1451.avi
     """
     content, items, missing = read_rows(args.questions, FILE), [], Counter()
-    has = set(content[0]) if isinstance(content, list) and content and isinstance(content[0], dict) else set()
+    has = keys_of(content)
     kind = TABLE if "gif_name" in has else QA if "video_id" in has and "question_id" not in has else QUESTIONS
     rows = kind.read(args.questions, content)
     truth, skipped = match_answers(rows, ANSWERS, args)

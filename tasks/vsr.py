@@ -2,8 +2,8 @@
 
 Files      test.jsonl of the random split (2,195 captions) or the zero-shot split (1,222), from github.com/cambridgeltl/
            visual-spatial-reasoning, data/splits. Images in one folder, or in train2017 and val2017 under it
-Questions  {"image": "000000119360.jpg", "caption": "The cat is behind the laptop.", "label": 1, "relation": "behind", ...}, asked as
-           "Is the cat behind the laptop?"; the few with another verb as "Is it true that the car contains the cat?"
+Questions  {"image": "000000119360.jpg", "caption": "The cat is behind the laptop.", "label": 1, "relation": "behind"}, asked
+           as "Is the cat behind the laptop?"; the few with another verb as "Is it true that the car contains the cat?"
 Score      accuracy, by POPE's reading of an answer (evaluate.says_no), also balanced over right and wrong captions, by the
            authors' seven groups and by relation; beside it chance, people and models, from VSR's own paper
 Run        python -m tasks vsr runs/b2 --questions zeroshot/test.jsonl --images trainval2017 --with-blind
@@ -22,15 +22,16 @@ from tasks.words import add_short
 ROWS = Rows("VSR's test.jsonl", {"image": str, "caption": str, "label": int, "relation": str})
 PROMPTS = ("Is {the object} {relation} {the other object}?", "Is it true that {caption}?")
 GROUPS = {  # the authors'; "among" stands in two of them, and their script counts it in the last
-    "adjacency": "adjacent to, alongside, at the side of, at the right side of, at the left side of, attached to, at the back of, "
-    "ahead of, against, at the edge of",
-    "directional": "off, past, toward, down, deep down, up, away from, along, around, from, into, to, across, across from, through, "
-    "down from",
+    "adjacency": "adjacent to, alongside, at the side of, at the right side of, at the left side of, attached to, "
+    "at the back of, ahead of, against, at the edge of",
+    "directional": "off, past, toward, down, deep down, up, away from, along, around, from, into, to, across, across from, "
+    "through, down from",
     "orientation": "facing, facing away from, parallel to, perpendicular to",
-    "projective": "on top of, beneath, beside, behind, left of, right of, under, in front of, below, above, over, in the middle of",
+    "projective": "on top of, beneath, beside, behind, left of, right of, under, in front of, below, above, over, "
+    "in the middle of",
     "proximity": "by, close to, near, far from, far away from",
-    "topological": "connected to, detached from, has as a part, part of, contains, within, at, on, in, with, surrounding, among, "
-    "consists of, out of, between, inside, outside, touching",
+    "topological": "connected to, detached from, has as a part, part of, contains, within, at, on, in, with, surrounding, "
+    "among, consists of, out of, between, inside, outside, touching",
     "unallocated": "beyond, next to, opposite to, after, among, enclosed by",
 }
 GROUP_OF = {relation: group for group, relations in GROUPS.items() for relation in relations.split(", ")}

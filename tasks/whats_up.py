@@ -3,8 +3,8 @@
 Files      coco_qa_one_obj.json, coco_qa_two_obj.json with val2017; controlled_images_dataset.json (A) with controlled_images,
            controlled_clevr_dataset.json (B) with controlled_clevr. From github.com/amitakamath/whatsup_vlms
 Questions  [image id, right caption, wrong caption], or {"image_path", "caption_options": [right, wrong, wrong, wrong]}.
-           whats-up: the model is asked for a caption, and the likelihood of each is compared, in sum and per token (a sum prefers
-           short ones). whats-up-asked: "Is there a mug under a table in the image?" with each caption
+           whats-up: the model is asked for a caption, and the likelihoods are compared, in sum and per token (a sum prefers
+           short captions). whats-up-asked: "Is there a mug under a table in the image?" with each caption
 Score      rows that are right, by preposition: the likeliest caption is the right one; asked, yes to it and no to the others.
            A and B also by pairs of photos (left and right, or the other two) and sets of four, all of which must be right
 Run        python -m tasks whats-up runs/b2 --questions controlled_images_dataset.json --images controlled_images --with-blind
