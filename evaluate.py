@@ -77,6 +77,7 @@ class Task:
     judge       (item, wording): sets item.correct, and item.boxes_px if the answer holds locations
     metrics     items -> {name: share or count}
     prompts     templates of the questions
+    choose      (model, images, [items of each]) -> [answers of each], if the model does not write them: see tasks/whats_up.py
     files       a benchmark's: what --questions and --answers are
     options     the options that it takes beside them: "split", "short"
     paper       the paper's rows: [(model, {metric: percent})], if has_paper(items): they are about such questions
@@ -96,6 +97,7 @@ class Task:
     submission: Callable | None = None
     after: Callable | None = None
     summary: Callable | None = None
+    choose: Callable | None = None
 
     @staticmethod
     def is_about_clips(items):
@@ -161,12 +163,10 @@ def locpred_metrics(items):
     ious = [item.truth["iou"] for item in items if "iou" in item.truth]
     with_iou = [item for item in items if item.boxes_px and "iou" in item.truth]
     return {
-        "acc@0.5": mean(item.correct for item in items),
-        "acc@0.75": mean(iou >= 0.75 for iou in ious),
-        "mean IoU": mean(ious),
+        "acc@0.5": mean(item.correct for item in items), "acc@0.75": mean(iou >= 0.75 for iou in ious), "mean IoU": mean(ious),
         "no box": mean(not item.boxes_px for item in items),
         "box outside image": mean(bool(fault(item.boxes_px[0], item.size)) for item in with_iou),
-    }
+    }  # fmt: skip
 
 
 def negpred_metrics(items):
@@ -327,11 +327,9 @@ def hal_metrics(items):
     tp, fp, fn = count["yes", True], count["no", True], count["yes", False]
     return {
         "accuracy": mean(item.correct for item in items),
-        "precision": tp / (tp + fp) if tp + fp else 0.0,
-        "recall": tp / (tp + fn) if tp + fn else 0.0,
-        "F1": 2 * tp / (2 * tp + fp + fn) if tp else 0.0,
-        "says yes": (tp + fp) / len(items) if items else 0.0,
-    }
+        "precision": tp / (tp + fp) if tp + fp else 0.0, "recall": tp / (tp + fn) if tp + fn else 0.0,
+        "F1": 2 * tp / (2 * tp + fp + fn) if tp else 0.0, "says yes": (tp + fp) / len(items) if items else 0.0,
+    }  # fmt: skip
 
 
 # ----- the tasks
@@ -374,9 +372,9 @@ class Answerer:
         model = LocVLM.from_pretrained(self.args.run, self.args.vision, self.dtype, self.device).eval()
         return model.for_inference(self.args.compile)
 
-    def answerer(self, is_blind):
+    def answerer(self, is_blind, choose=None):
         """Load the weights, if they are not, and return the functions batch -> opened images, and these -> {id: answer}."""
-        return partial(self.open, is_blind), partial(self.answer, self.model)
+        return partial(self.open, is_blind), partial(self.answer, self.model, choose)
 
     def open(self, is_blind, batch):
         """Open the images of a batch of items: (items by image, images). Blind: without content, CLIP's mean colour."""
@@ -390,28 +388,23 @@ class Answerer:
                 images.append(still(path, mirrored, group[0].is_clip))
         return pictures, images
 
-    def answer(self, model, opened):
-        """Answer the questions about opened images: {id: answer}."""
-        pictures, images = opened
-        questions = [[item.question for item in group] for group in pictures.values()]
-        answers = model.generate(images, questions, **self.decoding)
-        pairs = zip(sum(pictures.values(), []), sum(answers, []), strict=True)
-        return {item.id: answer for item, answer in pairs}
+    def answer(self, model, choose, opened):
+        """Answer the questions about opened images: {id: answer}. choose: see Task"""
+        groups, images = list(opened[0].values()), opened[1]
+        questions = [[item.question for item in group] for group in groups]
+        answers = choose(model, images, groups) if choose else model.generate(images, questions, **self.decoding)
+        return {item.id: answer for item, answer in zip(sum(groups, []), sum(answers, []), strict=True)}
 
     def describe(self):
         """Return what answers depend on, beside the questions."""
         args = self.args
         return {
-            "weights_sha256": weights_sha256(args.run),
+            "weights_sha256": weights_sha256(args.run), "tokenizer_sha256": self.tokenizer_sha256,
             "vision_sha256": weights_sha256(args.vision) if args.vision else None,
-            "tokenizer_sha256": self.tokenizer_sha256,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "decoding": self.decoding,
-            "batch": args.batch,
-            "compile": args.compile,
+            "dtype": str(self.dtype).removeprefix("torch."), "decoding": self.decoding, "batch": args.batch,
+            "compile": args.compile, "images_folder": str(args.images),
             "device": torch.cuda.get_device_name(self.device) if self.device != "cpu" else platform.machine(),
-            "images_folder": str(args.images),
-        }
+        }  # fmt: skip
 
 
 def ask(model, image_path, question, out, **decoding):

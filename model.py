@@ -1,7 +1,8 @@
 """The visual LLM: a frozen CLIP ViT sees, an adapter translates, LLaMA speaks (LocVLM, Sec. 3.1).
 
 The whole model is `LocVLM.forward`; read it first. `LocVLM.generate` is the same path with a cache, several questions behind
-each image. An image enters as placeholder ids, one per visual token, whose embeddings the adapter's output replaces.
+each image; `LocVLM.log_likelihood` scores given answers. An image enters as placeholder ids, one per visual token, whose
+embeddings the adapter's output replaces.
 
     B rows   T tokens   P patches per image   N visual tokens per image (P, or what the adapter makes of P)
     D LLaMA hidden_size   Dv CLIP hidden_size   V vocabulary   S image side   A answer tokens of a batch
@@ -18,7 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower, open_image, preprocess
 from coords import CoordFormat
-from data import encode_prefix, encode_question, placeholders
+from data import IGNORE, collate, encode_prefix, encode_question, encode_segment, pack, placeholders
 from formats.fast_cpu import pack_linears
 from formats.llava_hf import read_adapter, read_checkpoint, write_checkpoint
 from llama import KVCache, Llama, LlamaConfig, read_tokenizer
@@ -149,7 +150,7 @@ class LocVLM(nn.Module):
         self.tokenizer = None  # set by from_parts and from_pretrained; it belongs to the weights
 
     def forward(self, pixel_values, input_ids, placeholders, positions, answers, segments=None, reduction="mean"):
-        """Next-token loss over the answer tokens (their mean, or their sum).
+        """Next-token loss over the answer tokens: their mean, their sum, or ("none") that of each.
 
         pixel_values  float (images, 3, S, S), normalised by clip_vit.preprocess; or features (images, P, Dv) that the tower
                       made earlier, see formats.features
@@ -191,13 +192,27 @@ class LocVLM(nn.Module):
         prompts = [encode_question(tokenizer, question) for of_image in questions for question in of_image]
         cache.spread(image_of, len(prefix) + max(map(len, prompts)) + max_new_tokens)
 
-        def on_token(row, ids):
-            on_text(row, tokenizer.decode(ids).strip())
-
+        on_token = on_text and (lambda row, ids: on_text(row, tokenizer.decode(ids).strip()))
         sampling = (max_new_tokens, tokenizer.eos_token_id, temperature, seed)
-        answers = llama.generate(prompts, *sampling, prefix=cache, on_token=on_text and on_token)
+        answers = llama.generate(prompts, *sampling, prefix=cache, on_token=on_token)
         answers = iter(tokenizer.decode(ids).strip() for ids in answers)
         return [[next(answers) for _ in of_image] for of_image in questions]
+
+    @torch.inference_mode()
+    def log_likelihood(self, images, turns):
+        """Score given answers: per image, a list of (question, answer) -> for each, log p of its tokens and of the end token.
+
+        Rows are packed as in training, an image once before all its turns: minus the sum of all is `forward`'s summed loss.
+        """
+        prefix = encode_prefix(self.tokenizer, "v1", self.config.visual_tokens)
+        segments = [[encode_segment(self.tokenizer, "v1", [turn]) for turn in of_image] for of_image in turns]
+        longest = len(prefix) + max((len(ids) for of_image in segments for ids, _ in of_image), default=0)
+        if longest > (limit := self.config.text_config.max_position_embeddings):
+            raise ValueError(f"{longest} tokens exceed max_position_embeddings = {limit}; shorten the question or the answer")
+        batch, patches = collate([pack(prefix, of_image, 10**9) for of_image in segments]), self.see(images)
+        batch = {key: value if value is None else value.to(patches.device) for key, value in batch.items()}
+        log_p = iter((-self(patches, **batch, reduction="none")).tolist())  # row by row, in the order of its segments
+        return [[[next(log_p) for i in labels if i != IGNORE] for _, labels in of_image] for of_image in segments]
 
     def see(self, images):
         """Run the tower: images -> (images, P, Dv), or clips -> (clips, frames + P, Dv).

@@ -13,6 +13,7 @@ import glob
 import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 from collections import Counter
@@ -29,6 +30,7 @@ from formats.annotations import coco_id, image_ids, image_ids_of, parse_sources,
 from formats.files import read_json, remove_temporary, sha256, some, write_json, write_rows
 from formats.images import has_image, is_hidden, names_in
 from formats.journal import work_in_parts
+from formats.parquet import shards
 from formats.pictures import overlay
 
 COMPARED = ("questions", "images", "weights_sha256", "data_sha256", "seed", "split", "decoding", "location", "template")
@@ -59,7 +61,7 @@ class Job:
 
 def name_of(task, file=None, split=None):
     """Return the name of a task's results, as refcoco-refs(unc)-testB."""
-    return "-".join(filter(None, (task, file and Path(file).stem, split)))
+    return "-".join(filter(None, (task, file and re.sub(r"-\d{5}-of-\d{5}$", "", Path(file).stem), split)))
 
 
 def folders_of(run, into=None):
@@ -73,7 +75,8 @@ def read_jobs(tasks, args, wording):
     jobs = []
     for name, task in tasks.items():
         items, skipped = task.read(args, wording)
-        files = [Path(path) for path in ((args.questions, args.answers) if task.files else (args.coco,)) if path]
+        named = (args.questions, args.answers) if task.files else (args.coco,)
+        files = [file for path in named if path for file in shards(path)]
         file = files[0] if task.files or not args.is_default_data else None  # results on the held-out shapes name no file
         job = Job(name, name_of(name, file, args.split if task.files else None), task, items, dict(skipped), files)
         if doubled := [i for i, count in Counter(item.id for item in items).items() if count > 1]:
@@ -222,7 +225,7 @@ def run_jobs(args, jobs, wording, model, processes):
     for job, title in product(jobs, titles):
         items, how = copy.deepcopy(job.items), answering | {"blind": title == "blind"}  # judging changes the items
         parts, options = folders[title] / f"{job.name}.parts", {"questions_sha256": hashes(items)["questions_sha256"], **how}
-        answerer = partial(model.answerer, title == "blind")
+        answerer = partial(model.answerer, title == "blind", job.rules.choose)
         count, seconds = answer_all(items, args.batch, answerer, parts, options, processes, args.fresh)
         if rank > 0:
             continue

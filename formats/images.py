@@ -1,4 +1,4 @@
-"""Image files in folders and zips: open one, look at its size, tell images and clips apart by name."""
+"""Image files in folders, zips and parquet files: open one, look at its size, tell images and clips apart by name."""
 
 import io
 import os
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from formats.files import naming, read_json
+from formats.parquet import has_parquet_image, is_in_parquet, parquet_image
 
 ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 IMAGES = (*ANIMATIONS, ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff")
@@ -40,7 +41,7 @@ def is_clip(path):
 def open_image(path):
     """Open an image file as RGB, in its stored orientation (COCO's boxes ignore the EXIF rotation, and so do we).
 
-    Transparency is dropped, as CLIP's own reader does. `path` may lead into a zip: images.zip/000000000.jpg.
+    Transparency is dropped, as CLIP's own reader does. `path` may lead into a zip, or a parquet file: images.zip/000000000.jpg.
     Raise FileNotFoundError, or ValueError if the file is damaged.
     """
     if not has_image(path):
@@ -69,13 +70,17 @@ def to_rgb(image):
 
 
 def image_file(path):
-    """Open an image's file to read its bytes, in its folder or its zip."""
+    """Open an image's file to read its bytes, in its folder, zip or parquet file."""
+    if is_in_parquet(path):
+        return io.BytesIO(parquet_image(path))
     zip_path, member = split_zip(path)
     return io.BytesIO(open_zip(zip_path).read(member)) if zip_path else open(path, "rb")
 
 
 def has_image(path):
-    """Return True if an image file exists, in its folder or its zip."""
+    """Return True if an image file exists, in its folder, zip or parquet file."""
+    if is_in_parquet(path):
+        return has_parquet_image(path)
     zip_path, member = split_zip(path)
     return member in open_zip(zip_path).NameToInfo if zip_path else Path(path).is_file()
 

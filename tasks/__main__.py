@@ -15,6 +15,7 @@ import evaluate
 from formats import eval_folder
 from formats.files import read_json, require_file, run_command, sha256
 from formats.journal import start_processes
+from formats.parquet import is_parquet
 from model import LocVLMConfig
 from tasks import TASKS
 from tasks.files import Rows
@@ -44,6 +45,8 @@ def parse(argv):
     add("--judge-model", default="gpt-3.5-turbo", help="its name (default: gpt-3.5-turbo, the paper's)")
     args = parser.parse_args(argv)
     name, task = args.task, TASKS.get(args.task)
+    if task and is_parquet(args.questions or "") and not args.score:
+        args.images = args.images or args.questions  # which holds them
     takes = ["questions", *task.options] if task else ["coco"]
     takes += ["answers"] * bool(task and "answers:" in task.files) + ["judgements", "judge_url"] * bool(task and task.after)
     others = [o for o in ("coco", "questions", "answers", "split", "short", "judgements", "judge_url") if o not in takes]

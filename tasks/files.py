@@ -1,4 +1,4 @@
-"""Read the files of benchmarks: rows of JSON, JSON lines or tables, joined by id, and images under the names they go by."""
+"""Read the files of benchmarks: rows of JSON, JSON lines, tables or parquet, joined by id, and images under their names."""
 
 import csv
 import io
@@ -10,14 +10,17 @@ from pathlib import Path
 from formats import files
 from formats.files import naming, read_text, require_file, some
 from formats.images import has_image
+from formats.parquet import is_parquet, read_parquet
 from formats.schema import leaves_folder
 
 FOLDER = Path(__file__).parent  # also holds texts
-ROW_KEYS = {"question_id", "questionId", "expression", "id", "custom_id"}  # a row has one, a dictionary of rows none
+ROW_KEYS = {"question_id", "questionId", "expression", "caption", "id", "custom_id"}  # a row has one, a dictionary of rows none
 
 
 def read_rows(path, expected):
-    """Read JSON, JSON lines, or a table with a header (.csv, .tsv, .txt). expected: what the file should be"""
+    """Read JSON, JSON lines, parquet, or a table with a header (.csv, .tsv, .txt). expected: what the file should be"""
+    if is_parquet(path):
+        return read_parquet(path)
     if Path(path).suffix.lower() not in (".csv", ".tsv", ".txt"):
         content = files.read_rows(path, expected)
         return [content] if isinstance(content, dict) and ROW_KEYS & content.keys() else content
@@ -26,6 +29,20 @@ def read_rows(path, expected):
     style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in text.partition("\n")[0] else {"strict": True}
     with naming(path, csv.Error):
         return list(csv.DictReader(io.StringIO(text, newline=""), **style))
+
+
+def keys_of(content):
+    """Return the keys of the first of a list of rows, which tell one kind of file from another."""
+    return content[0].keys() if isinstance(content, list) and content and isinstance(content[0], dict) else set()
+
+
+def of_split(rows, key, args):
+    """Return the rows of the split that --split names, or all if they are of one. Raise ValueError if it is unclear which."""
+    splits = Counter(row.get(key) for row in rows)
+    if args.split is None and len(splits) > 1 or args.split is not None and args.split not in splits:
+        names = ", ".join(f"{name} ({count})" for name, count in splits.items())
+        raise ValueError(f"split {args.split} of {args.questions}, which has {names}; choose one of them with --split")
+    return [row for row in rows if args.split in (None, row.get(key))]
 
 
 @dataclass(frozen=True)

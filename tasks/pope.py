@@ -1,7 +1,8 @@
 """POPE (Tab. 9): is there a ... in the image? Yes and no, about COCO's val2014.
 
 Files      coco_pope_{random,popular,adversarial}.json (JSON lines or an array), from github.com/RUCAIBox/POPE, output/coco: the
-           present ones, or those before August 2023, LLaVA's; or POPE's questions about GQA's images, output/seem/gqa
+           present ones, or those before August 2023, LLaVA's; or POPE's questions about GQA's images, output/seem/gqa; or
+           lmms-lab's .parquet, with images (test-*.parquet holds all three: --split adversarial)
 Questions  {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in ...?", "label": "yes"}
 Score      accuracy, precision, recall, F1 and share of yes (evaluate.says_no), and the mean F1 of the files beside each other
 Run        python -m tasks pope runs/b2 --questions coco_pope_adversarial.json --images val2014 --with-blind
@@ -13,15 +14,20 @@ Run        python -m tasks pope runs/b2 --questions coco_pope_adversarial.json -
 from evaluate import HAL_PROMPT, Item, Task, hal_metrics, judge_hal, mean, paper_rows
 from formats.annotations import coco_id
 from formats.eval_folder import shown
-from tasks.files import Rows, find_image
+from tasks.files import Rows, find_image, keys_of, of_split, read_rows
 from tasks.words import add_short, spaced
 
 ROWS = Rows("a file of POPE", {"question_id": int | str, "image": str, "text": str, "label": str})
 
 
 def read_pope(args, wording):
-    items = []
-    for name, row in ROWS.read(args.questions).items():
+    content, items = read_rows(args.questions, ROWS.file), []
+    if "category" in keys_of(content):  # lmms-lab's
+        content = of_split(content, "category", args)
+        content = [row | {"text": row.get("question"), "label": row.get("answer")} for row in content]
+    elif args.split:
+        raise ValueError(f"{args.questions} has no splits; leave out --split")
+    for name, row in ROWS.read(args.questions, content).items():
         if row["label"] not in ("yes", "no"):
             raise ValueError(f"{args.questions}: question {name} has label {row['label']!r}, neither yes nor no")
         path, question = find_image(args.images, row["image"], "val2014"), add_short(row["text"], args.short)
@@ -53,6 +59,6 @@ def mean_f1(results, folder):
     return f"  mean F1 of the {len(f1)} files of POPE in {folder}: {shown(mean(f1))}\n" if len(f1) > 1 else ""
 
 
-FILES = "questions: coco_pope_{random,popular,adversarial}.json"
-TASKS = {"pope": Task(read_pope, judge_hal, pope_metrics, (HAL_PROMPT,), FILES, ("short",), paper_rows("pope"),
+FILES = "questions: coco_pope_{random,popular,adversarial}.json, or lmms-lab's .parquet"
+TASKS = {"pope": Task(read_pope, judge_hal, pope_metrics, (HAL_PROMPT,), FILES, ("short", "split"), paper_rows("pope"),
                       has_paper=is_about_coco, summary=mean_f1)}

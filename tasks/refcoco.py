@@ -1,7 +1,8 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: describe a box (refcoco, Tab. 10), and find what is described (rec).
 
 Files      refs(unc).p or refs(umd).p beside its instances.json, from github.com/lichengunc/refer; refs_val.json of the shapes
-           world; Shikra's or MDETR's form. COCO's train2014. --split: in the paper, testB, and RefCOCOg's val and test
+           world; Shikra's or MDETR's form; lmms-lab's testB-*.parquet, with images. COCO's train2014. --split: in the paper,
+           testB, and RefCOCOg's val and test
 Questions  refcoco: "What is at location (4, 52, 13, 63) in image?"; rec: "Where is ...?" with each sentence of each ref. The
            prompt, RevLoc's or LocPred's, depends on the seed and the ref alone
 Score      refcoco: METEOR 1.5 of all answers together (pip install pycocoevalcap, and Java); rec: IoU >= 0.5, original pixels
@@ -23,10 +24,10 @@ from evaluate import Item, Task, locpred_metrics, paper_rows
 from formats.files import naming, read_json, require_file
 from formats.images import image_size
 from formats.schema import IMAGE, clip_box, entries_by_id, require_lists
-from tasks.files import Rows, find_image, read_rows
+from tasks.files import Rows, find_image, keys_of, of_split, read_rows
 from tasks.words import meteor, require_meteor
 
-FILE = "refs(unc).p with instances.json, refs_*.json of the shapes, Shikra's JSON lines, or MDETR's finetune_*.json"
+FILE = "refs(unc).p with instances.json, refs_*.json of the shapes, Shikra's or MDETR's form, or lmms-lab's .parquet"
 PICKLE = Rows("RefCOCO's refs(unc).p", {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sentences": list})
 
 
@@ -64,6 +65,15 @@ def rows_of(content):
         for index, image in enumerate(content["images"]):
             size, sentences = (image["width"], image["height"]), [(index, image["caption"])]
             yield {"file_name": image["file_name"], "size": size, "bbox": bboxes[image["id"]], "sentences": sentences}
+    elif {"file_name", "answer"} <= keys_of(content):  # lmms-lab's: some refs come twice; file names end in the object's number
+        refs = {}
+        for row in content:
+            name = re.sub(r"(?<=_\d{12})_\d+(?=\.jpg$)", "", row["file_name"])
+            texts = refs.setdefault((str(row["question_id"]), name, *row["bbox"]), [])
+            texts += [text for text in row["answer"] if text not in texts]
+        for (ref_id, name, *bbox), texts in refs.items():
+            sentences = [(f"{ref_id}-{number}", text) for number, text in enumerate(texts)]
+            yield {"ref_id": ref_id, "file_name": name, "bbox": bbox, "sentences": sentences}
     else:
         for index, row in enumerate(content):  # Shikra's: corners
             (x1, y1, x2, y2), size = row["bbox"], (row["width"], row["height"]) if "width" in row else None
@@ -93,12 +103,8 @@ def read_pickle(path, instances=None):
 
 def read_split(args):
     """Return the refs of a split with a valid box, [(ref, image path, size, box_px)], and a Counter {reason: refs skipped}."""
-    refs, skipped, found = read_refs(args.questions, args.answers), Counter(), []
-    splits = Counter(ref["split"] for ref in refs)
-    if args.split is None and len(splits) > 1 or args.split is not None and args.split not in splits:
-        names = ", ".join(f"{name} ({count})" for name, count in splits.items())
-        raise ValueError(f"split {args.split} of {args.questions}, which has {names}; choose one of them with --split")
-    for ref in [ref for ref in refs if args.split in (None, ref["split"])]:
+    skipped, found = Counter(), []
+    for ref in of_split(read_refs(args.questions, args.answers), "split", args):
         path = find_image(args.images, ref["file_name"], "train2014")
         size = tuple(ref["size"] or image_size(path))
         box_px = clip_box(ref["bbox"], size, skipped, "refs")

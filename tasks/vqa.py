@@ -1,7 +1,8 @@
 """VQAv2 (Tab. 5): open questions about COCO images, each answered by ten people.
 
 Files      v2_OpenEnded_mscoco_val2014_questions.json and v2_mscoco_val2014_annotations.json, from visualqa.org; COCO's val2014.
-           The test splits have no annotations: a run on them writes NAME.submission.json for EvalAI
+           The test splits have no annotations: a run on them writes NAME.submission.json for EvalAI. Or lmms-lab's
+           validation-*.parquet, with annotations and images
 Questions  the file's own text; with --short, followed by LLaVA-1.5's request for a single word
 Score      mean over the annotators of min(1, matches among the others / 3), by type of answer and question. As officially, no
            answer is normalised if all annotators agree: "Yes." is not "yes" there; "normalised first" always does
@@ -11,8 +12,10 @@ Run        python -m tasks vqa runs/b2 --questions v2_..._questions.json --answe
     0.6
 """
 
+from pathlib import Path
+
 from evaluate import Item, Task, mean, paper_rows
-from tasks.files import Rows, find_image, match_answers, read_rows
+from tasks.files import Rows, find_image, keys_of, match_answers, read_rows
 from tasks.words import PROMPTS, add_short, vqa_normal, vqa_scores
 
 QUESTIONS = Rows("v2_OpenEnded_mscoco_*_questions.json", {"question_id": int, "image_id": int, "question": str}, "questions")
@@ -22,6 +25,10 @@ ANNOTATIONS = Rows("v2_mscoco_*_annotations.json", NEEDS, "annotations")
 
 def read_vqa(args, wording):
     content, items, truth, skipped = read_rows(args.questions, QUESTIONS.file), [], {}, {}
+    if "question_type" in keys_of(content):  # lmms-lab's
+        year = "test2015" if Path(args.questions).name.startswith("test") else "val2014"
+        content = {"questions": content, "annotations": content, "data_subtype": year}
+        truth = ANNOTATIONS.read(args.questions, content) if content["annotations"][0]["answers"] else {}
     rows = QUESTIONS.read(args.questions, content)
     split = str(content.get("data_subtype", "val2014")).replace("-dev", "")  # test-dev2015 asks about test2015's images
     if args.answers:
@@ -31,7 +38,8 @@ def read_vqa(args, wording):
         if truth:
             answers = [a.get("answer") if isinstance(a, dict) else None for a in truth[name]["answers"]]
             if not answers or not all(isinstance(text, str) for text in answers):
-                raise ValueError(f"{args.answers}: question {name} has answers {answers}, not one text per annotator")
+                file = args.answers or args.questions
+                raise ValueError(f"{file}: question {name} has answers {answers}, not one text per annotator")
             facts |= {"answers": answers} | {key: truth[name][key] for key in ("answer_type", "question_type")}
         path = find_image(args.images, f"COCO_{split}_{row['image_id']:012d}.jpg", split)
         items.append(Item(name, path, None, add_short(row["question"], args.short), facts))
@@ -59,7 +67,7 @@ def vqa_metrics(items):
 
 TASKS = {"vqa": Task(
     read_vqa, judge_vqa, vqa_metrics, PROMPTS, options=("short",), paper=paper_rows("vqa"),
-    files="questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json, none for test",
+    files="questions: v2_OpenEnded_mscoco_val2014_questions.json; answers: v2_mscoco_val2014_annotations.json; or .parquet",
     # for EvalAI; normalised, because its server compares letter by letter if annotators agree
     submission=lambda items: [{"question_id": i.truth["question_id"], "answer": vqa_normal(i.answer)} for i in items],
 )}  # fmt: skip

@@ -268,6 +268,27 @@ def test_images_may_come_as_pictures_paths_or_tensors(make_model, tmp_path):
         model.generate([image], [["a"], ["b"]])
 
 
+def test_given_answers_have_the_likelihood_that_the_loss_says(make_model, tokenizer, monkeypatch):
+    """Scored together, an image once before all its answers, as each alone in a row of its own; without a turn, nothing."""
+    model, prefix = make_model(), encode_prefix(tokenizer, "v1", VISION.num_patches)
+    turns = [[(question, answer) for question in of_image for answer in ("left", "to the right")] for of_image in QUESTIONS]
+    shapes, hidden = [], model.language_model.hidden
+    monkeypatch.setattr(model.language_model, "hidden", lambda x, *rest: shapes.append(x.shape[:2]) or hidden(x, *rest))
+    scored = model.log_likelihood(pictures(), turns)
+    longest = max(sum(len(encode_segment(tokenizer, "v1", [turn])[0]) for turn in of_image) for of_image in turns)
+    assert shapes == [(3, len(prefix) + longest)], "a row per image"
+    for image, of_image, log_p in zip(pictures(), turns, scored, strict=True):
+        for turn, of_turn in zip(of_image, log_p, strict=True):
+            row = pack(prefix, [encode_segment(tokenizer, "v1", [turn])], 512)
+            loss = model(preprocess(image, VISION)[None], **collate([row]), reduction="sum").item()
+            assert sum(of_turn) == pytest.approx(-loss, rel=1e-5) and len(of_turn) == len(tokenizer.encode(turn[1])) + 1
+    none, alone = model.log_likelihood(pictures(2), [[], turns[1]])
+    assert none == [] and sum(alone, []) == pytest.approx(sum(scored[1], []), rel=1e-5)
+    assert model.log_likelihood(pictures(1), [[]]) == [[]]
+    with pytest.raises(ValueError, match="tokens exceed max_position_embeddings = 512; shorten the question or the answer"):
+        model.log_likelihood(pictures(1), [[("What?", "left " * 400)]])
+
+
 # ----- what carries loss, and what does not matter
 
 
