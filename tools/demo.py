@@ -33,8 +33,7 @@ from coords import fault
 from data import REV_PROMPTS, Object, loc_question
 from evaluate import Answerer, ask_presence, locations, parse, side_question, use_default_data, wording_of
 from formats.annotations import read_file
-from formats.clips import CLIP_SUFFIXES
-from formats.images import ANIMATIONS, IMAGES, PIL_ERRORS, names_in
+from formats.images import ANIMATIONS, IMAGES, PIL_ERRORS, is_clip, names_in
 from formats.pictures import still
 from formats.schema import are_numbers
 from tools import command, positive
@@ -74,10 +73,11 @@ def suffix_of(content):
 def gallery(images, args, config):
     """List the pictures to choose from, [(path, names of what is in it)], and every name that the data knows."""
     if images:
-        names = sorted(name for name in names_in(images) if Path(name).suffix.lower() in (*IMAGES, *CLIP_SUFFIXES))
-        if not names:
+        paths = (Path(images) / name for name in sorted(names_in(images)))
+        shown = list(itertools.islice((path for path in paths if path.suffix.lower() in IMAGES or is_clip(path)), SHOWN))
+        if not shown:
             raise FileNotFoundError(f"no images or clips in {images}; pass a folder or zip of them with --images")
-        return [(Path(images) / name, ()) for name in names[:SHOWN]], []
+        return [(path, ()) for path in shown], []
     use_default_data(args, config)
     records, _ = read_file(args.coco, args.images)
     names = sorted({name for record in records for name in record.present + record.absent})
@@ -86,8 +86,6 @@ def gallery(images, args, config):
 
 class Demo(ThreadingHTTPServer):
     """The server: the model, the pictures by number, and the queue of questions."""
-
-    request_queue_size = 64
 
     def __init__(self, run, images=None, vision=None, port=8000, max_new_tokens=64):
         args = parse([run, f"--max-new-tokens={max_new_tokens}", *([f"--vision={vision}"] if vision else [])])
@@ -140,7 +138,7 @@ class Demo(ThreadingHTTPServer):
             raise ValueError(str(error).replace(str(path), "the upload")) from None
         with self.changed:
             self.pictures[number] = path, ()
-            for old in [number for number in self.pictures if number >= self.about["pictures"]][:-KEPT]:
+            for old in [n for n in self.pictures if n >= self.about["pictures"]][:-KEPT]:
                 self.pictures.pop(old)[0].unlink()
         return number
 
@@ -155,8 +153,8 @@ class Demo(ThreadingHTTPServer):
                 return loc_question(name.strip(), self.wording, random)
             case {"form": "hal", "names": [str(name), *_]} if name.strip():
                 return ask_presence(name.strip(), self.wording.medium)
-            case {"form": "left/right" | "above/below" as setting, "names": [str(one), str(two)]} if one.strip() and two.strip():
-                return side_question(setting, Object(one.strip(), None), Object(two.strip(), None))
+            case {"form": "left/right" | "above/below" as form, "names": [str(one), str(two)]} if one.strip() and two.strip():
+                return side_question(form, Object(one.strip(), None), Object(two.strip(), None))
         missing = {"own": "type a question", "rev": "drag a box", "loc": "name the object", "hal": "name the object"}
         raise ValueError(f"{missing.get(str(request.get('form')), 'name both objects')} first")
 

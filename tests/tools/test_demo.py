@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -134,8 +135,9 @@ def test_forms_are_worded_as_in_training(serve):
         assert ask(server, "What\nis it?", form=form, names=["orange", "dog"])[1][0]["question"] == question
     for missing, problem in (
         ({"form": "rev"}, "drag a box first"), ({"form": "rev", "box_px": [1, 2, 3, "x"]}, "drag a box first"),
-        ({"form": "rev", "box_px": [50, 20, 25, 60]}, "corners swapped"), ({"form": "rev", "box_px": [0, 0, 9, 999]}, "outside"),
-        ({"form": "rev", "box_px": [0, 0, 9, float("nan")]}, "not finite"), ({"form": "loc", "names": [" "]}, "name the object"),
+        ({"form": "rev", "box_px": [50, 20, 25, 60]}, "corners swapped"), ({"form": "loc", "names": [" "]}, "name the object"),
+        ({"form": "rev", "box_px": [0, 0, 9, float("nan")]}, "not finite"),
+        ({"form": "rev", "box_px": [0, 0, 9, 999]}, "outside"),
         ({"form": "left/right", "names": ["cup", ""]}, "name both"), ({"form": "hal", "names": 7}, "name the object"),
         ({"question": " \n"}, "type a question"), ({"form": []}, "first"), ({"picture": 99}, "no longer kept"),
         ({"picture": "../a.png"}, "no longer kept"), ({"picture": [0]}, "no longer kept"),
@@ -153,7 +155,8 @@ def test_pictures_have_numbers_and_files_cannot_be_named(serve):
     server = serve(lambda question: "Yes.")
     assert request(server, "GET", "/about")[1][0]["pictures"] == 3
     assert request(server, "GET", "/pictures/2")[1] == [{"size": [40, 30], "frames": 1, "names": []}]
-    for path in ("/secret.txt", "/pictures/secret.txt", "/pictures/0/../../secret.txt", "//etc/passwd", "/pictures/3", "/pictures/0/7"):
+    inside = ("secret.txt", "pictures/secret.txt", "pictures/0/../../secret.txt", "pictures/3", "pictures/0/7")
+    for path in ("//etc/passwd", *(f"/{path}" for path in inside)):
         status, [row] = request(server, "GET", path)
         assert status in (400, 404) and row["error"], path
 
@@ -176,7 +179,7 @@ def test_uploads_are_read_by_content_and_limited(serve, monkeypatch):
     for content, problem in (
         (huge(), "more than 64 megapixels"), (encoded(Image.new("1", (9000, 9000))), "more than 64 megapixels"),
         (encoded(grey, "EPS"), "no image or clip"), (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "no image or clip"),
-        (b"", "no image or clip"), (encoded(red)[:60], "cannot be read"), (b"\0\0\0\x18ftypmp42" + bytes(99), "read"),
+        (b"", "no image or clip"), (encoded(red)[:60], "cannot be read"),
     ):  # fmt: skip
         status, [row] = upload(server, content)
         assert status == 400 and problem in row["error"] and server.uploads.name not in row["error"], row
@@ -185,6 +188,12 @@ def test_uploads_are_read_by_content_and_limited(serve, monkeypatch):
     monkeypatch.setattr(demo, "UPLOAD_BYTES", 1000)
     assert "1001 bytes" in upload(server, b"x" * 1001)[1][0]["error"]
     assert request(server, "POST", "/ask", b"[" * 40_000)[0] == request(server, "POST", "/ask", b"[]")[0] == 400
+
+
+def test_a_video_without_pyav_names_the_package(serve, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    status, [row] = upload(serve(lambda question: "Yes."), b"\0\0\0\x18ftypmp42" + bytes(99))
+    assert status == 400 and row["error"] == "the upload is a video file, which needs PyAV: pip install av"
 
 
 def test_old_uploads_are_forgotten(serve, monkeypatch):
@@ -210,6 +219,7 @@ def test_a_video_is_uploaded_and_its_pixels_counted(serve, monkeypatch):
     assert request(server, "GET", f"/pictures/{row['picture']}")[1][0] == {"size": [64, 48], "frames": 4, "names": []}
     monkeypatch.setattr(demo, "PIXELS", 64 * 48 - 1)
     assert "megapixels" in upload(server, file.getvalue())[1][0]["error"]
+    assert "no image or clip" in upload(server, b"\0\0\0\x18ftypmp42" + bytes(99))[1][0]["error"]
 
 
 def test_questions_wait_in_line_and_one_that_nobody_hears_ends(serve, monkeypatch):
@@ -342,11 +352,12 @@ def test_a_hostile_answer_and_question_are_only_text(serve, visit):
     tab.type("#question", HOSTILE.replace("\x00\ud800", ""))
     tab.click("[value=own]")
     tab.wait(DONE.format(1))
-    assert tab.run("document.querySelector('.a').textContent") == HOSTILE.replace("\ud800", "\ufffd") or "onerror" in tab.run("answers.innerText")
+    assert tab.run("document.querySelector('.a').textContent") == HOSTILE
     assert tab.run("answers.querySelectorAll('img, script').length") == 0 and "corners swapped" in tab.run("answers.innerText")
     assert tab.run("document.querySelectorAll('#frames rect').length") == 4, "drawn, corners put in order"
-    blocked = "new Promise(r => { addEventListener('securitypolicyviolation', () => r(true)); answers.innerHTML = '<img src=x onerror=alert(1)>' })"
-    assert tab.run(blocked), "and were it markup, it could not run"
+    tab.run("addEventListener('securitypolicyviolation', () => { stopped = true })")
+    tab.run("answers.innerHTML = '<img src=x onerror=alert(1)>'")
+    assert tab.wait("stopped"), "and were it markup, it could not run"
     tab.browser.events.clear()
 
 
@@ -358,7 +369,7 @@ def test_uploads_in_the_page(serve, visit, tmp_path):
     with open(tmp_path / "long.mp4", "wb") as file:
         file.truncate(20_000_001)
     tab.upload("#file", tmp_path / "long.mp4")
-    assert tab.wait("$('problem').textContent.includes('long.mp4') && $('problem').textContent").startswith("long.mp4 has more than 20 MB")
+    tab.wait("$('problem').textContent.startsWith('long.mp4 has more than 20 MB')")
     Image.new("RGB", (300, 200), "red").save(tmp_path / "<b>&.png")
     tab.upload("#file", tmp_path / "<b>&.png")
     tab.wait("picture.number > 2 && document.querySelector('.frame img').naturalWidth == 300")
@@ -390,7 +401,8 @@ def test_a_clip_shows_the_frames_that_are_read(serve, visit):
     server = serve(lambda question: "It is located at (7, 7, 14, 14)", frames=4)
     tab = visit(server)
     tab.run("choose(2)")
-    tab.wait("picture.number == 2 && [...document.querySelectorAll('.frame img')].filter(e => e.naturalWidth == 40).length == 4")
+    tab.wait("picture.number == 2")
+    tab.wait("[...document.querySelectorAll('.frame img')].filter(e => e.naturalWidth == 40).length == 4")
     tab.drag(".frame:nth-child(3)", (0.5, 0.5), (1, 1))
     assert boxes(tab, "drawn") == [[[20, 15, 20, 15]]] * 4
     tab.type("#question", "Where?")
