@@ -407,6 +407,12 @@ class Answerer:
         }  # fmt: skip
 
 
+def locations(text, fmt, size):
+    """Return the boxes in a text, and its points as boxes of 3 px each way, in original pixels."""
+    points_px = fmt.decode_points(text, size)
+    return fmt.decode_boxes(text, size) + [(x - 3, y - 3, x + 3, y + 3) for x, y in points_px]
+
+
 def ask(model, image_path, question, out, **decoding):
     """Answer one question about an image or a clip, and draw the question's boxes green, the answer's blue.
 
@@ -424,10 +430,8 @@ def ask(model, image_path, question, out, **decoding):
 
     [[answer]] = model.generate([frames if model.config.frames else image], [[question]], on_text=show, **decoding)
     print(answer.removeprefix(printed))
-    boxes = []
-    for text, colour in ((question, "lime"), (answer, "blue")):
-        boxes += [(box_px, colour) for box_px in fmt.decode_boxes(text, image.size)]
-        boxes += [((x - 3, y - 3, x + 3, y + 3), colour) for x, y in fmt.decode_points(text, image.size)]
+    texts = (question, "lime"), (answer, "blue")
+    boxes = [(box_px, colour) for text, colour in texts for box_px in locations(text, fmt, image.size)]
     if len(frames) > 1:
         sheet(frames, out, boxes, [f"frame {i}" for i in range(1, len(frames) + 1)])
     else:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def real():
         return REAL / name
 
     return find
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Return the path of a Chromium, or skip the test."""
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    return path or pytest.skip(f"none of {', '.join(names)} on the path: apt-get install chromium-headless-shell")
 
 
 def train_tokenizer(folder, extra=""):
