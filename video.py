@@ -36,11 +36,11 @@ def sample(total, count, rule="segments"):
 
 
 def frames_of(clip, count):
-    """Return `count` PIL frames of a path, of a list of frames, or of one still image (repeated)."""
+    """Return `count` PIL frames of a path, of a list of frames (as many as that were chosen before), or of one still image."""
     if isinstance(clip, Image.Image):
         return [clip] * count
     if isinstance(clip, list | tuple):
-        return [clip[i] for i in sample(len(clip), count)]
+        return list(clip) if len(clip) == count else [clip[i] for i in sample(len(clip), count)]
     return read_frames(clip, count)
 
 

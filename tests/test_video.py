@@ -148,6 +148,16 @@ def test_one_picture_is_a_clip_of_one_frame(tmp_path, monkeypatch):
         video.read_frames(tmp_path / "absent.jpg", 3)
 
 
+def test_frames_that_were_chosen_are_not_chosen_again(tmp_path):
+    """evaluate.py opens the frames of a clip and hands them to the model, which reads the clip as training did."""
+    (tmp_path / "clip").mkdir()
+    for i in range(30):
+        Image.new("RGB", (8, 8), (8 * i, 0, 0)).save(tmp_path / f"clip/{i:02}.png")
+    chosen = video.frames_of(tmp_path / "clip", 8)
+    assert [frame.getpixel((0, 0))[0] // 8 for frame in chosen] == video.sample(30, 8)
+    assert video.frames_of(chosen, 8) == chosen and len(video.frames_of(chosen, 4)) == 4
+
+
 def test_frames_of_a_folder_keep_their_sizes(tmp_path):
     for i, size in enumerate([(30, 20), (7, 51)]):
         Image.new("L", size).save(tmp_path / f"{i}.png")
