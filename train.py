@@ -58,6 +58,7 @@ class Recipe:
     questions: int = 1
     frames: int = 8  # per clip, in stages 3 and 4
     max_length: int = 2048  # tokens of a row, image included; at most LLaMA's max_position_embeddings
+    instruct_share: float = 0.34  # of a row's questions, the share that come from conversations: two of six
     grad_clip: float = 1.0  # largest gradient norm
     compile: bool = True  # on a GPU: compiled layers and FlexAttention, which passes over what packed rows mask
 
@@ -129,7 +130,6 @@ class TrainConfig:
         "", "what names an object: its category, its pseudo-caption, or either [as in --init-from, else name]"
     )
     questions: int = opt(0, "questions behind each image [preset]")
-    instruct_share: float = opt(0.34, "share of a row's questions that come from conversations: two of six")
     # optimisation
     preset: typing.Literal[tuple(PRESETS)] = opt("tiny", "recipe, which the next options change in every stage of the run")
     batch: int = opt(0, "images per step, over all processes [preset]")
@@ -142,6 +142,7 @@ class TrainConfig:
     parallel: typing.Literal["ddp", "fsdp"] = opt("ddp", "ddp: a whole model per process; fsdp: weights and optimizer sharded")
     recompute: bool = opt(False, "keep only each decoder layer's input for the backward pass, and compute the layer again")
     save_every: int = opt(200, "steps between checkpoints")
+    tensorboard: bool = opt(False, "also write what log.jsonl holds for TensorBoard: tensorboard --logdir RUN")
 
     def __post_init__(self):
         if self.adapter not in ADAPTERS and not Path(self.adapter).exists():
@@ -364,7 +365,7 @@ def build_examples(config, stage, records, model, features=None):
         records, model.tokenizer, c, Wording(c.coord_format(), objectives, c.location, c.words),
         template="plain" if stage == 1 else "v1",
         questions=recipe.questions,
-        instruct_share=config.instruct_share,
+        instruct_share=recipe.instruct_share,
         max_length=min(recipe.max_length, c.text_config.max_position_embeddings),
         seed=config.seed,
         skip_bad=config.skip_bad,

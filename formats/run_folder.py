@@ -21,7 +21,7 @@ from formats.journal import read_journal, require_same_options
 
 KEEP = 2  # checkpoints; older ones are deleted
 # options that may change on --resume
-FREE = ("resume", "skip_bad", "dry_run", "evaluate", "out", "parallel", "recompute", "save_every", "micro_batch")
+FREE = ("resume", "skip_bad", "dry_run", "evaluate", "out", "parallel", "recompute", "save_every", "micro_batch", "tensorboard")
 LEARNED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -29,11 +29,20 @@ def state_of(model, optimizer):
     return dict(zip(("weights", "optimizer"), get_state_dict(model, optimizer, options=LEARNED), strict=True))
 
 
+def summary_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError("--tensorboard needs its package: pip install tensorboard") from None
+    return SummaryWriter
+
+
 class RunFolder:
     """The folder of a run. Raise ValueError if it holds another run, or was started with other options than --resume has."""
 
     def __init__(self, config, rank, world):
         self.folder, self.state, self.rank, self.resumes = Path(config.out), Path(config.out, "state"), rank, config.resume
+        self.writer = summary_writer() if config.tensorboard and rank == 0 else None
         if rank == 0:
             path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
             if config.resume:
@@ -47,7 +56,7 @@ class RunFolder:
             for unfinished in self.state.glob("*.tmp"):
                 shutil.rmtree(unfinished)
         self.group = dist.new_group(backend="gloo") if world > 1 else None  # its own: it talks while training talks
-        self.pending, self.bar = None, tqdm(disable=True)
+        self.pending, self.bar, self.events = None, tqdm(disable=True), None
 
     def begin_stage(self, stage, steps, model, optimizer):
         """Load the stage's newest checkpoint, if the run is resumed and has one, and open the log. Return the first step."""
@@ -62,6 +71,8 @@ class RunFolder:
             path = self.folder / "log.jsonl"  # rows of steps that will be taken again are dropped
             write_rows(path, [row for row in read_journal(path) if (row["stage"], row["step"]) < (stage, first_step)])
             self.log_file = open(path, "a", encoding="utf-8")
+            # a resumed run takes steps again: their rows are purged there as well
+            self.events = self.writer and self.writer(self.folder / f"tensorboard/stage-{stage}", purge_step=first_step)
             self.bar = tqdm(total=steps, initial=first_step, desc=f"stage {stage}", mininterval=1.0)
         return first_step
 
@@ -71,6 +82,8 @@ class RunFolder:
             with writing(self.log_file.name):
                 self.log_file.write(json.dumps(row) + "\n")
                 self.log_file.flush()
+            for name in ("loss", "lr", "grad_norm", "tflops") if self.events else ():
+                self.events.add_scalar(name, row[name], row["step"])
             self.bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
             self.bar.update()
 
@@ -101,6 +114,8 @@ class RunFolder:
         """Finish, and leave the bar's line to what is printed next."""
         self.finish()
         self.bar.close()
+        if self.events:
+            self.events.close()
 
     def finish(self):
         """Wait for the checkpoint being written, rename it, and delete the oldest beyond KEEP."""

@@ -624,11 +624,31 @@ def test_a_dry_run_without_data_paints_a_few_shapes_and_leaves_nothing(tmp_path,
     assert "16 images" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def test_tensorboard_reads_what_the_log_holds(parts, tmp_path, monkeypatch):
+    """In both stages; a resumed run's steps are there once."""
+    path = "tensorboard.backend.event_processing.event_accumulator"
+    accumulator = pytest.importorskip(path, reason="pip install tensorboard")
+    options = {**parts, "out": str(tmp_path / "run"), "steps": 3, "save_every": 2, "tensorboard": True}
+    train.main(TrainConfig(**options))
+    shutil.rmtree(tmp_path / "run/state/2-3")
+    train.main(TrainConfig(**options, resume=True))
+    for stage in (1, 2):
+        events = accumulator.EventAccumulator(str(tmp_path / f"run/tensorboard/stage-{stage}")).Reload()
+        rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+        rows = [row for row in rows if row["stage"] == stage]
+        for name in ("loss", "lr", "grad_norm", "tflops"):
+            assert [(e.step, e.value) for e in events.Scalars(name)] == [(row["step"], pytest.approx(row[name])) for row in rows]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        train.main(TrainConfig(**options | {"out": str(tmp_path / "other")}))
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_small_model_overfits_a_few_examples(parts, tmp_path):
     """Loss starts near log V and goes to almost nothing on four images asked the same way."""
     write_world(tmp_path / "world", {"train": 4})
     own = {**parts, "data": f"{tmp_path}/world/instances_train.json", "images": f"{tmp_path}/world/images"}
-    own |= {"stages": "2", "steps": 150, "lr": 5e-3, "objectives": "rev", "instruct_share": 0.0}
+    own |= {"stages": "2", "steps": 150, "lr": 5e-3, "objectives": "rev"}
     train.main(TrainConfig(**own, out=str(tmp_path / "run")))
     found = losses(tmp_path / "run")
     assert abs(found[0] - math.log(TEXT.vocab_size)) < 1 and found[-1] < 0.1
