@@ -31,7 +31,7 @@ def curves(run, waits=False):
     while True:
         rows = [row for row in read_lines(log)[0] if {"stage", "step"} <= row.keys()]
         with writing(folder):
-            if rows and (not writer or rows[: len(written)] != written):  # the first rows, or a resumed run that takes steps again
+            if rows and (not writer or rows[: len(written)] != written):  # or a resumed run takes steps again
                 if writer:
                     writer.close()
                 for old in folder.glob("events.out.tfevents.*"):

@@ -10,10 +10,8 @@ from tools.tensorboard import curves, main
 
 
 def rows_of(stage, *steps, loss=2.0, since=0):
-    return [
-        {"stage": stage, "step": s, "loss": loss / (s + 1), "lr": 1e-3, "seconds": 5.0 * (s + 1 - since), "mfu": None, "faces_blurred": True}
-        for s in steps
-    ]
+    same = {"stage": stage, "lr": 1e-3, "mfu": None, "faces_blurred": True}
+    return [{**same, "step": s, "loss": loss / (s + 1), "seconds": 5.0 * (s + 1 - since)} for s in steps]
 
 
 def read(run):
