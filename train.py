@@ -7,9 +7,10 @@
         --data instances_train2017.json,llava_instruct_80k.json --images train2017 --out runs/b2
     torchrun train.py --stages 4 --init-from runs/default --out runs/video    clips: the moving shapes
 
-A run is a folder: train.json (these options), log.jsonl (one object per step), state/ (checkpoints to --resume from, on any
-number of processes that divides the batch), and the model itself (`LocVLM.from_pretrained(run)`). What a step draws depends on the
-seed and the step alone, so a resumed run equals an uninterrupted one, and N processes see the batches of one.
+A run is a folder: train.json (these options), log.jsonl (one object per step; tools.tensorboard draws it), state/ (checkpoints
+to --resume from, on any number of processes that divides the batch), and the model itself (`LocVLM.from_pretrained(run)`). What
+a step draws depends on the seed and the step alone, so a resumed run equals an uninterrupted one, and N processes see the
+batches of one.
 
     B rows of a batch   T tokens of a row   A answer tokens of a batch
 """

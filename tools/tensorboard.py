@@ -14,7 +14,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from formats.files import require_file, writing
+from formats.files import require_file
 from tools import command
 from tools.report import is_number, read_lines
 
@@ -25,28 +25,27 @@ def curves(run, waits=False):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ImportError("TensorBoard's files need its package: pip install tensorboard") from None
-    log, folder, written, writer = Path(run) / "log.jsonl", Path(run) / "tensorboard", [], None
+    log, options, folder, written, writer = *(Path(run) / name for name in ("log.jsonl", "train.json", "tensorboard")), [], None
     if not (waits and Path(run).is_dir()):
         require_file(log, "the log of a run; pass what train.py had as --out")
     while True:
         rows = [row for row in read_lines(log)[0] if {"stage", "step"} <= row.keys()]
-        with writing(folder):
-            if rows and (not writer or rows[: len(written)] != written):  # or a resumed run takes steps again
-                if writer:
-                    writer.close()
-                for old in folder.glob("events.out.tfevents.*"):
-                    old.unlink()
-                writer = SummaryWriter(folder, purge_step=0)  # a TensorBoard that is open forgets the old file
-                written, clock = [], (Path(run) / "train.json").stat().st_mtime  # when the run began
-            for before, row in pairwise([*(written[-1:] or [{}]), *rows[len(written) :]]):
-                seconds, since = (r.get("seconds", 0) if r.get("stage") == row["stage"] else 0 for r in (row, before))
-                clock += seconds - since if since <= seconds else seconds  # counted from 0 in each stage, and on resuming
-                for name in row.keys() - {"stage", "step"}:
-                    if is_number(row[name]) and not isinstance(row[name], bool):
-                        writer.add_scalar(f"stage {row['stage']}/{name}", row[name], row["step"], clock)
-            written = rows or written
+        if rows and (not writer or rows[: len(written)] != written):  # or a resumed run takes steps again
             if writer:
-                writer.flush()
+                writer.close()
+            for old in folder.glob("events.out.tfevents.*"):
+                old.unlink()
+            writer = SummaryWriter(folder, purge_step=0)  # a TensorBoard that is open forgets the old file
+            written, clock = [], (options if options.is_file() else log).stat().st_mtime  # options: when the run began
+        for before, row in pairwise([*(written[-1:] or [{}]), *rows[len(written) :]]):
+            seconds, since = (r.get("seconds", 0) if r.get("stage") == row["stage"] else 0 for r in (row, before))
+            clock += seconds - since if since <= seconds else seconds  # counted from 0 in each stage, and on resuming
+            for name in row.keys() - {"stage", "step"}:
+                if is_number(row[name]) and not isinstance(row[name], bool):
+                    writer.add_scalar(f"stage {row['stage']}/{name}", row[name], row["step"], clock)
+        written = rows or written
+        if writer:
+            writer.flush()
         yield len(rows)
 
 
