@@ -29,10 +29,10 @@ def solved(name, copy):
         pytest.skip("no git, which applies the solutions")
     copy.mkdir()
     for part in PARTS:
-        if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
+        if (ROOT / f"{part}.py").is_file():  # beside data.py, data/ holds the shapes
             shutil.copy(ROOT / f"{part}.py", copy / f"{part}.py")
+        else:
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
     alone = {**os.environ, "GIT_CEILING_DIRECTORIES": str(copy.parent), "LC_ALL": "C"}  # not a part of a repository around it
     apply = ["git", "apply", "--verbose", str(FOLDER / f"{name}.diff")]
     done = subprocess.run(apply, cwd=copy, env=alone, capture_output=True, text=True)
