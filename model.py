@@ -88,13 +88,20 @@ class LocVLMConfig:
         return CoordFormat(self.kind, self.vision_config.image_size, self.geometry, self.vision_config.patch_size)
 
 
-VARIANTS = {  # the paper's two models, and the one that trains on a laptop (weights in tiny/)
+VARIANTS = {  # the paper's two models, one for a GPU of 24 GB (TinyLlama), and one that trains on a laptop (weights in tiny/)
     "tiny": LocVLMConfig(
         CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, image_size=112),
         LlamaConfig(
             vocab_size=800, hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6,
             rms_norm_eps=1e-5, max_position_embeddings=1024,
         ),
+    ),
+    "s": LocVLMConfig(
+        CLIPVisionConfig(),
+        LlamaConfig(
+            hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_key_value_heads=4, rms_norm_eps=1e-5,
+        ),
+        "mlp2x_gelu",
     ),
     "b": LocVLMConfig(CLIPVisionConfig(image_size=224), LlamaConfig(), "linear"),
     "l": LocVLMConfig(
