@@ -45,10 +45,10 @@ def snapshot(name, revision):
         ref = cached / "refs" / (revision or "main")
         folder = cached / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision or "main")
         if not folder.is_dir():
-            where = f"it is neither a folder here, nor in {cached.parent}, nor on the hub"
-            raise FileNotFoundError(f"no model {name}{f'@{revision}' if revision else ''}: {where} ({one_line(error)})") from None
+            where = f"no folder here, none in {cached.parent}, and the hub does not give it ({one_line(error)})"
+            raise FileNotFoundError(f"no model {name}{f'@{revision}' if revision else ''}: {where}") from None
         if not constants.HF_HUB_OFFLINE:
-            print(f"{name} is read from the cache ({folder.name}), for the hub does not answer: {one_line(error)}")
+            print(f"{name} is read from the cache ({folder.name}), for the hub does not give it: {one_line(error)}")
         return folder, []
 
 

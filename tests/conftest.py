@@ -82,7 +82,7 @@ def write_json_tokenizer(folder, kind):
         special = [(bos, model.token_to_id(bos))]
         model.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=special)
     model.save(str(folder / "tokenizer.json"))
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": {"content": eos}}
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": {"__type": "AddedToken", "content": eos}}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     return JSONTokenizer(folder)
 

@@ -42,8 +42,8 @@ class Hub(BaseHTTPRequestHandler):
         self.server.asked.append(self.path)
         parts = self.path.split("?")[0].strip("/").split("/")
         is_api = parts[:2] == ["api", "models"]
-        name = "/".join(parts[2:4] if is_api else parts[:2])
-        files, revision = self.server.models.get(name), parts[5] if is_api and len(parts) > 5 else "main" if is_api else parts[3]
+        name, *rest = "/".join(parts[2:4] if is_api else parts[:2]), *parts[4 if is_api else 2 :]  # then revision or resolve, REV
+        files, revision = self.server.models.get(name), rest[1] if rest[1:] else "main"
         commit = SHA.get(revision, revision)
         if files is None or commit not in SHA.values():
             code = "RevisionNotFound" if files else "RepoNotFound"
@@ -51,7 +51,7 @@ class Hub(BaseHTTPRequestHandler):
         if is_api and "tree" not in parts:
             siblings = [{"rfilename": file} for file in files]
             return self.reply(200, json.dumps({"id": name, "sha": commit, "siblings": siblings, "private": False}).encode())
-        content = b"[]" if is_api else files["/".join(parts[4:])]
+        content = b"[]" if is_api else files["/".join(rest[2:])]
         etag = hashlib.sha256(content).hexdigest()
         return self.reply(200, content, {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"})
 
@@ -82,7 +82,7 @@ def hub():
 def run(code, home, port, **settings):
     """Run code in a process of its own, for the library reads its settings when it is imported: (what it prints, errors)."""
     pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
-    settings = {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{port}", "no_proxy": "127.0.0.1", "HF_TOKEN": "", **settings}
+    settings = {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{port}", "no_proxy": "127.0.0.1", "TQDM_POSITION": "-1", **settings}
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"OMP_NUM_THREADS": "1"} | settings
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -90,10 +90,16 @@ def run(code, home, port, **settings):
 
 
 JOIN = """
+from huggingface_hub import constants
+from formats import hub
 from model import LocVLM
-model = LocVLM.from_parts("org/clip", "org/llama@v1")
-print(model.config.vision_config.image_mean, len(model.tokenizer), sum(p.double().sum().item() for p in model.parameters()
-      if p is not model.adapter.linear_1.weight and p is not model.adapter.linear_1.bias))
+
+for constants.HF_HUB_OFFLINE in (False, True):
+    model = LocVLM.from_parts("org/clip", "org/llama@v1")
+    parts = model.vision_tower, model.language_model
+    print(model.config.vision_config.image_mean, len(model.tokenizer), [sum(p.double().sum().item() for p in part.parameters()) for part in parts])
+    hub.snapshot.cache_clear()
+    print("--- offline", flush=True)
 """
 
 
@@ -112,14 +118,14 @@ def test_parts_are_downloaded_by_name_and_then_come_from_the_cache(make_model, t
     hub.models = {f"org/{name}": {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("clip", "llama")}
 
     printed, bars = run(JOIN, tmp_path / "home", hub.server_port)
-    assert printed.startswith("(0.5, 0.5, 0.5) 400 ") and "model.safetensors: 100%" in bars
+    online, offline, _ = printed.split("--- offline")
+    assert online.startswith("(0.5, 0.5, 0.5) 400 [") and online.strip() == offline.strip() and "model.safetensors: 100%" in bars
+    assert len([path for path in hub.asked if path.startswith("/api/models/org")]) == 2  # once for each model
     cached = {str(file.relative_to(tmp_path / "home/hub")) for file in (tmp_path / "home/hub").glob("*/snapshots/*/*")}
     of_clip, of_llama = f"models--org--clip/snapshots/{SHA['main']}/", f"models--org--llama/snapshots/{SHA['v1']}/"
     shards = {f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)}
     assert cached == {of_clip + file for file in ("config.json", "preprocessor_config.json", "model.safetensors")} | {
         of_llama + file for file in {"config.json", "tokenizer.model", "pytorch_model.bin.index.json"} | shards}  # fmt: skip
-    asked = len(hub.asked)
-    assert run(JOIN, tmp_path / "home", hub.server_port, HF_HUB_OFFLINE="1")[0] == printed and len(hub.asked) == asked
 
 
 TRY = """
@@ -141,7 +147,7 @@ def test_a_cache_that_others_filled_is_read(tmp_path, hub):
     (repo / "snapshots" / SHA["main"] / "config.json").write_text('{"hidden_size": 32}')
     offline = run(TRY, tmp_path / "home", hub.server_port, HF_HUB_OFFLINE="1")[0].splitlines()
     assert offline[0] == "{'hidden_size': 32}" and not hub.asked
-    assert offline[1].startswith("FileNotFoundError no model org/old@v1: it is neither a folder here, nor in ")
+    assert offline[1].startswith("FileNotFoundError no model org/old@v1: no folder here, none in ")
     assert offline[2].startswith("FileNotFoundError no model org/other: ") and len(offline) == 3
     hub.models["org/old"] = {}
     hub.models["org/other"] = {"config.json": b'{"hidden_size": 64}'}
@@ -149,5 +155,5 @@ def test_a_cache_that_others_filled_is_read(tmp_path, hub):
     assert online[0].startswith("FileNotFoundError no file ") and online[2] == "{'hidden_size': 64}"
     hub.models.clear()
     online = run(TRY, tmp_path / "home", hub.server_port)[0].splitlines()
-    assert online[0].startswith(f"org/old is read from the cache ({SHA['main']}), for the hub does not answer: ")
+    assert online[0].startswith(f"org/old is read from the cache ({SHA['main']}), for the hub does not give it: ")
     assert online[1] == offline[0] and "404" in online[2] and "404" in online[3] and len(online) == 4
