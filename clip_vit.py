@@ -56,7 +56,7 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_dict(cls, config, processor=None):
-        """Read a HF config, of the tower or a whole CLIP (`vision_config`), and its image processor's. Unknown keys are ignored."""
+        """Read a HF config, of the tower or a whole CLIP (`vision_config`), and of its image processor. Ignore unknown keys."""
         config = config.get("vision_config", config)
         # HF leaves out of config.json what equals its own defaults, and those are ViT-B/32's
         defaults = {
@@ -196,7 +196,7 @@ class CLIPVisionTower(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Load a HF folder that holds CLIP's vision tower, alone or beside other parts, OpenAI's .pt state dict, or open_clip's."""
+        """Load CLIP's tower from a HF folder, alone or beside other parts, OpenAI's .pt state dict, or open_clip's."""
         if original := original_clip(path):
             stored, values = original
             config = replace(CLIPVisionConfig.from_shapes(stored), **values)

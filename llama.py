@@ -34,8 +34,6 @@ from formats.weights import build, open_tensors, sort_tensors
 class LlamaConfig:
     """Shape of the decoder, in the keys of HF config.json. The defaults are LLaMA-7B."""
 
-    model_type: str = "llama"  # or "qwen2", which has biases in q, k and v
-    attention_bias: bool = False  # in q, k, v and o
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -48,6 +46,8 @@ class LlamaConfig:
     rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", "factor": ...}, see `rotary_frequencies`
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
+    attention_bias: bool = False  # in q, k, v and o
+    model_type: str = "llama"  # or "qwen2", which has biases in q, k and v
 
     def __post_init__(self):
         if self.num_key_value_heads is None:

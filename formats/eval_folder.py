@@ -64,7 +64,7 @@ def name_of(task, file=None, split=None):
 
 
 def folders_of(run, into=None):
-    """Return where results go: {column of the printed table: folder}. Those of a model by its name on the hub, to runs/NAME/eval."""
+    """Return where results go: {column of the printed table: folder}. That of ORG/NAME on the hub is runs/NAME/eval."""
     into = Path(into or Path("runs" if is_name(run) else "", Path(run).name if is_name(run) else run, "eval"))
     return {"ours": into, **{title: into.with_name(f"{into.name}_{title}") for title in ("blind", "scored")}}
 

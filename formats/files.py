@@ -52,7 +52,7 @@ def read_config(folder, name="config.json"):
 
 
 def read_processor(folder):
-    """Return the settings of a checkpoint's image processor, {} if it has none. transformers 5 nests them in the second file."""
+    """Return the settings of a checkpoint's image processor, or {}. transformers 5 nests them in processor_config.json."""
     names = "preprocessor_config.json", "processor_config.json"
     for path in [local(folder, *names) / name for name in names]:
         content = read_json(path) if path.is_file() else {}
@@ -63,11 +63,12 @@ def read_processor(folder):
 
 
 def normalization(processor, side):
-    """Return the mean and std of an image processor. Raise ValueError if its squares are not those of `side` px that a tower reads."""
+    """Return the mean and std of an image processor. Raise ValueError if the tower, which reads `side` px, has another side."""
     size = processor.get("crop_size" if processor.get("do_center_crop", True) else "size")
     size = size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
     if size not in (None, side):
-        raise ValueError(f"preprocessor_config.json makes images of {size} px, the tower reads {side}; correct the one that is wrong")
+        sides = f"{size} px, the tower reads {side}"
+        raise ValueError(f"preprocessor_config.json makes images of {sides}; correct the one that is wrong")
     found = {key: processor[key] for key in ("image_mean", "image_std") if key in processor}
     for key, value in found.items():
         if not (isinstance(value, list) and [type(v) in (int, float) for v in value] == [True] * 3):

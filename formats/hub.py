@@ -18,7 +18,7 @@ def is_name(path):
 
 
 def local(path, *patterns):
-    """Return the path on disk of a checkpoint. Of a name, first download the files that fit a pattern and are not in the cache."""
+    """Return the path on disk of a checkpoint. Of a name, first download files that fit a pattern and are not in the cache."""
     if not is_name(path):
         return Path(path)
     name, revision = NAME.fullmatch(str(path)).groups()
@@ -31,7 +31,7 @@ def local(path, *patterns):
 
 @cache
 def snapshot(name, revision):
-    """Return a model's folder in the cache, and the names of the files that the hub has for it: none if it cannot be reached."""
+    """Return a model's folder in the cache, and the names of its files on the hub: none if it cannot be reached."""
     try:
         from huggingface_hub import HfApi, constants
     except ImportError:

@@ -1,4 +1,4 @@
-"""Tokenizers that are a tokenizer.json without a tokenizer.model (LLaMA-3, SmolLM2, Qwen2), through the package `tokenizers`."""
+"""Tokenizers that are a tokenizer.json, no tokenizer.model (LLaMA-3, SmolLM2, Qwen2), through the package `tokenizers`."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class JSONTokenizer:
         return self._length
 
     def find(self, token):
-        """Return the id of a special token, a text or an object with its content; None if there is none."""
+        """Return the id of a special token, a text or an object with its content, or None."""
         content = token.get("content") if isinstance(token, dict) else token
         return self._model.token_to_id(content) if content else None
 

@@ -62,7 +62,7 @@ def train_tokenizer(folder, extra=""):
 
 
 def write_json_tokenizer(folder, kind):
-    """Train a byte-level BPE of 380 pieces. kind: "smollm2" (single digits, a bos that it never uses) or "llama3" (a pattern, bos)."""
+    """Train a byte-level BPE of 380 pieces. kind: "smollm2" (single digits, an unused bos) or "llama3" (a pattern, bos)."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,19 +70,21 @@ def write_json_tokenizer(folder, kind):
     model = Tokenizer(models.BPE())
     first = pre_tokenizers.Digits(individual_digits=True)
     if kind == "llama3":
-        words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        first = pre_tokenizers.Split(Regex(words), "isolated")
+        words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+        rest = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        first = pre_tokenizers.Split(Regex(words + rest), "isolated")
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "smollm2")
     model.pre_tokenizer, model.decoder = pre_tokenizers.Sequence([first, level]), decoders.ByteLevel()
     lines = [SYSTEM, *LOC_PROMPTS, *REV_PROMPTS, "It is located at (0, 1, 2, 3)"] * 4
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=380, special_tokens=[bos, eos], initial_alphabet=alphabet, show_progress=False)
-    model.train_from_iterator(lines, trainer)
+    how = {"initial_alphabet": alphabet, "show_progress": False}
+    model.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=380, special_tokens=[bos, eos], **how))
     if kind == "llama3":
-        special = [(bos, model.token_to_id(bos))]
-        model.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=special)
+        template = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B", "special_tokens": [(bos, model.token_to_id(bos))]}
+        model.post_processor = processors.TemplateProcessing(**template)
     model.save(str(folder / "tokenizer.json"))
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": {"__type": "AddedToken", "content": eos}}
+    end = {"__type": "AddedToken", "content": eos}
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": end}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     return JSONTokenizer(folder)
 

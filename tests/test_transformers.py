@@ -112,8 +112,9 @@ def test_the_tokenizer_we_write_is_sentencepiece(real, tmp_path):
 def strings(count, seed=0):
     """Draw texts of words, numbers, blanks, other scripts and emojis, 3,000 of which hold about everything twice."""
     rng = random.Random(seed)
-    parts = ["It is located at", "(4, 52, 13, 63)", "0.0195", "1234567", " ", "  ", "\n", "\n\n", "\t", "été", "東京", "🙂👍🏽", "don't", "I'LL", "x=1;",
-             "\u00a0", "e\u0301", "ﬁ", "ASSISTANT:", "USER:", "<b>", "▁", "a", "Ünï", "\r\n", "...", "!?", "/home/x_y", "κόσμε", "مرحبا"]  # fmt: skip
+    parts = ["It is located at", "(4, 52, 13, 63)", "0.0195", "1234567", " ", "  ", "\n", "\n\n", "\t", "été", "東京", "🙂👍🏽",
+             "don't", "I'LL", "x=1;", "\u00a0", "e\u0301", "ﬁ", "ASSISTANT:", "USER:", "<b>", "▁", "a", "Ünï", "\r\n", "...",
+             "!?", "/home/x_y", "κόσμε", "مرحبا"]  # fmt: skip
     return ["".join(rng.choice(("", " ")) + rng.choice(parts) for _ in range(rng.randint(1, 9))) for _ in range(count)]
 
 
@@ -134,7 +135,7 @@ def test_a_tokenizer_agrees_on_thousands_of_strings(tokenizer, tmp_path, kind):
     ours = read_tokenizer(tmp_path)
     assert isinstance(ours, Tokenizer if kind == "sentencepiece" else JSONTokenizer)
     bos, texts = [] if ours.bos_token_id is None else [ours.bos_token_id], strings(3000)
-    if kind == "sentencepiece":  # of blanks at the start, transformers 5 drops one, sentencepiece and the hub's tokenizer.json none
+    if kind == "sentencepiece":  # transformers 5 drops one of the blanks at the start; the hub's tokenizer.json does not
         texts = [text for text in texts if not text.startswith((" ", "▁"))]
     wanted = theirs(texts, add_special_tokens=kind != "sentencepiece")["input_ids"]
     for text, ids in zip(texts, wanted, strict=True):
@@ -167,15 +168,15 @@ def test_biases_load(tmp_path, kind):
 @pytest.mark.parametrize("whole", [False, True], ids=["tower", "CLIP"])
 def test_a_later_clip_loads(tmp_path, image_file, whole):
     """The exact gelu of LAION's and MetaCLIP's, and their image processor's own mean: the same pixels and patches."""
-    shape = {k: getattr(LATER_CLIP, k) for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
-             "patch_size", "hidden_act")}  # fmt: skip
+    shape = {key: value for key, value in vars(LATER_CLIP).items() if not key.startswith("image_") or key == "image_size"}
     torch.manual_seed(0)
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
     config = transformers.CLIPConfig(vision_config=shape, text_config=text) if whole else transformers.CLIPVisionConfig(**shape)
     theirs = (transformers.CLIPModel if whole else transformers.CLIPVisionModel)(config).eval()
     theirs.save_pretrained(tmp_path)
-    processor = transformers.CLIPImageProcessorPil if hasattr(transformers, "CLIPImageProcessorPil") else transformers.CLIPImageProcessor
-    processor = processor(image_mean=LATER_CLIP.image_mean, image_std=LATER_CLIP.image_std, size={"shortest_edge": 28}, crop_size=28)
+    processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)  # in 5, without torchvision
+    statistics = {"image_mean": LATER_CLIP.image_mean, "image_std": LATER_CLIP.image_std}
+    processor = processor(**statistics, size={"shortest_edge": 28}, crop_size=28)
     processor.save_pretrained(tmp_path)
     ours = CLIPVisionTower.from_pretrained(tmp_path)
     assert ours.config == LATER_CLIP

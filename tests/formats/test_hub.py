@@ -26,7 +26,7 @@ def test_what_reads_like_a_name(tmp_path, monkeypatch):
     assert all(map(is_name, ("openai/clip-vit-large-patch14", "lmsys/vicuna-7b-v1.5@main", "a/b@refs/pr/1", "runs/b2")))
     assert not any(map(is_name, ("runs/b1", "clip", "./a/b", "../a", "/a/b", "a/b/c", "linear", tmp_path / "x", "")))
     assert local("runs/b1", "*") == Path("runs/b1")
-    assert folders_of("org/model@v1")["ours"] == Path("runs/model@v1/eval") and folders_of("runs/b1")["ours"] == Path("runs/b1/eval")
+    assert [folders_of(run)["ours"] for run in ("o/m@v1", "runs/b1")] == [Path("runs/m@v1/eval"), Path("runs/b1/eval")]
 
 
 def test_without_the_library_the_error_says_how_to_get_the_files(monkeypatch):
@@ -42,7 +42,7 @@ class Hub(BaseHTTPRequestHandler):
         self.server.asked.append(self.path)
         parts = self.path.split("?")[0].strip("/").split("/")
         is_api = parts[:2] == ["api", "models"]
-        name, *rest = "/".join(parts[2:4] if is_api else parts[:2]), *parts[4 if is_api else 2 :]  # then revision or resolve, REV
+        name, *rest = "/".join(parts[2:4] if is_api else parts[:2]), *parts[4 if is_api else 2 :]
         files, revision = self.server.models.get(name), rest[1] if rest[1:] else "main"
         commit = SHA.get(revision, revision)
         if files is None or commit not in SHA.values():
@@ -82,8 +82,9 @@ def hub():
 def run(code, home, port, **settings):
     """Run code in a process of its own, for the library reads its settings when it is imported: (what it prints, errors)."""
     pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
-    settings = {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{port}", "no_proxy": "127.0.0.1", "TQDM_POSITION": "-1", **settings}
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"OMP_NUM_THREADS": "1"} | settings
+    own = {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{port}", "no_proxy": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    own["TQDM_POSITION"] = "-1"  # bars, though nobody looks
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | own | settings
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, done.stderr
@@ -97,14 +98,15 @@ from model import LocVLM
 for constants.HF_HUB_OFFLINE in (False, True):
     model = LocVLM.from_parts("org/clip", "org/llama@v1")
     parts = model.vision_tower, model.language_model
-    print(model.config.vision_config.image_mean, len(model.tokenizer), [sum(p.double().sum().item() for p in part.parameters()) for part in parts])
+    sums = [sum(p.double().sum().item() for p in part.parameters()) for part in parts]
+    print(model.config.vision_config.image_mean, len(model.tokenizer), sums)
     hub.snapshot.cache_clear()
     print("--- offline", flush=True)
 """
 
 
 def test_parts_are_downloaded_by_name_and_then_come_from_the_cache(make_model, tmp_path, hub):
-    """Only the files that are read, safetensors before .bin, shards by their index; a revision; offline, the same to the bit."""
+    """Only the files that are read, safetensors before .bin, shards; a revision; offline, the same to the bit."""
     from test_weights import CLIP_PREFIX, LLAMA_PREFIX, named, text_config, write_folder
 
     model = make_model()
@@ -115,11 +117,13 @@ def test_parts_are_downloaded_by_name_and_then_come_from_the_cache(make_model, t
     (tmp_path / "clip/preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "size": 28, "crop_size": 28}')
     for other in ("clip/pytorch_model.bin", "clip/tf_model.h5", "clip/README.md", "llama/generation_config.json"):
         (tmp_path / other).write_text("not wanted")
-    hub.models = {f"org/{name}": {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("clip", "llama")}
+    for name in ("clip", "llama"):
+        hub.models[f"org/{name}"] = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
 
     printed, bars = run(JOIN, tmp_path / "home", hub.server_port)
     online, offline, _ = printed.split("--- offline")
-    assert online.startswith("(0.5, 0.5, 0.5) 400 [") and online.strip() == offline.strip() and "model.safetensors: 100%" in bars
+    assert online.startswith("(0.5, 0.5, 0.5) 400 [") and online.strip() == offline.strip()
+    assert "model.safetensors: 100%" in bars
     assert len([path for path in hub.asked if path.startswith("/api/models/org")]) == 2  # once for each model
     cached = {str(file.relative_to(tmp_path / "home/hub")) for file in (tmp_path / "home/hub").glob("*/snapshots/*/*")}
     of_clip, of_llama = f"models--org--clip/snapshots/{SHA['main']}/", f"models--org--llama/snapshots/{SHA['v1']}/"

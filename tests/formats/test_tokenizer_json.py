@@ -5,8 +5,8 @@ import sys
 
 import pytest
 from conftest import TEXT, write_json_tokenizer
-from data import IGNORE, encode_prefix, encode_segment
 
+from data import IGNORE, encode_prefix, encode_segment
 from formats.tokenizer_json import JSONTokenizer
 from llama import read_tokenizer
 from model import LocVLM
@@ -16,10 +16,11 @@ pytest.importorskip("tokenizers", reason="pip install tokenizers")
 
 @pytest.mark.parametrize("kind, bos", [("smollm2", None), ("llama3", 0)])
 def test_a_folder_with_tokenizer_json_alone_is_read(tmp_path, kind, bos):
-    """SmolLM2 names a bos and never uses it, LLaMA-3 puts one before each text. Text survives its ids, special tokens do not."""
+    """SmolLM2 names a bos and never uses it, LLaMA-3 puts one before each text. Text survives its ids."""
     write_json_tokenizer(tmp_path, kind)
     tokenizer = read_tokenizer(tmp_path)
-    assert isinstance(tokenizer, JSONTokenizer) and (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) == (380, bos, 1)
+    assert isinstance(tokenizer, JSONTokenizer)
+    assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) == (380, bos, 1)
     for text in ("It is located at (4, 52, 13, 63)", " two  spaces, été, 東京, 🙂\n", ""):
         assert tokenizer.decode([0, -200, *tokenizer.encode(text), 1, 9999]) == text
 
@@ -38,7 +39,7 @@ def test_a_row_reads_as_one_text(tmp_path, kind):
 
 
 def test_where_special_tokens_are_named(tmp_path):
-    """eos in tokenizer_config.json, in special_tokens_map.json, or as the first of config.json's; add_bos_token decides on bos."""
+    """eos in tokenizer_config.json, in special_tokens_map.json, or the first of config.json's; add_bos_token decides on bos."""
     write_json_tokenizer(tmp_path, "llama3")
     named = tmp_path / "tokenizer_config.json"
     named.write_text('{"add_bos_token": false, "eos_token": "<|eot_id|>", "bos_token": "<|begin_of_text|>"}')
@@ -76,8 +77,8 @@ def test_a_model_with_it_is_saved_and_comes_back(make_model, tmp_path):
 
     content = json.loads(files[0].read_text())
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    image = {"id": 380, "content": "<image>", "special": True} | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    files[0].write_text(json.dumps(content | {"pre_tokenizer": metaspace, "added_tokens": [*content["added_tokens"], image]}))
+    added = [*content["added_tokens"], {**content["added_tokens"][0], "id": 380, "content": "<image>"}]
+    files[0].write_text(json.dumps(content | {"pre_tokenizer": metaspace, "added_tokens": added}))
     make_model(tokenizer=JSONTokenizer(tmp_path / "smollm2")).save_pretrained(tmp_path / "llava")
     assert json.loads((tmp_path / "llava/tokenizer.json").read_text())["pre_tokenizer"]["prepend_scheme"] == "always"
     assert LocVLM.from_pretrained(tmp_path / "llava").tokenizer.image_token_id == 380
