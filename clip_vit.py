@@ -10,8 +10,7 @@ without `post_layernorm`. The last block is kept, so that a checkpoint can be wr
 """
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,9 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from coords import resized
-from formats.files import known_fields, read_config
+from formats.files import known_fields, normalization, read_config, read_processor
 from formats.images import open_image  # noqa: F401 (the first arrow above)
-from formats.originals import openai_tensors
+from formats.originals import original_clip
 from formats.weights import build, open_tensors, sort_tensors
 
 
@@ -37,15 +36,15 @@ class CLIPVisionConfig:
     image_size: int = 224
     patch_size: int = 14
     layer_norm_eps: float = 1e-5
-    hidden_act: str = "quick_gelu"
+    hidden_act: str = "quick_gelu"  # OpenAI's; "gelu" of most later CLIPs
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's training images, RGB in [0, 1]
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
         for name in ("image_mean", "image_std"):  # JSON has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.hidden_act != "quick_gelu":
-            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported; this tower has CLIP's own 'quick_gelu' only")
+        if self.hidden_act not in ("quick_gelu", "gelu"):
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported; CLIPs have 'quick_gelu' or 'gelu'")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_attention_heads:
@@ -56,15 +55,16 @@ class CLIPVisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
     @classmethod
-    def from_dict(cls, config):
-        """Read a HF config, of the tower alone or of a whole CLIP (`vision_config`). Unknown keys are ignored."""
+    def from_dict(cls, config, processor=None):
+        """Read a HF config, of the tower or a whole CLIP (`vision_config`), and of its image processor. Ignore unknown keys."""
         config = config.get("vision_config", config)
         # HF leaves out of config.json what equals its own defaults, and those are ViT-B/32's
         defaults = {
             "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
             "image_size": 224, "patch_size": 32,
         }  # fmt: skip
-        return cls(**{**defaults, **known_fields(cls, config)})
+        known = {**defaults, **known_fields(cls, config)}
+        return cls(**{**known, **normalization(processor or {}, known["image_size"])})
 
     @classmethod
     def from_shapes(cls, stored):
@@ -151,10 +151,11 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.is_quick = config.hidden_act == "quick_gelu"  # an approximation that OpenAI's CLIP was trained with
 
     def forward(self, x):
         x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))  # QuickGELU: CLIP was trained with this approximation
+        return self.fc2(x * torch.sigmoid(1.702 * x) if self.is_quick else F.gelu(x))
 
 
 class Block(nn.Module):
@@ -195,11 +196,11 @@ class CLIPVisionTower(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Load a HF folder that holds CLIP's vision tower, alone or beside other parts, or OpenAI's .pt state dict."""
-        if Path(path).is_file():
-            stored = openai_tensors(open_tensors(path), path)
-            config = CLIPVisionConfig.from_shapes(stored)
+        """Load CLIP's tower from a HF folder, alone or beside other parts, OpenAI's .pt state dict, or open_clip's."""
+        if original := original_clip(path):
+            stored, values = original
+            config = replace(CLIPVisionConfig.from_shapes(stored), **values)
         else:
-            config = CLIPVisionConfig.from_dict(read_config(path))
+            config = CLIPVisionConfig.from_dict(read_config(path), read_processor(path))
             stored = sort_tensors(open_tensors(path), path)["vision_tower"]
         return build(lambda: cls(config), stored, path, dtype, device)

@@ -328,7 +328,7 @@ def encode_segment(tokenizer, template, turns, first="\n"):
             prompt, target = [], tokenizer.encode(answer + "\n")
         else:
             prompt = encode_question(tokenizer, question, f"{USER} " if index else first)
-            target = tokenizer.encode(answer) + [tokenizer.eos_token_id]
+            target = tokenizer.encode(tokenizer.space + answer) + [tokenizer.eos_token_id]
         ids += prompt + target
         labels += [IGNORE] * len(prompt) + target
     return ids, labels
@@ -479,7 +479,7 @@ class Examples:
     def text_row(self, record, draw):
         """Draw the text of a record: a packed row. draw: the epoch, see `order`."""
         rng = random.Random(f"{self.seed} {draw} {record.id}")
-        first = "\n" if record.image else ""
+        first = "\n" if record.image else self.tokenizer.space
         drawn, prefix = self.draw_segments(record, rng), self.prefix if record.image else self.text_prefix
         segments = [encode_segment(self.tokenizer, self.template, turns, first) for turns in drawn]
         if len(prefix) + sum(len(ids) for ids, _ in segments) > self.max_length:

@@ -446,7 +446,7 @@ def ask(model, image_path, question, out, **decoding):
 def add_options(parser):
     """Add the options that evaluate.py and `python -m tasks` share."""
     add = parser.add_argument
-    add("run", help="run folder, or any checkpoint that LocVLM.from_pretrained takes")
+    add("run", help="run folder, or any checkpoint that LocVLM.from_pretrained takes, such as ORG/NAME on the hub")
     add("--vision", help="folder of the CLIP tower, for an original LLaVA that lacks it")
     add("--coco", help="instances_*.json (default: the held-out shapes, written to data/shapes if missing)")
     add("--images", help="folder or zip of the images or clips")
@@ -464,7 +464,7 @@ def add_options(parser):
     add("--compile", action="store_true", help="torch.compile the decoder: takes a minute, then faster")
     add("--fresh", action="store_true", help="start over, whatever an earlier run has left")
     add("--trained-on", default="", help="files that name the training images, by commas (default: the run's own)")
-    add("--into", help="folder of the results; the blind ones lie beside it (default: RUN/eval)")
+    add("--into", help="folder of the results; the blind ones lie beside it (default: RUN/eval; runs/NAME/eval of ORG/NAME)")
 
 
 def check_options(parser, args, refused=()):
@@ -514,9 +514,10 @@ def wording_of(args, config):
 
 def write_page(run):
     """Make the HTML page of a run's results: the same as `python -m tools.report RUN`."""
-    command = [sys.executable, "-m", "tools.report", Path(run).resolve()]
+    run = folders_of(run)["ours"].parent
+    command = [sys.executable, "-m", "tools.report", run.resolve()]
     if subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL).returncode == 0:
-        print(f"written: {Path(run) / 'eval/report.html'}")
+        print(f"written: {run / 'eval/report.html'}")
 
 
 def main(argv=None):

@@ -10,7 +10,6 @@ Read `Llama.forward` first. `Llama.generate` is the same path with a cache. This
 """
 
 import math
-import re
 import zlib
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from formats.fast_cpu import pack_linears
 from formats.files import known_fields, read_config, require_file
+from formats.hub import local
 from formats.originals import meta_tensors
+from formats.tokenizer_json import JSONTokenizer
 from formats.weights import build, open_tensors, sort_tensors
 
 
@@ -45,6 +46,8 @@ class LlamaConfig:
     rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", "factor": ...}, see `rotary_frequencies`
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
+    attention_bias: bool = False  # in q, k, v and o
+    model_type: str = "llama"  # or "qwen2", which has biases in q, k and v
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
@@ -62,9 +65,8 @@ class LlamaConfig:
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         unsupported = {
-            "model_type": config.get("model_type", "llama") not in ("llama", "llava", "llava_llama"),
+            "model_type": config.get("model_type", "llama") not in ("llama", "llava", "llava_llama", "qwen2"),
             "hidden_act": config.get("hidden_act", "silu") != "silu",
-            "attention_bias": config.get("attention_bias", False),
             "mlp_bias": config.get("mlp_bias", False),
             "rope_scaling": rope_type not in ("default", "linear", "llama3"),
             "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
@@ -81,7 +83,7 @@ class LlamaConfig:
             needs += ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         if absent := [key for key in needs if not isinstance(rope.get(key), int | float)]:
             raise ValueError(f"rope_scaling {rope} lacks the number {absent[0]}; correct config.json")
-        known = known_fields(cls, config)
+        known = known_fields(cls, config) | {"model_type": "qwen2" if config.get("model_type") == "qwen2" else "llama"}
         known["rope_scaling"] = None if rope_type == "default" else {**rope, "rope_type": rope_type}
         known["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
         return cls(**known)
@@ -168,11 +170,11 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        width, size = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(width, config.num_attention_heads * size, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * size, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * size, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * size, width, bias=False)
+        width, size, has_bias = config.hidden_size, config.head_dim, config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = nn.Linear(width, config.num_attention_heads * size, has_bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * size, has_bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * size, has_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * size, width, config.attention_bias)
 
     def forward(self, x, cos, sin, mask, cache):
         q, k, v = (
@@ -393,21 +395,21 @@ def chooser(prompts, temperature, seed):
 class Tokenizer:
     """LLaMA's sentencepiece tokenizer: text <-> ids. Special ids come from its file, because config.json files can be wrong.
 
-    Another tokenizer (see TOKENIZERS) needs encode, decode, len(), path, bos_token_id and eos_token_id (None: it has none).
-    piece, score and is_byte serve the export to tokenizer.json; without `piece`, the file at `path` is saved as it is.
+    Another tokenizer (see TOKENIZERS) needs encode, decode, len(), path, bos_token_id (None: it has none), eos_token_id, piece
+    and space. score and is_byte serve the export to tokenizer.json; without them, the file at `path` is saved as it is.
     """
+
+    space = ""  # what goes before text that follows other text: `encode` adds a space by itself
 
     def __init__(self, folder):
         self.path = Path(folder) / "tokenizer.model"
         if not self.path.is_file() and (Path(folder) / "params.json").is_file():
             self.path = Path(folder).parent / "tokenizer.model"  # Meta keeps it beside the models' folders
-        require_file(self.path, "the tokenizer that belongs to the weights; a tokenizer.json alone is not read")
+        require_file(self.path, "the tokenizer that belongs to the weights, or its tokenizer.json")
         try:
             self._model = SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:
-            is_tiktoken = re.match(rb"[\w+/=]+ \d+\n", self.path.read_bytes()[:99])
-            tiktoken, damaged = "LLaMA-3's tiktoken file, which TOKENIZERS has no reader for", f"damaged ({error}); copy it again"
-            what = tiktoken if is_tiktoken else damaged
+            what = f"damaged ({error}), or LLaMA-3's tiktoken file; get its tokenizer.json instead"
             raise ValueError(f"{self.path} is not a sentencepiece model: it is {what}") from None
         self.bos_token_id, self.eos_token_id = self._model.bos_id(), self._model.eos_id()
         self.unk_token_id = self._model.unk_id()
@@ -433,10 +435,12 @@ class Tokenizer:
         return self._model.is_byte(i)
 
 
-TOKENIZERS = {"tokenizer.model": Tokenizer}  # file in a checkpoint folder -> the class that reads it
+# file in a checkpoint folder -> the class that reads it; the first counts
+TOKENIZERS = {"tokenizer.model": Tokenizer, "tokenizer.json": JSONTokenizer}
 
 
 def read_tokenizer(folder):
     """Read the tokenizer of a checkpoint folder: the first of TOKENIZERS whose file exists."""
+    folder = local(folder, "tokenizer*", "special_tokens_map.json", "config.json")
     found = (reader for name, reader in TOKENIZERS.items() if (Path(folder) / name).is_file())
     return next(found, Tokenizer)(folder)

@@ -34,6 +34,7 @@ from formats.annotations import image_ids_of, parse_sources, read_records, unrea
 from formats.fast_cpu import keep_freed_memory
 from formats.features import open_features
 from formats.files import run_command, some
+from formats.hub import is_name
 from formats.images import are_faces_blurred
 from formats.meter import Meter
 from formats.processes import Processes, prefetched, shard, whole_state_dict
@@ -110,9 +111,9 @@ class TrainConfig:
     dry_run: bool = opt(False, "print parts, shapes and an example; train and write nothing")
     evaluate: bool = opt(True, "evaluate after the last stage, if a val split lies beside the data (instances_val.json)")
     # model
-    vision: str = opt("", "CLIP: HF folder, or OpenAI's .pt state dict [tiny/clip]")
-    llm: str = opt("", "LLaMA or Vicuna: HF folder, or Meta's with params.json [tiny/llama]")
-    init_from: str = opt("", "run, llava-hf or LLaVA folder to start from (an original LLaVA may need --vision too)")
+    vision: str = opt("", "CLIP: folder, ORG/NAME[@REVISION] on the Hugging Face hub, or OpenAI's .pt state dict [tiny/clip]")
+    llm: str = opt("", "LLaMA, Vicuna or Qwen2: folder (HF's, or Meta's with params.json) or ORG/NAME[@REVISION] [tiny/llama]")
+    init_from: str = opt("", "run, llava-hf or LLaVA to start from, folder or ORG/NAME (an original LLaVA may need --vision)")
     adapter: str = opt("linear", f"{', '.join(ADAPTERS)}, or a file of trained weights: LLaVA's mm_projector.bin")
     # data
     data: str = opt("", "annotation files, separated by commas: FILE, or FILE@IMAGES*WEIGHT [the shapes world]")
@@ -145,7 +146,7 @@ class TrainConfig:
     tensorboard: bool = opt(False, "also write what log.jsonl holds for TensorBoard: tensorboard --logdir RUN")
 
     def __post_init__(self):
-        if self.adapter not in ADAPTERS and not Path(self.adapter).exists():
+        if self.adapter not in ADAPTERS and not (Path(self.adapter).exists() or is_name(self.adapter)):
             raise ValueError(f"--adapter {self.adapter} is neither one of {', '.join(ADAPTERS)} nor a file")
         if self.init_from and (self.adapter != "linear" or self.llm):
             raise ValueError("--init-from loads a whole model; leave out --adapter and --llm")

@@ -28,6 +28,7 @@ import torch
 from data import NEG_ANSWER
 from formats.annotations import coco_id, image_ids, image_ids_of, parse_sources, require_usable
 from formats.files import read_json, remove_temporary, sha256, some, write_json, write_rows
+from formats.hub import is_name
 from formats.images import has_image, is_hidden, names_in
 from formats.journal import work_in_parts
 from formats.parquet import shards
@@ -65,8 +66,8 @@ def name_of(task, file=None, split=None):
 
 
 def folders_of(run, into=None):
-    """Return where results go: {column of the printed table: folder}."""
-    into = Path(into or Path(run) / "eval")
+    """Return where results go: {column of the printed table: folder}. That of ORG/NAME on the hub is runs/NAME/eval."""
+    into = Path(into or Path("runs" if is_name(run) else "", Path(run).name if is_name(run) else run, "eval"))
     return {"ours": into, **{title: into.with_name(f"{into.name}_{title}") for title in ("blind", "scored")}}
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
+from formats.hub import local
+
 
 def require_file(path, expected):
     """Return the path if the file exists. Raise FileNotFoundError, or ValueError if it is a Git LFS pointer."""
@@ -46,7 +48,32 @@ def naming(path, *errors):
 
 def read_config(folder, name="config.json"):
     """Read a folder's config.json as a dict."""
-    return read_json(require_file(Path(folder) / name, "a checkpoint folder: its config beside its weights"))
+    return read_json(require_file(local(folder, name) / name, "a checkpoint folder: its config beside its weights"))
+
+
+def read_processor(folder):
+    """Return the settings of a checkpoint's image processor, or {}. transformers 5 nests them in processor_config.json."""
+    names = "preprocessor_config.json", "processor_config.json"
+    for path in [local(folder, *names) / name for name in names]:
+        content = read_json(path) if path.is_file() else {}
+        processor = content.get("image_processor", content)
+        if processor.keys() & {"size", "do_resize", "do_pad", "image_mean"}:
+            return processor
+    return {}
+
+
+def normalization(processor, side):
+    """Return the mean and std of an image processor. Raise ValueError if the tower, which reads `side` px, has another side."""
+    size = processor.get("crop_size" if processor.get("do_center_crop", True) else "size")
+    size = size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
+    if size not in (None, side):
+        sides = f"{size} px, the tower reads {side}"
+        raise ValueError(f"preprocessor_config.json makes images of {sides}; correct the one that is wrong")
+    found = {key: processor[key] for key in ("image_mean", "image_std") if key in processor}
+    for key, value in found.items():
+        if not (isinstance(value, list) and [type(v) in (int, float) for v in value] == [True] * 3):
+            raise ValueError(f"preprocessor_config.json has {key} {value!r}, which is not three numbers; correct it")
+    return found
 
 
 def known_fields(cls, config):

@@ -7,9 +7,8 @@ mean of the others: never the most likely), and a linear adapter the identity as
 
 import json
 import math
-import shutil
+import re
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -18,7 +17,8 @@ import torch
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower, mean_colour
 from data import ASSISTANT, SYSTEM, USER
-from formats.files import read_config, read_json, read_text, sha256, write_json, write_text, write_whole
+from formats.files import read_config, read_json, read_processor, read_text, sha256, write_json, write_text, write_whole
+from formats.hub import local
 from formats.weights import build, open_tensors, sort_tensors, write_tensors
 from llama import Llama, LlamaConfig, read_tokenizer
 
@@ -37,17 +37,18 @@ SETTINGS = ("geometry", "kind", "location", "words", "frames")  # of LocVLMConfi
 
 def read_checkpoint(folder, vision, adapters, dtype, device):
     """Read a whole model: (tower, adapter, LLaMA, tokenizer, settings of LocVLMConfig). See LocVLM.from_pretrained."""
-    config, parts = read_config(folder), sort_tensors(open_tensors(folder), folder)
-    ours, language = config.get("locvlm", {}), parts["language_model"]
+    config = read_config(folder)
+    ours, llama_config = config.get("locvlm", {}), LlamaConfig.from_dict(config)
     for key, values in SUPPORTED.items():
         is_our_identity = key == "projector_hidden_act" and ours.get("adapter") == "linear"
         if config.get(key, values[0]) not in values and not is_our_identity:
             raise ValueError(f"{folder}/config.json: unsupported {key} = {config[key]!r}, expected {values[0]!r}")
-    tower = read_tower(folder, config, parts["vision_tower"], vision, dtype, device)
+    parts = sort_tensors(open_tensors(folder), folder)
+    language, tower = parts["language_model"], read_tower(folder, config, parts["vision_tower"], vision, dtype, device)
     if "vocab_size" in ours:  # drop the rows added for <image>
         for name in {"embed_tokens.weight", "lm_head.weight"} & language.keys():
             language[name] = language[name].rows(0, ours["vocab_size"])
-    llama = Llama.from_stored(LlamaConfig.from_dict(config), language, f"{folder} (LLaMA)", dtype, device)
+    llama = Llama.from_stored(llama_config, language, f"{folder} (LLaMA)", dtype, device)
     adapter = read_adapter(folder, adapters, (tower.config.hidden_size, llama.config.hidden_size), dtype, device)
     tokenizer = read_tokenizer(folder)
     if ours and sha256(tokenizer.path) != ours["tokenizer_sha256"]:
@@ -60,7 +61,8 @@ def read_checkpoint(folder, vision, adapters, dtype, device):
 def read_tower(folder, config, stored, vision, dtype, device):
     """Read the tower inside a checkpoint, or the one at `vision`."""
     if stored:
-        shape = CLIPVisionConfig.from_dict(config) if "vision_config" in config else CLIPVisionConfig.from_shapes(stored)
+        has_config, values = "vision_config" in config, read_processor(folder)
+        shape = CLIPVisionConfig.from_dict(config, values) if has_config else CLIPVisionConfig.from_shapes(stored)
         return build(lambda: CLIPVisionTower(shape), stored, f"{folder} (vision tower)", dtype, device)
     if not vision:
         clip = config.get("mm_vision_tower", "its CLIP")
@@ -70,7 +72,7 @@ def read_tower(folder, config, stored, vision, dtype, device):
 
 def read_adapter(path, adapters, sizes, dtype=torch.float32, device="cpu"):
     """Read the adapter alone: of a run, which names its kind, of a LLaVA, or its mm_projector.bin. sizes: of CLIP and LLaMA."""
-    stored, config = sort_tensors(open_tensors(path), path)["adapter"], Path(path) / "config.json"
+    stored, config = sort_tensors(open_tensors(path), path)["adapter"], local(path, "config.json") / "config.json"
     ours = read_json(config).get("locvlm", {}) if config.is_file() else {}
     kind = ours.get("adapter") or ("mlp2x_gelu" if "linear_2.weight" in stored else "linear")
     if kind == "linear":  # drop the identity
@@ -86,32 +88,30 @@ def geometry_of(folder, config):
             hint = "this model looks once at the whole image ('square' or 'pad')"
             raise ValueError(f"{folder}/config.json: unsupported image_aspect_ratio = {ratio!r}; {hint}")
         return "pad" if ratio == "pad" else "crop"
-    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):  # transformers 5 has it in the second
-        content = read_json(path) if path.is_file() else {}
-        processor = content.get("image_processor", content)
-        if processor.get("do_pad"):
-            return "pad"
-        if processor.keys() & {"size", "do_resize"}:
-            size, is_crop = processor.get("size"), processor.get("do_center_crop", True)
-            return "squash" if not is_crop and isinstance(size, dict) and "height" in size else "crop"
-    print(f"{folder} has no preprocessor_config.json: images are cropped to a square, as CLIP does")
-    return "crop"
+    processor = read_processor(folder)
+    if not processor:
+        print(f"{folder} has no preprocessor_config.json: images are cropped to a square, as CLIP does")
+    size, is_crop = processor.get("size"), processor.get("do_center_crop", True)
+    is_square = not is_crop and isinstance(size, dict) and "height" in size
+    return "pad" if processor.get("do_pad") else "squash" if is_square else "crop"
 
 
 def write_checkpoint(model, folder, state_dict, notes):
     """Write a llava-hf folder, see LocVLM.save_pretrained."""
     config, tokenizer = model.config, model.tokenizer
-    # <image> takes the first id that is no piece of the tokenizer; rows are padded to a multiple of 64, as llava-hf's
-    image_id, vocab_size = len(tokenizer), config.text_config.vocab_size
+    # <image> takes the first id that is no piece of the tokenizer, if that lacks it; rows are a multiple of 64, as llava-hf's
+    image_id, vocab_size = getattr(tokenizer, "image_token_id", None) or len(tokenizer), config.text_config.vocab_size
     rows = vocab_size if image_id < vocab_size else 64 * math.ceil((image_id + 1) / 64)
     write_tensors(folder / "model.safetensors", llava_tensors(model, state_dict or model.state_dict(), rows))
-    write_whole(folder / tokenizer.path.name, partial(shutil.copyfile, tokenizer.path))
+    # `encode` is called for each chunk around an image, which gets a space of its own: so shall others that read the file
+    pieces = re.sub(rb'("prepend_scheme":\s*)"first"', rb'\1"always"', tokenizer.path.read_bytes())
+    write_whole(folder / tokenizer.path.name, lambda path: path.write_bytes(pieces))
     chat = "".join(read_json(HERE / "chat_template.json"))  # data.encode_prefix and encode_segment, for any number of turns
     chat = Template(chat).substitute(SYSTEM=SYSTEM, USER=USER, ASSISTANT=ASSISTANT)
     write_text(folder / "chat_template.jinja", chat)
     ours = {
         "adapter": config.adapter, **{key: getattr(config, key) for key in SETTINGS}, "n_bins": config.coord_format().n_bins,
-        "template": "v1", "vocab_size": vocab_size, "tokenizer_sha256": sha256(tokenizer.path),
+        "template": "v1", "vocab_size": vocab_size, "tokenizer_sha256": sha256(folder / tokenizer.path.name),
     }
     files = json_files(config, tokenizer, image_id, rows)
     files["config.json"]["locvlm"] = {**ours, **notes}
@@ -146,11 +146,13 @@ def json_files(config, tokenizer, image_id, rows):
         "vision": asdict(config.vision_config), "text": asdict(config.text_config) | {"vocab_size": rows},
         "image_id": image_id, "tokenizer": tokenizer, "vocab": None,
     }
-    if hasattr(tokenizer, "piece"):  # a sentencepiece model
-        ids = tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
-        special = {i: tokenizer.piece(i) for i in ids} | {image_id: "<image>"}
+    unk, bos, eos = getattr(tokenizer, "unk_token_id", None), tokenizer.bos_token_id, tokenizer.eos_token_id
+    named = {"unk": unk, "bos": bos, "eos": eos, "pad": eos if unk is None else unk}
+    facts["named"] = {name: i for name, i in named.items() if i is not None}
+    facts["special"] = {i: tokenizer.piece(i) for i in facts["named"].values()} | {image_id: "<image>"}
+    if hasattr(tokenizer, "score"):  # a sentencepiece model, for which a tokenizer.json is made
         vocab = {tokenizer.piece(i): i for i in range(len(tokenizer))}
-        facts |= {"special": special, "vocab": vocab, "merges": merges_of(tokenizer, vocab, special)}
+        facts |= {"vocab": vocab, "merges": merges_of(tokenizer, vocab, facts["special"])}
     template = jinja2.Environment(finalize=json.dumps, undefined=jinja2.StrictUndefined).from_string
     return json.loads(template(read_text(HERE / "llava_hf.jinja")).render(facts))
 

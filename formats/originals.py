@@ -1,12 +1,13 @@
 """Checkpoints as their authors released them, under HF's names: Meta's LLaMA (consolidated.NN.pth beside params.json, in one
-shard or several) and OpenAI's CLIP (`ViT-L-14.pt` as a state dict)."""
+shard or several), OpenAI's CLIP (`ViT-L-14.pt` as a state dict), and open_clip's, which has the same names and a config."""
 
 from pathlib import Path
 
 import torch
 
-from formats.files import read_config, read_json
-from formats.weights import Stored, open_file
+from formats.files import read_config, read_json, require_file
+from formats.hub import local
+from formats.weights import OPEN_CLIP, Stored, open_file, open_tensors
 
 NAMES = read_json(Path(__file__).with_name("originals.json"))  # whose names -> {theirs: ours}
 
@@ -61,6 +62,36 @@ def split_halves(stored, head_dim):
         rows = stored.read().view(-1, head_dim // 2, 2, stored.shape[1])  # (heads, pair, half, width)
         return rows.transpose(1, 2).reshape(stored.shape)[start:stop]
     return Stored(stored.shape, read_rows, stored.path)
+
+
+def original_clip(path):
+    """Read OpenAI's file or open_clip's, or the folder of one: ({our name: Stored}, what its shapes do not say of a
+    CLIPVisionConfig). None for any other folder, such as HF's."""
+    path = local(path, "config.json", "open_clip_config.json")
+    folder = path.parent if path.is_file() else path
+    config, of_hf = folder / "open_clip_config.json", folder / "config.json"
+    if path.is_file():
+        if path.name.startswith("open_clip"):
+            require_file(config, "the config of these weights: OpenAI's and later ones differ in what they compute")
+        return openai_tensors(open_tensors(path), path), open_clip_values(config) if config.is_file() else {}
+    if config.is_file() and not (of_hf.is_file() and "model_type" in read_json(of_hf)):
+        file = next((f for f in map(folder.joinpath, OPEN_CLIP) if f.is_file()), folder / OPEN_CLIP[0])
+        return openai_tensors(open_tensors(require_file(file, "open_clip's weights")), file), open_clip_values(config)
+
+
+def open_clip_values(path):
+    """Return the values of a CLIPVisionConfig that an open_clip_config.json adds to the shapes of the tensors."""
+    content = read_json(path)
+    model, preprocess = content.get("model_cfg", {}), content.get("preprocess_cfg", {})
+    vision = model.get("vision_cfg", {})
+    plain = ("image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size")
+    if other := {key: value for key, value in vision.items() if key not in plain and value}:
+        raise ValueError(f"{path}: unsupported vision_cfg {other}; this tower is CLIP's plain ViT")
+    if not isinstance(vision.get("width"), int):
+        raise ValueError(f"{path}: no width in its vision_cfg; is it open_clip's?")
+    values = {f"image_{key}": preprocess[key] for key in ("mean", "std") if key in preprocess}
+    heads, activation = vision["width"] // vision.get("head_width", 64), "quick_gelu" if model.get("quick_gelu") else "gelu"
+    return {"num_attention_heads": heads, "hidden_act": activation, **values}
 
 
 def openai_tensors(stored, source):

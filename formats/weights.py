@@ -17,9 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from formats.files import naming, read_json, require_file, sha256, some, write_json, write_whole, writing
+from formats.hub import local
 
 PIECE_BYTES = 2**24  # read at once, in float32
 SHARD_BYTES = 5 * 10**9  # larger checkpoints are written in shards, as the hub's are
+OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NO_WEIGHTS = {  # files of a folder without weights of its own, and what it is
     "adapter_config.json": "a LoRA; merge it into its base model first, and save that",
@@ -62,12 +64,13 @@ def open_tensors(path):
 
 def find_weights(path):
     """Find the files that hold a checkpoint's weights: their paths. A tensor that they lack is found missing by `build`."""
-    path = Path(path)
+    source, path = path, Path(path)
     if re.search(r"delta-v\d", path.name):
         raise ValueError(f"{path} holds the difference to LLaMA's weights; add it to them first (FastChat's apply_delta)")
     if path.is_file():
         return [path]
-    for name in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin"):
+    for name in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin", *OPEN_CLIP):
+        path = local(source, name, f"{name}.index.json", name.replace(".", "-*-of-*."))
         index = path / f"{name}.index.json"
         if (path / name).is_file():  # before an index, which may be left over: so does transformers
             return [path / name]
@@ -84,8 +87,11 @@ def find_weights(path):
 
 def weights_sha256(path):
     """Hash what identifies a model: {file name: sha256} of its config and weights. A path may be a single file."""
-    config = [] if Path(path).is_file() else [require_file(Path(path) / "config.json", "a model: its config and weights")]
-    return {file.name: sha256(file) for file in config + find_weights(path)}
+    if Path(path).is_file():
+        return {Path(path).name: sha256(path)}
+    configs = [local(path, name) / name for name in ("config.json", "open_clip_config.json")]
+    config = next(filter(Path.is_file, configs), configs[0])
+    return {f.name: sha256(f) for f in (require_file(config, "a model: its config and weights"), *find_weights(path))}
 
 
 def open_file(path):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from clip_vit import CLIPVisionConfig
 from data import LOC_PROMPTS, REV_PROMPTS, SYSTEM
+from formats.tokenizer_json import JSONTokenizer
 from llama import LlamaConfig, Tokenizer
 from model import LocVLM, LocVLMConfig
 
@@ -69,6 +70,34 @@ def train_tokenizer(folder, extra=""):
     return Tokenizer(folder)
 
 
+def write_json_tokenizer(folder, kind):
+    """Train a byte-level BPE of 380 pieces. kind: "smollm2" (single digits, an unused bos) or "llama3" (a pattern, bos)."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    bos, eos = {"smollm2": ("<|im_start|>", "<|im_end|>"), "llama3": ("<|begin_of_text|>", "<|eot_id|>")}[kind]
+    model = Tokenizer(models.BPE())
+    first = pre_tokenizers.Digits(individual_digits=True)
+    if kind == "llama3":
+        words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+        rest = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        first = pre_tokenizers.Split(Regex(words + rest), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "smollm2")
+    model.pre_tokenizer, model.decoder = pre_tokenizers.Sequence([first, level]), decoders.ByteLevel()
+    lines = [SYSTEM, *LOC_PROMPTS, *REV_PROMPTS, "It is located at (0, 1, 2, 3)"] * 4
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    how = {"initial_alphabet": alphabet, "show_progress": False}
+    model.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=380, special_tokens=[bos, eos], **how))
+    if kind == "llama3":
+        template = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B", "special_tokens": [(bos, model.token_to_id(bos))]}
+        model.post_processor = processors.TemplateProcessing(**template)
+    model.save(str(folder / "tokenizer.json"))
+    end = {"__type": "AddedToken", "content": eos}
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    return JSONTokenizer(folder)
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
@@ -76,12 +105,13 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def make_model(tokenizer):
-    """Return make_model(adapter="linear", ...): a LocVLM with random weights, the same ones every time."""
+    """Return make_model(adapter="linear", tokenizer=..., ...): a LocVLM with random weights, the same ones every time."""
 
     def make(**options):
         torch.manual_seed(0)
-        model = LocVLM(LocVLMConfig(VISION, options.pop("text_config", TEXT), **options)).eval()
-        model.tokenizer = tokenizer
+        pieces, parts = options.pop("tokenizer", tokenizer), {"vision_config": VISION, "text_config": TEXT}
+        model = LocVLM(LocVLMConfig(**{**parts, **options})).eval()
+        model.tokenizer = pieces
         return model
 
     return make

@@ -1,6 +1,7 @@
 """CLIP's tower agrees with transformers', its files load strictly, and images and boxes go through the same geometry."""
 
 import io
+import json
 import random
 
 import numpy as np
@@ -89,9 +90,9 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
 
 
 def test_shapes_that_the_tower_lacks_are_refused():
-    """Another activation (OpenCLIP's gelu), sides and widths that do not divide, an image of another side."""
+    """Another activation, sides and widths that do not divide, an image of another side."""
     for options, hint in (
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"image_size": 225}, "image_size 225"),
         ({"num_attention_heads": 7}, "hidden_size 1024"),
     ):
@@ -99,6 +100,24 @@ def test_shapes_that_the_tower_lacks_are_refused():
             CLIPVisionConfig(**options)
     with pytest.raises(ValueError, match=r"not \(B, 3, 28, 28\)"):
         CLIPVisionTower.from_pretrained(GOLDEN / "clip")(torch.zeros(1, 3, 42, 42))
+
+
+def test_the_image_processor_of_a_checkpoint_is_obeyed(tmp_path):
+    """Its mean and std are the tower's; a side that is not the tower's, or a mean that is no colour, is refused."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((GOLDEN / "clip" / name).read_bytes())
+    processor = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 1], "size": {"shortest_edge": 32}, "crop_size": 28}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    config = CLIPVisionTower.from_pretrained(tmp_path).config
+    assert preprocess(Image.new("RGB", (9, 5), "white"), config)[:, 0, 0].tolist() == [2, 1, 0.5]
+    for changes, hint in (
+        ({"crop_size": {"height": 32, "width": 32}}, "makes images of 32 px, the tower reads 28"),
+        ({"do_center_crop": False}, "makes images of 32 px"),
+        ({"image_std": 0.5}, "image_std 0.5, which is not three numbers"),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | changes))
+        with pytest.raises(ValueError, match=hint):
+            CLIPVisionTower.from_pretrained(tmp_path)
 
 
 def test_what_a_config_leaves_out_is_vit_b_32():

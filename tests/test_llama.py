@@ -188,7 +188,6 @@ def test_rows_that_are_done_leave_the_batch(llama, monkeypatch):
     [
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-        {"attention_bias": True},
         {"mlp_bias": True},
         {"partial_rotary_factor": 0.5},
         {"sliding_window": 4096},
@@ -199,7 +198,7 @@ def test_rows_that_are_done_leave_the_batch(llama, monkeypatch):
     ],
 )
 def test_a_decoder_that_is_not_a_plain_llama_is_refused_by_name(foreign):
-    """Rotations we lack, biases, experts, other families: silently loaded they would talk nonsense."""
+    """Rotations we lack, biases of the MLP, experts, other families: silently loaded they would talk nonsense."""
     name = "rope" if "rope" in next(iter(foreign)) else next(iter(foreign))
     with pytest.raises(ValueError, match=name):
         LlamaConfig.from_dict(foreign)
@@ -244,7 +243,7 @@ def test_shards_a_tied_head_and_old_rotary_tables_load(tmp_path, llama):
 
 
 def test_a_wrong_weight_file_is_refused_by_the_name_of_the_tensor(tmp_path):
-    """A LLaMA with biases has tensors that ours lacks; a layer less is missing."""
+    """Biases that its config does not name; a layer less is missing."""
     config, tensors = (GOLDEN / "llama/config.json").read_text(), load_file(GOLDEN / "llama/model.safetensors")
     (tmp_path / "config.json").write_text(config)
     save_file({**tensors, "model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, tmp_path / "model.safetensors")

@@ -5,7 +5,7 @@
 
 Takes P x Dv x 2 bytes per image: half a megabyte for ViT-L/14 at 224 px. A killed run resumes with the same command.
 
-vision    CLIP: HF folder, or OpenAI's .pt
+vision    CLIP: folder, ORG/NAME on the hub, or OpenAI's .pt
 frames    frames per clip, which is pooled to so many + P tokens (video.pool); 0: images, of P tokens
 skip_bad  skip and count images that cannot be read, or have another size than their file says
 """

@@ -4,7 +4,7 @@
     python -m tools.show --data localize.json@train2017,chat.json@coco --words description --number 5
 
 data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES*WEIGHT
-tokenizer   folder with tokenizer.model
+tokenizer   folder with tokenizer.model or tokenizer.json, or ORG/NAME on the hub
 template    v1: stage 2; plain: captions of stage 1
 words       what names an object
 number      how many images

@@ -16,7 +16,7 @@ from clip_vit import CLIPVisionConfig, CLIPVisionTower
 from formats import weights
 from formats.llava_hf import geometry_of
 from formats.weights import Stored, build, open_tensors, write_tensors
-from llama import Llama, LlamaConfig, Tokenizer, rotary_frequencies
+from llama import Llama, LlamaConfig, read_tokenizer, rotary_frequencies
 from model import LocVLM, LocVLMConfig
 
 VISION = CLIPVisionConfig(  # heads of 64, as in every CLIP: files without a config are read by that
@@ -124,6 +124,29 @@ def test_a_tower_loads_under_every_naming(model, tmp_path, naming):
     assert all(torch.equal(a, b) for a, b in zip(tower.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("where", ["file", "folder", "beside other names"])
+def test_open_clip_loads_with_its_own_config(tmp_path, where):
+    """OpenAI's names, with heads of another size, the exact gelu, and another mean: what the shapes do not say."""
+    shape = replace(VISION, num_attention_heads=2, hidden_act="gelu", image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
+    torch.manual_seed(0)
+    tower, file = CLIPVisionTower(shape), tmp_path / "open_clip_model.safetensors"
+    save_file(openai_state(tower), file)
+    with pytest.raises(FileNotFoundError, match="open_clip_config.json"):
+        CLIPVisionTower.from_pretrained(file)
+    vision = {"image_size": 28, "layers": 3, "width": 64, "patch_size": 14, "head_width": 32, "patch_dropout": 0.0}
+    config = {"model_cfg": {"vision_cfg": vision}, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    if where == "beside other names":  # as timm's repositories
+        save_file({"blocks.0.x": torch.ones(1)}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch32_clip_224"}')
+    again = CLIPVisionTower.from_pretrained(file if where == "file" else tmp_path)
+    assert again.config == shape and all(map(torch.equal, tower.parameters(), again.parameters()))
+    for changes, words in (({"no_ln_pre": True}, "unsupported vision_cfg {'no_ln_pre': True}"), ({"width": None}, "no width")):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": vision | changes}}))
+        with pytest.raises(ValueError, match=words):
+            CLIPVisionTower.from_pretrained(file)
+
+
 def meta_state(llama, shards):
     """The decoder as Meta's consolidated.NN.pth have it: rotary pairs side by side, rows or columns cut into shards."""
     heads, kv_heads, size = TEXT.num_attention_heads, TEXT.num_key_value_heads, TEXT.head_dim
@@ -165,7 +188,7 @@ def test_a_llama_loads_under_every_naming(model, tmp_path, naming):
         for number, state in enumerate(meta_state(llama, int(naming[-1]))):
             torch.save(state, folder / f"consolidated.{number:02d}.pth")
         shutil.copyfile(model.tokenizer.path, tmp_path / "tokenizer.model")
-        assert len(Tokenizer(folder)) == len(model.tokenizer)  # beside the models' folders
+        assert len(read_tokenizer(folder)) == len(model.tokenizer)  # beside the models' folders
     else:
         tensors = named(llama, "" if naming == "bare" else LLAMA_PREFIX)
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -530,12 +553,12 @@ def test_a_tokenizer_with_more_pieces_than_the_embedding_is_refused(model, tmp_p
 
 @pytest.mark.parametrize(
     "name, content, words",
-    [("tokenizer.model", "AA== 0\nAQ== 1\n", "LLaMA-3's tiktoken file"), ("tokenizer.json", "{}", "no file .*tokenizer.model.*tokenizer.json alone is not read")],
+    [("tokenizer.model", "AA== 0\nAQ== 1\n", "LLaMA-3's tiktoken file"), ("tokenizer.txt", "{}", "no file .*tokenizer.model.*or its tokenizer.json")],
 )  # fmt: skip
 def test_another_kind_of_tokenizer_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        Tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
