@@ -217,7 +217,7 @@ class LocVLM(nn.Module):
         if longest > (limit := self.config.text_config.max_position_embeddings):
             raise ValueError(f"{longest} tokens exceed max_position_embeddings = {limit}; shorten the question or the answer")
         batch, patches = collate([pack(prefix, of_image, 10**9) for of_image in segments]), self.see(images)
-        batch = {key: value if value is None else value.to(patches.device) for key, value in batch.items()}
+        batch = {key: value.to(patches.device) for key, value in batch.items() if value is not None}
         log_p = iter((-self(patches, **batch, reduction="none")).tolist())  # row by row, in the order of its segments
         return [[[next(log_p) for i in labels if i != IGNORE] for _, labels in of_image] for of_image in segments]
 

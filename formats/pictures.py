@@ -54,7 +54,7 @@ def is_right(correct):
 
 def overlay(items, path):
     """Draw four successes and four failures of an evaluation, with the boxes of truth (green) and answer (blue)."""
-    right, wrong = ([item for item in items if bool(is_right(item.correct)) == good][:4] for good in (True, False))
+    right, wrong = ([item for item in items if bool(is_right(item.correct)) == wanted][:4] for wanted in (True, False))
     cards = []
     for item in right + wrong:
         truth = [item.truth["box_px"]] if "box_px" in item.truth else item.truth.get("boxes_px", [])
