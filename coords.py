@@ -261,7 +261,7 @@ class CoordFormat:
             raise ValueError(f"image size {size} is not (width, height) in pixels")
         xy_px = tuple(float(v) for v in xy_px)
         if len(xy_px) != length:
-            raise ValueError(f"{xy_px} has {len(xy_px)} numbers, no {what} (convert COCO's (x, y, w, h) first)")
+            raise ValueError(f"{xy_px} has {len(xy_px)} numbers; expected a {what} (convert COCO's (x, y, w, h) first)")
         if problem := fault(xy_px, size):
             raise ValueError(f"{xy_px} is {problem}: no {what} in pixels of an image of size {size}")
         if max(xy_px) <= 1 < min(size) and any(v % 1 for v in xy_px):

@@ -13,8 +13,9 @@ NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?")
 
 
 def is_name(path):
-    """Return True for ORG/NAME or ORG/NAME@REVISION that is no path on this disk."""
-    return bool(NAME.fullmatch(str(path))) and not Path(path).exists()
+    """Return True for ORG/NAME or ORG/NAME@REVISION that is no path on this disk, nor a file of weights that is missing."""
+    is_file = Path(path).suffix in (".bin", ".pt", ".pth", ".safetensors")
+    return bool(NAME.fullmatch(str(path))) and not is_file and not Path(path).exists()
 
 
 def local(path, *patterns):
