@@ -92,7 +92,7 @@ def test_flags_come_from_the_dataclass():
     config = parse_config(TrainConfig, ["--steps", "3", "--lr", "1e-3", "--objectives", "loc,neg"])
     assert [(r.steps, r.lr) for r in map(config.recipe, (1, 2))] == [(3, 1e-3), (3, 1e-3)]
     paper = TrainConfig(preset="paper").recipe(2)
-    assert (paper.batch, paper.lr, paper.warmup_ratio, paper.epochs) == (64, 2e-5, 0.3, 10), "Sec. 4.1"
+    assert (paper.batch, paper.lr, paper.warmup_ratio, paper.epochs) == (64 // 2, 2e-5, 0.3, 10), "Sec. 4.1: 64 conversations, two an image"
 
 
 @pytest.mark.parametrize(
