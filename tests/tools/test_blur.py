@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from tqdm import tqdm
 
 from formats.files import read_json
 from formats.images import blur_manifest, open_image
@@ -198,11 +200,15 @@ def test_a_second_run_does_nothing_and_another_is_refused(photos, tmp_path, caps
     refused("made with other options: faces was", blur, photos, out, faces=faces)
     refused("no folder", blur, tmp_path / "gone", out, faces=faces)
 
+def blur_alone(*args, **kwargs):
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared with the process that forked this one: killed, it may stay held
+    blur(*args, **kwargs)
+
 def kill_blurs(photos, faces, out, moments):
     """Start a blur over and over, and kill it after so many more images, or so many seconds; the last one may end."""
     for moment in moments:
         process = multiprocessing.get_context("fork").Process(
-            target=blur, args=(photos, out, faces), kwargs={"processes": 2}
+            target=blur_alone, args=(photos, out, faces), kwargs={"processes": 2}
         )
         process.start()
         time.sleep(moment)
