@@ -238,7 +238,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.is_compiled, self.compiled = False, None  # see compile_layers, for_inference
+        self.uses_flex, self.compiled = False, None  # see compile_layers, for_inference
         self.tie()
 
     def tie(self):
@@ -274,10 +274,10 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def compile_layers(self, backend="inductor"):
-        """Compile each block's computation, for training on a GPU. Packed rows then use FlexAttention."""
+        """Compile each block's computation, for training on a GPU. Packed rows then use FlexAttention, which a CPU cannot train with."""
         for block in self.layers:  # `body`: what fsdp adds to the calls of a block stays outside
             block.body = torch.compile(partial(Block.body, block), fullgraph=True, backend=backend)
-        self.is_compiled = True
+        self.uses_flex = self.embed_tokens.weight.is_cuda
 
     def for_inference(self, compile=False):
         """Speed up generation irreversibly: the model cannot be trained or saved afterwards. Returns self.

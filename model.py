@@ -140,7 +140,7 @@ def packed_mask(segments, as_blocks=False):
 
 def answer_loss(llama, x, answers, positions, segments=None, reduction="mean"):
     """Next-token loss over the answer tokens of embedded, packed rows x (B, T, D). See `LocVLM.forward`."""
-    mask = None if segments is None else packed_mask(segments, llama.is_compiled and x.is_cuda)
+    mask = None if segments is None else packed_mask(segments, llama.uses_flex)
     hidden = llama.hidden(x, positions, mask)  # (B, T, D)
     rows, columns, targets = answers
     logits = llama.lm_head(hidden[rows, columns])  # (A, V): about one token in ten meets the vocabulary

@@ -376,13 +376,12 @@ def build_examples(config, stage, records, model, features=None):
 
 
 def print_parts(config, stage, model):
-    """Print what a stage trains. Return its recipe."""
-    print(f"\nstage {stage}: {(recipe := config.recipe(stage))}")
+    """Print a stage's recipe, and which parts of the model it trains."""
+    print(f"\nstage {stage}: {config.recipe(stage)}")
     learned = trainable(model, stage)
     for name, part in model.named_children():
         count, learns = sum(p.numel() for p in part.parameters()), any(n.startswith(name) for n in learned)
         print(f"  {name:15} {count:>14,} parameters  {'trained' if learns else 'frozen'}")
-    return recipe
 
 
 def dry_run(config, processes):
@@ -395,7 +394,8 @@ def dry_run(config, processes):
         records, _ = build_records(config, processes)
         model = build_model(config)
         for stage in config.stage_list:
-            examples, recipe = build_examples(config, stage, records, model), print_parts(config, stage, model)
+            examples, recipe = build_examples(config, stage, records, model), config.recipe(stage)
+            print_parts(config, stage, model)
             index, epoch = examples.order(0)
             record = examples.records[index]
             print(f"  {record.image} {record.size} px\n  {marked(model.tokenizer, examples.text_row(record, epoch))}")

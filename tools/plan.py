@@ -168,7 +168,8 @@ def row_of(config, stage, records, model):
 
 def plan_stage(config, stage, model, records, world, room):
     """Print a stage's parts and what each process holds in a step. Raise ValueError if that exceeds `room` bytes, if given."""
-    recipe = print_parts(config, stage, model)
+    recipe = config.recipe(stage)
+    print_parts(config, stage, model)
     row, basis = row_of(config, stage, records, model)
     features, bf16 = bool(config.features or model.config.frames), config.precision == "bf16"
     bf16 |= config.precision == "auto" and bool(room or torch.cuda.is_available())
