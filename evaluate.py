@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from clip_vit import mean_colour
+from clip_vit import mean_colour, preprocess
 from coords import fault
 from data import OBJECTIVES, SIDE_ANSWERS, SIDE_PROMPTS, Object, Wording, article, judge_rev, targets_of
 from formats.annotations import read_file
@@ -378,14 +378,15 @@ class Answerer:
 
     def open(self, is_blind, batch):
         """Open the images of a batch of items: (items by image, images). Blind: without content, CLIP's mean colour."""
-        pictures, images, frames = by_picture(batch), [], self.config.frames
+        pictures, images, frames, vision = by_picture(batch), [], self.config.frames, self.config.vision_config
         for (path, mirrored), group in pictures.items():
             if is_blind or not path:
-                images.append(Image.new("RGB", (224, 224), mean_colour(self.config.vision_config)))
+                images.append(Image.new("RGB", (224, 224), mean_colour(vision)))
             elif frames:
                 images.append([ImageOps.mirror(f) if mirrored else f for f in frames_of(path, frames)])
             else:
-                images.append(still(path, mirrored, group[0].is_clip))
+                # shrunk by the thread that reads it: a photo of 12 megapixels takes 36 MB
+                images.append(preprocess(still(path, mirrored, group[0].is_clip), vision, self.config.geometry))
         return pictures, images
 
     def answer(self, model, choose, opened):

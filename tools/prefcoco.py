@@ -31,6 +31,7 @@ from typing import Literal
 import torch
 from PIL import Image
 
+from clip_vit import preprocess
 from coords import GEOMETRIES, KINDS, CoordFormat
 from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, targets_of
 from formats.annotations import image_ids_of, read_file, read_records, require_usable
@@ -101,7 +102,7 @@ def captioner(model, vision, decoding):
         pictures, questions = [], []
         for record in records:
             try:
-                pictures.append(open_image(record.image))
+                pictures.append(preprocess(open_image(record.image), model.config.vision_config, model.config.geometry))
                 questions.append([PROMPT.format(category=o.name) for o in record.objects])
             except ValueError:  # one damaged file among a hundred thousand is a rejected row, not the end of the run
                 pictures.append(Image.new("RGB", record.size))
