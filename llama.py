@@ -274,7 +274,7 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def compile_layers(self, backend="inductor"):
-        """Compile each block's computation, for training on a GPU. Packed rows then use FlexAttention, which a CPU cannot train with."""
+        """Compile each block's computation. Packed rows on a GPU then use FlexAttention, which a CPU cannot train with."""
         for block in self.layers:  # `body`: what fsdp adds to the calls of a block stays outside
             block.body = torch.compile(partial(Block.body, block), fullgraph=True, backend=backend)
         self.uses_flex = self.embed_tokens.weight.is_cuda

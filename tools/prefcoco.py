@@ -102,7 +102,10 @@ def captioner(model, vision, decoding):
         pictures, questions = [], []
         for record in records:
             try:
-                pictures.append(preprocess(open_image(record.image), model.config.vision_config, model.config.geometry))
+                picture = open_image(record.image)
+                if not model.config.frames:  # a model of clips takes pictures alone, as frames
+                    picture = preprocess(picture, model.config.vision_config, model.config.geometry)
+                pictures.append(picture)
                 questions.append([PROMPT.format(category=o.name) for o in record.objects])
             except ValueError:  # one damaged file among a hundred thousand is a rejected row, not the end of the run
                 pictures.append(Image.new("RGB", record.size))

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TEXT
+from PIL import ImageOps
 
 import evaluate
+from clip_vit import preprocess
 from coords import CoordFormat
 from data import Wording
 from evaluate import Item, LocVLM, Task
 from formats.files import read_json, write_json, write_rows
+from formats.images import open_image
 from tasks import TASKS, judge
 from tasks.__main__ import main, parse
 from tasks.words import SHORT
@@ -265,8 +268,10 @@ def test_a_benchmark_is_asked_from_its_own_files(fake, monkeypatch, capsys):
         "fake-questions-testB: 4 questions about 1 images\n  skipped: 3 questions of clips" in out
         and out.splitlines()[-2].split()[-1] == "-"
     )
-    assert [tuple(image.shape) for image in seen] == 2 * [(3, 28, 28)], "small before they wait for the model"
-    assert (seen[0].flip(2) - seen[1]).abs().max() < 0.05 < (seen[0] - seen[1]).abs().max(), "mirrored"
+    config, image = LocVLM.from_pretrained(fake[1]).config, open_image(sorted(Path(fake[-1]).iterdir())[0])
+    expected = [preprocess(part, config.vision_config, config.geometry) for part in (image, ImageOps.mirror(image))]
+    assert len(seen) == 2 and all(map(torch.equal, seen, expected)) and not torch.equal(*seen)
+    assert tuple(seen[0].shape) == (3, 28, 28), "small before they wait for the model"
 
 
 def test_only_the_first_images_of_a_benchmark_are_asked_about(run, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 import data
 from coords import CoordFormat
 from formats.annotations import merge, read_file
-from formats.files import read_json
+from formats.files import read_json, write_json
 from tools import prefcoco as tool
 from tools.prefcoco import caption, clean_caption, localize
 
@@ -252,6 +252,14 @@ def test_a_damaged_image_is_a_rejected_row(run, coco, tmp_path):
     caption(run, coco / "instances.json", coco, tmp_path / "out/pref.json", limit=2, **DECODING)
     rejected = read_json(tmp_path / "out/pref.rejected.json")["rejected"]
     assert [row["id"] for row in rejected if row["reason"] == "damaged image"] == ["51-dog", "51-cat"]
+
+
+def test_a_model_of_clips_describes_images_too(run, coco, tmp_path):
+    """It reads a still image as a clip, whose frames are that image."""
+    config = read_json(tmp_path / "run/config.json")
+    write_json(tmp_path / "run/config.json", config | {"locvlm": config["locvlm"] | {"frames": 2}})
+    caption(run, coco / "instances.json", coco, tmp_path / "pref.json", **DECODING, limit=2)
+    assert (tmp_path / "pref.json").exists()
 
 
 def test_ids_are_excluded_and_missing_images_told_before_any_work(coco, tmp_path, monkeypatch, capsys):
