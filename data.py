@@ -231,7 +231,7 @@ def first_named(text, names):
     >>> first_named("There is a wine glass on the table", ["glass", "table", "wine glass"])
     'wine glass'
     """
-    matches = ((name, re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)) for name in names)
+    matches = ((name, re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE)) for name in names)
     return min(((match.start(), -len(name), name) for name, match in matches if match), default=(0, 0, None))[2]
 
 

@@ -393,8 +393,9 @@ class Answerer:
         """Answer the questions about opened images: {id: answer}. choose: see Task"""
         groups, images = list(opened[0].values()), opened[1]
         questions = [[item.question for item in group] for group in groups]
-        answers = choose(model, images, groups) if choose else model.generate(images, questions, **self.decoding)
-        return {item.id: answer for item, answer in zip(sum(groups, []), sum(answers, []), strict=True)}
+        ids = [item.id for group in groups for item in group]
+        answers = choose(model, images, groups) if choose else model.generate(images, questions, **self.decoding, keys=ids)
+        return dict(zip(ids, sum(answers, []), strict=True))
 
     def describe(self):
         """Return what answers depend on, beside the questions."""

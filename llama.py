@@ -292,7 +292,7 @@ class Llama(nn.Module):
         return self
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, eos_token_id=None, temperature=0.0, seed=0, *, prefix=None, on_token=None):
+    def generate(self, prompts, max_new_tokens, eos_token_id=None, temperature=0.0, seed=0, *, keys=None, prefix=None, on_token=None):
         """Continue prompts of different lengths together: list of id lists -> list of id lists (without the end token).
 
         temperature  0 takes the most likely token; else multinomial over softmax(logits / temperature)
@@ -300,7 +300,7 @@ class Llama(nn.Module):
                      and max_new_tokens. It is used up
         on_token     called with (number of the prompt, its ids so far) for each new token
         A row's answer does not depend on the other rows: padding lies between prefix and prompt and is masked, and each
-        row samples from its own generator, seeded by (seed, prompt).
+        row samples from its own generator, seeded by (seed, its key: by default its prompt).
         """
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt; each needs at least one token id: start with the tokenizer's bos id")
@@ -315,7 +315,7 @@ class Llama(nn.Module):
         cache = prefix or KVCache(self.config, len(prompts), needed, device, self.embed_tokens.weight.dtype)
         pads = torch.tensor([longest - len(ids) for ids in prompts], device=device)  # (B,)
         ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)  # (B, T)
-        choose = chooser(prompts, temperature, seed)
+        choose = chooser(keys or prompts, temperature, seed)
 
         # A row of the cache, with a prefix of 3, padding of 2 and a prompt of 2:   p p p . . q q a a a
         # Each query sees what is not padding and not later. Padding sees itself too: softmax over nothing is NaN.
@@ -376,11 +376,11 @@ class Llama(nn.Module):
         return llama
 
 
-def chooser(prompts, temperature, seed):
+def chooser(keys, temperature, seed):
     """Return the function (logits (B, V), the prompt that each row continues) -> B token ids: greedy, or sampling."""
     if temperature == 0:
         return lambda logits, prompt_of: logits.argmax(-1).tolist()
-    generators = [torch.Generator().manual_seed(seed ^ zlib.crc32(str(ids).encode())) for ids in prompts]
+    generators = [torch.Generator().manual_seed(seed ^ zlib.crc32(str(key).encode())) for key in keys]
 
     def sample(logits, prompt_of):
         rows = zip((logits / temperature).softmax(-1).cpu(), prompt_of, strict=True)

@@ -172,12 +172,13 @@ class LocVLM(nn.Module):
         return answer_loss(self.language_model, x, answers, positions, segments, reduction)
 
     @torch.inference_mode()
-    def generate(self, images, questions, max_new_tokens=64, temperature=0.0, seed=0, on_text=None):
+    def generate(self, images, questions, max_new_tokens=64, temperature=0.0, seed=0, on_text=None, keys=None):
         """Answer k questions about each image: list of lists of str -> list of lists of str.
 
         images     list of PIL images, paths, or preprocessed (3, S, S) tensors; of clips, if config.frames (see `see`)
         questions  one list per image; their lengths may differ
         on_text    called with (number of the question over all images, its answer so far) as tokens arrive
+        keys       a name for each question over all images, for its sampling; by their texts alone, all images draw alike
         The tower and LLaMA read each image once; its keys and values serve all its questions. Greedy at temperature 0; the
         paper samples at 0.2.
         """
@@ -201,7 +202,7 @@ class LocVLM(nn.Module):
 
         on_token = on_text and (lambda row, ids: on_text(row, tokenizer.decode(ids).strip()))
         sampling = (max_new_tokens, tokenizer.eos_token_id, temperature, seed)
-        answers = llama.generate(prompts, *sampling, prefix=cache, on_token=on_token)
+        answers = llama.generate(prompts, *sampling, keys=keys, prefix=cache, on_token=on_token)
         answers = iter(tokenizer.decode(ids).strip() for ids in answers)
         return [[next(answers) for _ in of_image] for of_image in questions]
 

@@ -151,7 +151,7 @@ class TrainConfig:
             raise ValueError(f"--adapter {self.adapter} is neither one of {', '.join(ADAPTERS)} nor a file")
         if self.init_from and (self.adapter != "linear" or self.llm):
             raise ValueError("--init-from loads a whole model; leave out --adapter and --llm")
-        for name in ("batch", "micro_batch", "questions", "frames", "lr", "steps", "save_every"):
+        for name in ("batch", "micro_batch", "questions", "frames", "lr", "steps", "save_every", "seed"):
             least = int(name == "save_every")
             if not getattr(self, name) >= least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")

@@ -85,6 +85,9 @@ def merge(records):
         first = merged.setdefault(key, record)
         if first is record:
             continue
+        if any(first.size) and any(record.size) and first.size != record.size:
+            sizes = f"{first.size} in one file of --data and {record.size} in another"
+            raise ValueError(f"{record.image} is {sizes}; correct the file that does not have the size of its pixels")
         record, objects = respelled(record, first), []
         for name in dict.fromkeys(o.name for o in first.objects + record.objects):
             same = [{o.name: o for o in r.objects}.get(name) for r in (first, record) if name in r.present]
@@ -138,8 +141,9 @@ def parse_sources(text, images=""):
         parts = json.loads(text) if text.startswith("[") else map(split_source, text.split(",") if text else ())
     sources = []
     for part in parts:
-        file, folder, weight = [*part, *(None, 1.0)[len(part) - 1 :]]
-        if not 0 < weight < math.inf:
+        part = [part] if isinstance(part, str) else part
+        file, folder, weight = [*part, *(None, 1.0)[len(part) - 1 :]] if len(part) in (1, 2, 3) else ("", "", 0)
+        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError(f"--data {part}: write FILE or FILE@IMAGES or FILE@IMAGES*WEIGHT, separated by commas")
         if not (folder or images):
             raise ValueError(f"--data {file} without --images, the folder or zip of its images")
@@ -195,8 +199,8 @@ def image_ids(path):
         if isinstance(value, dict | list):
             for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
                 yield from visit(inner, name)
-        elif key in ("image_id", "image", "file_name") and value is not None:
-            yield coco_id(value) if isinstance(value, str) and not value.isdigit() else int(value)
+        elif key in ("image_id", "image", "images", "file_name") and value is not None:
+            yield coco_id(value.replace("\\", "/")) if isinstance(value, str) and not value.isdigit() else int(value)
 
     found = set(visit(content)) - {None}
     if not found:

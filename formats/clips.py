@@ -3,6 +3,7 @@
 Each open_* function returns (format, number of frames, read), and read(places) returns {place: PIL RGB} for sorted places.
 """
 
+import math
 import re
 from bisect import bisect_right
 from collections import Counter
@@ -46,6 +47,13 @@ def find_clip(clips, folder, name):
     """Return the path of a clip that annotations name: by find_clips, or with its sub-folders; None if it is missing."""
     inside = Path(folder, name)
     return clips.get(name) or (inside if str(folder) and (inside.exists() or images.has_image(inside)) else None)
+
+
+def turn_problem(path, frame, size):
+    """Return the problem of a clip whose frames have another shape than its annotations say, or None. Sizes may differ: masks'."""
+    if all(size) and abs(math.log(frame.width * size[1] / (frame.height * size[0]))) > 0.1:
+        return f"{path} has frames of {frame.width} x {frame.height}, but the annotations say {size[0]} x {size[1]}"
+    return None
 
 
 def missing_clips(names, found, path, folder):

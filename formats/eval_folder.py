@@ -34,7 +34,7 @@ from formats.journal import work_in_parts
 from formats.parquet import shards
 from formats.pictures import overlay
 
-COMPARED = ("questions", "images", "weights_sha256", "data_sha256", "seed", "split", "decoding", "location", "template")
+COMPARED = ("questions", "questions_sha256", "images", "weights_sha256", "data_sha256", "seed", "split", "decoding", "location", "template")
 ROW_KEYS = ("id", "image", "size", "question", "answer", "correct", "boxes_px", "mirrored", "truth")  # of an evaluate.Item
 ids_in = cache(image_ids)  # a training file may be a gigabyte, and several evaluations in one process need it
 
@@ -183,6 +183,8 @@ def trained_on(run, files=""):
             with suppress(ValueError):  # it names no COCO image, as chat.json of CC3M
                 of_run |= ids_in(path)
         ids |= of_run - image_ids_of(notes["exclude"])
+        if run and not Path(run).exists():  # its own files are then unknown
+            return None
     return (files, ids) if files else None
 
 

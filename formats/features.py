@@ -15,9 +15,10 @@ import torch
 
 from clip_vit import preprocess
 from formats.annotations import unreadable
+from formats.clips import turn_problem
 from formats.files import read_config, require_file, some, write_json, writing
 from formats.images import open_image
-from formats.journal import require_new, work_in_parts
+from formats.journal import require_new, require_same_options, work_in_parts
 from video import encode, read_frames
 
 
@@ -29,6 +30,11 @@ def fingerprint(tower):
     return digest.hexdigest()
 
 
+def bytes_of(path):
+    """Return the size of a file, or 0 if it lies in a zip or is a folder of frames."""
+    return os.path.getsize(path) if os.path.isfile(path) else 0
+
+
 class Features:
     """A features folder, opened for reading. Raise ValueError if it was made with another tower, side, geometry or frames."""
 
@@ -38,6 +44,7 @@ class Features:
         for key, value in ({"side": side, "geometry": geometry, "frames": frames} | tower).items():
             if about[key] != value:
                 raise ValueError(f"{folder} has {key} {about[key]}, this run has {value}; remake it: python -m tools.features")
+        self.bytes_of = dict(zip(about["images"], about.get("bytes", ()), strict=False))
         self.rows_of, self.skipped = {image: row for row, image in enumerate(about["images"])}, set(about.get("skipped", ()))
         self.rows = np.load(require_file(Path(folder) / "features.npy", "the features"), mmap_mode="r")
 
@@ -56,11 +63,16 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
     config, device, out, batch = tower.config, next(tower.parameters()).device, Path(out), 1 if frames else batch
     parts, file, rank = out / "features.parts", out / "features.npy", processes[0]
     images = sorted({os.path.abspath(record.image) for record in records if record.image})
+    sizes = {os.path.abspath(record.image): record.size for record in records if record.image}
+    about = {"tower": fingerprint(tower), "side": config.image_size, "geometry": geometry, "frames": frames}
+    about |= {"images": images, "bytes": [bytes_of(image) for image in images]}
+    if (out / "features.json").is_file():
+        require_same_options(about | read_config(out, "features.json"), about, out)
+        return print(f"{out} is complete") if rank == 0 else None
     bad = {os.path.abspath(image): problem for image, problem in unreadable(records).items()}
     if bad and not skip_bad:
         some_problems = "; ".join([*bad.values()][:3])
         raise ValueError(f"{len(bad)} of {len(images)} images cannot be used: {some_problems}; --skip-bad skips them")
-    about = {"tower": fingerprint(tower), "side": config.image_size, "geometry": geometry, "frames": frames, "images": images}
     if rank == 0 and not parts.exists():
         make_array(file, (len(images), frames + config.num_patches, config.hidden_size))
 
@@ -72,7 +84,10 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
                 if image in bad:
                     raise ValueError(bad[image])
                 inputs[row] = read_frames(image, frames) if frames else preprocess(open_image(image), config, geometry)
+                if frames and (problem := turn_problem(image, inputs[row][0], sizes[image])):
+                    raise ValueError(problem)
             except (ValueError, FileNotFoundError) as error:
+                inputs.pop(row, None)
                 if not skip_bad:
                     raise ValueError(f"{error}; --skip-bad skips what cannot be read") from None
                 print(f"skipped: {error}")
@@ -121,6 +136,8 @@ def open_features(config, records, model, processes):
     paths = [record.image and os.path.abspath(record.image) for record in records]
     if lacking := [path for path in paths if path and path not in features.rows_of]:
         raise ValueError(f"{folder} lacks {some(lacking)}; make them all: python -m tools.features")
+    if changed := [path for path in {*paths} & features.bytes_of.keys() if bytes_of(path) != features.bytes_of[path]]:
+        raise ValueError(f"{some(changed)} changed after {folder} was made; make them again: python -m tools.features")
     kept = [record for record, path in zip(records, paths, strict=True) if path not in features.skipped]
     if lost := len(records) - len(kept):
         message = f"{lost} images or clips could not be read when {folder} was made"

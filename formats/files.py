@@ -48,7 +48,11 @@ def naming(path, *errors):
 
 def read_config(folder, name="config.json"):
     """Read a folder's config.json as a dict."""
-    return read_json(require_file(local(folder, name) / name, "a checkpoint folder: its config beside its weights"))
+    path = local(folder, name) / name
+    content = read_json(require_file(path, "a checkpoint folder: its config beside its weights"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is a JSON {type(content).__name__}, not an object of keys and values; download it again")
+    return content
 
 
 def read_processor(folder):

@@ -61,6 +61,8 @@ def read_checkpoint(folder, vision, adapters, dtype, device):
 def read_tower(folder, config, stored, vision, dtype, device):
     """Read the tower inside a checkpoint, or the one at `vision`."""
     if stored:
+        if vision:
+            raise ValueError(f"{folder} holds its own vision tower; leave out --vision {vision}")
         has_config, values = "vision_config" in config, read_processor(folder)
         shape = CLIPVisionConfig.from_dict(config, values) if has_config else CLIPVisionConfig.from_shapes(stored)
         return build(lambda: CLIPVisionTower(shape), stored, f"{folder} (vision tower)", dtype, device)

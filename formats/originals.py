@@ -21,6 +21,9 @@ def renamed(name, author):
 def meta_tensors(folder):
     """Read Meta's layout: (the values of a LlamaConfig, {our name: Stored}). Shards are joined, heads in HF's rotary order."""
     params, files, stored = read_config(folder, "params.json"), sorted(folder.glob("consolidated.*.pth")), {}
+    if params.get("use_scaled_rope"):
+        fix = "which does not say by which factor; load the HF folder of these weights"
+        raise ValueError(f"unsupported use_scaled_rope in {folder}/params.json, {fix}")
     if not files:
         raise FileNotFoundError(f"no consolidated.*.pth in {folder}, beside its params.json")
     shards, width, norm_eps = [open_file(path) for path in files], params["dim"], params.get("norm_eps", 1e-6)
@@ -96,8 +99,8 @@ def open_clip_values(path):
 
 def openai_tensors(stored, source):
     """Select the vision tower of an OpenAI state dict, under our names: {name: Stored}."""
-    if "visual.conv1.weight" not in stored:
-        raise ValueError(f"{source} is not OpenAI's CLIP (no visual.conv1.weight); pass a folder with a config.json")
+    if "visual.class_embedding" not in stored:
+        raise ValueError(f"{source} is no ViT of OpenAI's CLIP (no visual.class_embedding); pass one, or a folder with a config.json")
     ours = {}
     for name in [name for name in stored if name.startswith("visual.")]:
         tensor, name = stored[name], renamed(name.removeprefix("visual."), "OpenAI")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from formats.files import naming, require_file, some
 
+COMPARED = 50  # images with the name of an earlier one: they are the same, as each question repeats its image, or all differ
 NAMES = ("file_name", "image_source", "image_link", "image_id", "id")  # columns that name a row's image: the first that exists
 
 
@@ -75,7 +76,7 @@ def key_of(name):
 @lru_cache(maxsize=8)
 def places_of(path):
     """Return where the images of all shards are: {key_of(name): (shard, row group, row in it)}."""
-    places, number = {}, 0
+    places, number, compared = {}, 0, 0
     for shard in shards(path):
         with open_parquet(shard) as file:
             if not has_images(file):
@@ -83,7 +84,10 @@ def places_of(path):
             columns = ["image.path", *(name for name in NAMES if name in file.schema_arrow.names)]
             for group in range(file.num_row_groups):
                 for row, content in enumerate(file.read_row_group(group, columns).to_pylist()):
-                    places.setdefault(key_of(image_name(content, number)), (shard, group, row))
+                    key, place = key_of(image_name(content, number)), (shard, group, row)
+                    if (first := places.setdefault(key, place)) is not place and (compared := compared + 1) <= COMPARED:
+                        if image_bytes(*first) != image_bytes(*place):
+                            raise ValueError(f"{shard}: two images are named {key}; unpack them under names of their own")
                     number += 1
     return places
 
@@ -92,6 +96,10 @@ def places_of(path):
 def images_of(shard, group):
     with open_parquet(shard) as file, naming(shard, OSError):
         return file.read_row_group(group, ["image.bytes"]).column("image")
+
+
+def image_bytes(shard, group, row):
+    return images_of(shard, group)[row].as_py()["bytes"]
 
 
 def is_in_parquet(path):
@@ -105,7 +113,7 @@ def has_parquet_image(path):
 def parquet_image(path):
     """Return the bytes of an image. Raise KeyError if there is no such image, ValueError if only its path was packed."""
     shard, group, row = places_of(Path(path).parent)[key_of(path)]
-    content = images_of(shard, group)[row].as_py()["bytes"]
+    content = image_bytes(shard, group, row)
     if content is None:
         raise ValueError(f"{shard} names {Path(path).name}, but does not hold it; pass the folder of the images with --images")
     return content

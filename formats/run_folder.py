@@ -5,6 +5,7 @@ complete, its folder is renamed: a kill or a full disk leaves the one before. An
 """
 
 import json
+import re
 import shlex
 import shutil
 from dataclasses import asdict, fields
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from tqdm import tqdm
 
 from data import LOC_PROMPTS, REPR
-from formats.files import read_json, require_file, write_json, write_rows, writing
+from formats.files import read_json, require_file, sha256, write_json, write_rows, writing
 from formats.journal import read_journal, require_same_options
 
 KEEP = 2  # checkpoints; older ones are deleted
@@ -37,6 +38,17 @@ def summary_writer():
     return SummaryWriter
 
 
+def lock(path):
+    """Open a file of a run. Raise ValueError if another process has it open by this function."""
+    import fcntl  # not on Windows
+    file = open(path, "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another process trains {path.parent}; wait for it, or end it") from None
+    return file
+
+
 class RunFolder:
     """The folder of a run. Raise ValueError if it holds another run, or was started with other options than --resume has."""
 
@@ -45,14 +57,17 @@ class RunFolder:
         self.writer = summary_writer() if config.tensorboard and rank == 0 else None
         if rank == 0:
             path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
+            files = [file for file, _, _ in config.sources] + [file for file in config.exclude.split(",") if file]
+            options["data_sha256"] = {file: sha256(file) for file in files}
             if config.resume:
                 before = read_json(require_file(path, "the options of a run to resume"))
                 defaults = {f.name: f.default for f in fields(config)}  # the run may predate an option
-                require_same_options(defaults | before, options, self.folder)
+                require_same_options(options | defaults | before, options, self.folder)
             elif path.exists():
                 raise ValueError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
             else:
                 write_json(path, options)
+            self.lock = lock(path)
             for unfinished in self.state.glob("*.tmp"):
                 shutil.rmtree(unfinished)
         self.group = dist.new_group(backend="gloo") if world > 1 else None  # its own: it talks while training talks
@@ -96,7 +111,7 @@ class RunFolder:
 
     def complete(self):
         """List (stage, step) of the complete checkpoints, the newest last."""
-        names = [path.name.split("-") for path in self.state.glob("[0-9]*-*") if path.suffix != ".tmp"]
+        names = [path.name.split("-") for path in self.state.glob("*-*") if re.fullmatch(r"\d+-\d+", path.name)]
         return sorted((int(stage), int(step)) for stage, step in names)
 
     def newest(self):

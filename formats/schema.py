@@ -196,7 +196,7 @@ def entries_by_id(content, path, problems, kind="image"):
 def category_names(content, path, problems):
     """Read a COCO file's categories: {id: name}. Names that differ in case or blanks alone are one.
 
-    Dropped are parents that no annotation uses, such as the first category of every Roboflow export.
+    Dropped are parents that no annotation uses, such as the first category of every Roboflow export, and labelme's background.
     """
     used = {str(a["category_id"]).removesuffix(".0") for a in content["annotations"]}
     parents = {str(row.get("supercategory")) for row in content["categories"] if row.get("supercategory") != row["name"]}
@@ -207,6 +207,9 @@ def category_names(content, path, problems):
             raise ValueError(f"{path}: category {i} is {names[i]} and {name}; give each category an id of its own")
         if name in parents and i not in used:
             problems["categories that are the parent of others"].append(f"category {i}: {name} is a parent without boxes")
+            continue
+        if name.strip("_ ").casefold() == "background" and i not in used:
+            problems["categories that are no objects"].append(f"category {i}: {name} has no boxes")
             continue
         first = first_of.setdefault(name.casefold(), i)
         names[i] = names.get(first, name)

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from formats.files import naming, read_json, require_file, sha256, some, write_json, write_whole, writing
+from formats.files import naming, read_config, require_file, sha256, some, write_json, write_whole, writing
 from formats.hub import local
 
 PIECE_BYTES = 2**24  # read at once, in float32
@@ -59,7 +59,13 @@ class Stored:
 
 def open_tensors(path):
     """Open a checkpoint folder, or one .safetensors, .bin, .pt or .pth file: {name: Stored}. Contents are read later."""
-    return {name: tensor for file in find_weights(path) for name, tensor in open_file(file).items()}
+    tensors = {}
+    for file in find_weights(path):
+        of_file = open_file(file)
+        if twice := tensors.keys() & of_file.keys():
+            raise ValueError(f"{file} holds {some(sorted(twice))}, and so does another file of {path}; download them again")
+        tensors |= of_file
+    return tensors
 
 
 def find_weights(path):
@@ -75,7 +81,7 @@ def find_weights(path):
         if (path / name).is_file():  # before an index, which may be left over: so does transformers
             return [path / name]
         if index.is_file():
-            weight_map = read_json(require_file(index, "the list of shards")).get("weight_map")
+            weight_map = read_config(path, index.name).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no weight_map; download it again")
             return [require_file(path / shard, f"all shards of {index.name}") for shard in sorted(set(weight_map.values()))]

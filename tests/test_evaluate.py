@@ -470,6 +470,9 @@ def test_images_that_were_not_trained_on_are_known_while_their_list_is(run, tmp_
         write_json(Path(run[0]) / "config.json", {**config, "locvlm": ours})
         seen = eval_folder.trained_on(run[0])
         assert known == (seen and len(seen[1])), exclude
+    ours = {**config["locvlm"], "trained_with": {**notes, "exclude": "", "init_from": str(tmp_path / "moved")}}
+    write_json(Path(run[0]) / "config.json", {**config, "locvlm": ours})
+    assert eval_folder.trained_on(run[0]) is None, "the run that it started from is gone"
 
 
 def test_the_blind_baseline_and_the_paper_stand_beside_ours(run, capsys):

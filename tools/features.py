@@ -11,7 +11,6 @@ skip_bad  skip and count images that cannot be read, or have another size than t
 """
 
 import os
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -27,8 +26,6 @@ from tools import command, positive
 def features(data, out, vision, geometry: Literal[GEOMETRIES] = "squash", frames=0, batch: positive = 32, skip_bad=False,
              images=""):  # fmt: skip
     """Write the features of all images or clips of a mixture (formats.features)."""
-    if (Path(out) / "features.json").exists():
-        return print(f"{out} is complete") if os.environ.get("RANK", "0") == "0" else None
     processes = rank, *_ = start_processes()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     tower = CLIPVisionTower.from_pretrained(vision, device=device)

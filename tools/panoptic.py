@@ -20,7 +20,7 @@ from tqdm import tqdm
 from formats.files import read_json, require_file, some, write_json
 from formats.images import is_hidden, open_image
 from formats.journal import require_new
-from formats.schema import require_lists
+from formats.schema import IMAGE, identity, require_lists, values
 from tools import command
 
 PANOPTIC_KEYS = {"annotations": {"file_name", "segments_info"}, "categories": {"id", "name"}}
@@ -36,13 +36,17 @@ def panoptic(json, out, masks=None, stuff=False, check=False):
     if not masks:
         raise ValueError(f"--json {json} without --masks, the folder of its PNGs")
     content, categories = read_panoptic(json, stuff)
-    frames, listed = content["annotations"], {image["id"]: image for image in content.get("images", ())}
+    frames, listed = content["annotations"], {}
+    for index, image in enumerate(content.get("images", ())):
+        key, *_ = values(image, f"{json}: image {index}", **IMAGE)
+        listed[key] = image
+    if lacking := [frame["file_name"] for frame in frames if listed and identity(frame.get("image_id")) not in listed]:
+        raise ValueError(f"{json}: {some(lacking)} have an image_id that its images lack; are they of one version?")
     paths = [Path(masks) / Path(frame["file_name"]).with_suffix(".png") for frame in frames]
     images, annotations, compared, differing = [], [], 0, []
     for number, (frame, path, size, boxes) in enumerate(read_masks(frames, paths), start=1):
-        image_id = frame.get("image_id", number)
-        own = {"id": image_id, "file_name": frame["file_name"], "width": size[0], "height": size[1]}
-        images.append(listed.get(image_id, own))
+        own = {"id": frame.get("image_id", number), "file_name": frame["file_name"], "width": size[0], "height": size[1]}
+        images.append(listed.get(identity(own["id"]), own))
         if size != (images[-1]["width"], images[-1]["height"]):
             raise ValueError(f"{path} is {size}, but {json} lists {images[-1]}; are they of one version?")
         for segment, box in zip(frame["segments_info"], boxes, strict=True):
@@ -50,7 +54,7 @@ def panoptic(json, out, masks=None, stuff=False, check=False):
             if segment.get("bbox", box["bbox"]) != box["bbox"]:
                 differing.append(f"{path.name}: segment {box['id']} has bbox {segment['bbox']}, its mask {box['bbox']}")
             if box["category_id"] in categories:
-                annotations.append({**box, "id": len(annotations) + 1, "image_id": image_id})
+                annotations.append({**box, "id": len(annotations) + 1, "image_id": images[-1]["id"]})
     write_json(out, {"images": images, "annotations": annotations, "categories": list(categories.values())})
     print(f"{out}: {len(annotations)} boxes of {len(categories)} categories in {len(images)} images")
     if check:

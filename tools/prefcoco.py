@@ -99,7 +99,7 @@ def captioner(model, vision, decoding):
     model = LocVLM.from_pretrained(model, vision, dtype, device).eval().for_inference()
 
     def read(records):
-        pictures, questions = [], []
+        pictures, questions, keys = [], [], []
         for record in records:
             try:
                 picture = open_image(record.image)
@@ -107,14 +107,15 @@ def captioner(model, vision, decoding):
                     picture = preprocess(picture, model.config.vision_config, model.config.geometry)
                 pictures.append(picture)
                 questions.append([PROMPT.format(category=o.name) for o in record.objects])
+                keys += [f"{record.id}-{o.name}" for o in record.objects]
             except ValueError:  # one damaged file among a hundred thousand is a rejected row, not the end of the run
                 pictures.append(Image.new("RGB", record.size))
                 questions.append([])
-        return records, pictures, questions
+        return records, pictures, questions, keys
 
     def describe(ready):
-        records, pictures, questions = ready
-        answers = model.generate(pictures, questions, **decoding)
+        records, pictures, questions, keys = ready
+        answers = model.generate(pictures, questions, **decoding, keys=keys)
         return [texts or [None] * len(record.objects) for record, texts in zip(records, answers, strict=True)]
 
     return read, describe
@@ -157,7 +158,7 @@ def clean_caption(caption, category):
     (('under a lamp, a dog sleeps', None), (None, 'refusal'))
     """
     text = SENTENCE_END.split(" ".join(caption.split()), maxsplit=1)[0].strip(" .!?\"'")
-    named = rf"\b(?:{re.escape(category)}(?:e?s)?{PEOPLE if category == 'person' else ''})\b"
+    named = rf"(?<!\w)(?:{re.escape(category)}(?:e?s)?{PEOPLE if category == 'person' else ''})(?!\w)"
     if reason := caption_fault(text, named):
         return None, reason
     lead = LEAD.match(text)[0]
@@ -193,7 +194,7 @@ def localize(prefcoco, coco, out, images="", kind: Literal[KINDS] = "ivb", locat
     NegPred asks about categories that are not in the image, half of them under a description from another image.
     """
     require_new(out)
-    described, descriptions = {}, {}  # by image, by category
+    described, descriptions, sizes = {}, {}, {}  # by image, by category, by image
     content = read_json(require_file(prefcoco, "a file that `tools.prefcoco caption` wrote"))
     for row in content if isinstance(content, list) else [content]:
         is_row = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("image", "name", "description"))
@@ -201,10 +202,16 @@ def localize(prefcoco, coco, out, images="", kind: Literal[KINDS] = "ivb", locat
             raise ValueError(f"{prefcoco}: a row is {str(row)[:80]}, not one that `tools.prefcoco caption` wrote")
         described.setdefault(row["image"], []).append(Object(row["name"], tuple(row["box_px"]), row["description"]))
         descriptions.setdefault(row["name"], []).append(row["description"])
+        sizes[row["image"]] = row.get("size")
     wording = Wording(CoordFormat(kind, side, geometry), tuple(OBJECTIVES), location, "description", neg_ratio)
     records = {record.image.as_posix(): record for record in read_file(coco, "")[0] if record.image}
     if unknown := sorted(described.keys() - records.keys()):
         raise ValueError(f"{prefcoco} describes {some(unknown)}, which {coco} lacks; pass the --coco it was made from")
+    for image, objects in described.items():
+        size, present = list(records[image].size), records[image].present
+        if sizes[image] not in (None, size) or any(o.name not in present for o in objects):
+            what = f"{image}: {sizes[image]} with {some([o.name for o in objects])}, there {size} with {some(present)}"
+            raise ValueError(f"{prefcoco} and {coco} differ about {what}; pass the --coco it was made from")
     if images:
         require_usable([replace(records[name], image=Path(images) / name) for name in described], coco)
     rows = []

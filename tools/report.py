@@ -203,6 +203,13 @@ def section(name, result, blind, answers, allowed):
     }  # fmt: skip
 
 
+def in_common(results):
+    """Return the values that all results share; where they differ, a note in place of the value."""
+    first, note = results[0], "differs, see Provenance"
+    about = {key: value if all(result.get(key) == value for result in results) else note for key, value in first.items()}
+    return about | ({"decoding": {"": note}} if about.get("decoding") == note else {})
+
+
 def page_data(run):
     """Return all that the page of a run folder shows: dicts, lists, numbers and texts."""
     ours, blind = (read_results(run / folder, list(TASKS)) for folder in ("eval", "eval_blind"))
@@ -215,7 +222,7 @@ def page_data(run):
     files |= {f"eval_blind/{name}.json": result for name, result in blind.items()}
     log, bad_log_lines = read_lines(run / "log.jsonl")
     return {
-        "name": run.resolve().name, "about": next(iter(files.values())),
+        "name": run.resolve().name, "about": in_common([*files.values()]),
         "config": read_json(run / "config.json") if (run / "config.json").is_file() else {},
         "has_mixed_weights": len({json.dumps(result.get("weights_sha256"), sort_keys=True) for result in ours.values()}) > 1,
         "sections": [section(name, ours.get(name, {}), blind.get(name, {}), answers[name], allowed) for name in answers],

@@ -157,6 +157,14 @@ def test_an_images_names_have_one_key_and_others_are_not_found(tmp_path):
         open_image(path / "43.jpg")
 
 
+def test_two_images_of_one_name_are_refused(tmp_path):
+    """Of foldered images only the base names are packed. An image that several questions repeat is no such case."""
+    same, other = ({"file_name": "1.png", "image": embed(colour)} for colour in (7, 9))
+    assert has_image(pack(tmp_path / "same", [same] * 5) / "1.png")
+    with pytest.raises(ValueError, match="two images are named 1"):
+        has_image(pack(tmp_path / "other", [same, same, other]) / "1.png")
+
+
 def test_what_is_wrong_with_a_file_is_said(tmp_path, monkeypatch):
     first = pack(tmp_path / "test", pope_rows(), 2)
     first.unlink()

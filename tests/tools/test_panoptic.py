@@ -87,6 +87,16 @@ def test_frames_of_a_video_become_records(video):
     assert first.present == ("kite", "sky") and [o.name for o in first.objects] == ["kite"], "two pieces of sky"
 
 
+def test_ids_of_images_may_be_text(video):
+    folder, content = video
+    image = {"id": "4", "file_name": "photo.jpg", "width": 3, "height": 1}
+    second = {**content["annotations"][1], "image_id": 4}
+    (folder / "p.json").write_text(json.dumps({**content, "annotations": [second], "images": [image]}))
+    panoptic(folder / "p.json", folder / "i.json", folder / "masks")
+    ((record,), _) = read_file(folder / "i.json", folder)
+    assert record.image.name == "photo.jpg" and [o.name for o in record.objects] == ["kite", "dog"]
+
+
 def test_bad_panoptic_files_are_named(video):
     folder, content = video
 
@@ -103,6 +113,8 @@ def test_bad_panoptic_files_are_named(video):
     make(r"f2.png: segments \[\] have no pixel, pixels \[7\]", annotations=[{**second, "segments_info": segments[1:]}])
     image = {"id": 4, "file_name": "f2.jpg", "width": 9, "height": 1}
     make(r"f2.png is \(3, 1\).*9", annotations=[{**second, "image_id": 4}], images=[image])
+    make("f2.jpg have an image_id that its images lack", annotations=[second], images=[image])
+    make("width is", annotations=[{**second, "image_id": 4}], images=[image | {"width": 0}])
     assert not (folder / "i.json").exists()
     wrong = [{**segments[0], "bbox": [0, 0, 3, 1]}, {**segments[1], "bbox": [2, 0, 1, 1]}]
     make("1 boxes differ", annotations=[{**second, "segments_info": wrong}])

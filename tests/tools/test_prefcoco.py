@@ -348,6 +348,13 @@ def test_negatives_are_absent_and_half_of_them_borrow_a_description(coco, tmp_pa
         {"image": image["file_name"], "name": name, "description": f"{name} that is red", "box_px": [1, 1, 9, 9]}
         for image, name in zip(instances["images"], ["dog", "kite"] * 5, strict=True)
     ]
+    instances["annotations"] += [
+        {"id": 100 + i, "image_id": 50 + i, "category_id": 4, "bbox": [1, 1, 8, 8]} for i in range(1, 10, 2)
+    ]
+    instances["images"], rows = instances["images"][:2] + instances["images"][4:], rows[:2] + rows[4:]  # 3 has nothing else
+    instances["annotations"] = [a for a in instances["annotations"] if a["image_id"] not in (52, 53)]
+    instances["categories"].append({"id": 6, "name": "sheep"})
+    (coco / "instances.json").write_text(json.dumps(instances))
     (tmp_path / "p.json").write_text(json.dumps(rows))
     present = {r.image.name: r.present for r in read_file(coco / "instances.json", coco)[0]}
     negatives = []

@@ -89,6 +89,16 @@ def test_every_task_stands_with_the_papers_figure_and_the_blind_one_beside_it(ru
     assert "Stage 2: 300 steps" in page and "nats per answer token" in page
 
 
+def test_the_head_of_the_page_says_what_all_results_share(tmp_path, picture):
+    write(tmp_path, "hal", [row(picture)], dtype="float32", seed=0, decoding={"temperature": 0.0})
+    write(tmp_path, "pope", [row(picture)], dtype="float32", seed=7, decoding={"temperature": 0.9}, questions_sha256="a")
+    write(tmp_path, "pope", [row(picture)], "eval_blind", dtype="float32", seed=7, questions_sha256="b")
+    page = page_of(tmp_path)
+    head = page[page.index("<header>") : page.index("</header>")]
+    assert "float32" in head and head.count("differs, see Provenance") == 2 and "0.9" not in head
+    assert "50.0 %*" in page, "the blind baseline answers other questions"
+
+
 def test_the_papers_models_stand_below_where_none_is_of_the_same_input(tmp_path, picture):
     write(
         tmp_path,
