@@ -275,6 +275,8 @@ class Llama(nn.Module):
 
     def compile_layers(self, backend="inductor"):
         """Compile each block's computation. Packed rows on a GPU then use FlexAttention, which a CPU cannot train with."""
+        # all layers share one count of graphs: one for each stage, shape of a batch, and kind of mask
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in self.layers:  # `body`: what fsdp adds to the calls of a block stays outside
             block.body = torch.compile(partial(Block.body, block), fullgraph=True, backend=backend)
         self.uses_flex = self.embed_tokens.weight.is_cuda

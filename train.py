@@ -144,7 +144,7 @@ class TrainConfig:
     parallel: typing.Literal["ddp", "fsdp"] = opt("ddp", "ddp: a whole model per process; fsdp: weights and optimizer sharded")
     recompute: bool = opt(False, "keep only each decoder layer's input for the backward pass, and compute the layer again")
     save_every: int = opt(200, "steps between checkpoints")
-    tensorboard: bool = opt(False, "also write what log.jsonl holds for TensorBoard: tensorboard --logdir RUN")
+    tensorboard: bool = opt(False, "also write loss, rate, gradient norm and TFLOPs for TensorBoard: tensorboard --logdir RUN")
 
     def __post_init__(self):
         if self.adapter not in ADAPTERS and not (Path(self.adapter).exists() or is_name(self.adapter)):
@@ -283,7 +283,7 @@ def train_stage(config, stage, model, examples, run, processes):
 
         # 3 what to keep
         row |= {"answer_tokens": int(answers), **meter.row()}
-        row |= {"faces_blurred": faces_blurred, "unreadable": len(examples.unreadable)}
+        row |= {"faces_blurred": faces_blurred, "unreadable": int(processes.sum(len(examples.unreadable)))}
         run.log(row)  # rank 0 writes it
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             run.save(stage, step + 1, model, optimizer)
@@ -450,6 +450,8 @@ def main(config):
         records, features = open_features(config, records, model, processes)
     # the rows of all stages first, so that a stage without data fails now
     examples = {stage: build_examples(config, stage, records, model, features) for stage in config.stage_list}
+    for stage, lost in ((stage, e.left_out) for stage, e in examples.items() if e.left_out and processes.rank == 0):
+        print(f"skipped: {lost} conversations of stage {stage}: too long for a row")
     run = RunFolder(config, processes.rank, processes.world)
     if processes.is_fsdp:
         shard(model, processes)

@@ -58,6 +58,8 @@ class RunFolder:
         if rank == 0:
             path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
             files = [file for file, _, _ in config.sources] + [file for file in config.exclude.split(",") if file]
+            recipes = {str(stage): asdict(config.recipe(stage)) for stage in config.stage_list}
+            options["recipes"] = {stage: {k: v for k, v in of.items() if k != "compile"} for stage, of in recipes.items()}
             options["data_sha256"] = {file: sha256(file) for file in files}
             if config.resume:
                 before = read_json(require_file(path, "the options of a run to resume"))

@@ -581,6 +581,9 @@ def test_bad_files_are_refused_or_left_out_and_counted(parts, tmp_path, capsys):
     instances["annotations"][-1]["bbox"] = [500, 0, 10, 10]
     instances["images"][2]["file_name"] = "../images/" + instances["images"][2]["file_name"]
     write_json(tmp_path / "world/instances_train.json", instances)
+    talks = read_json(tmp_path / "world/conversations_train.json")
+    talks[-1]["conversations"][0]["value"] += " so" * 3000
+    write_json(tmp_path / "world/conversations_train.json", talks)
     own = {**parts, "stages": "2", "steps": 2}
     own |= {key: parts[key].replace(str(world), str(tmp_path / "world")) for key in ("data", "images")}
     with pytest.raises(ValueError, match="2 images and 2 annotations cannot be used.*--skip-bad"):
@@ -589,6 +592,7 @@ def test_bad_files_are_refused_or_left_out_and_counted(parts, tmp_path, capsys):
     train.main(TrainConfig(**own, skip_bad=True, evaluate=False, out=str(tmp_path / "run")))
     out = capsys.readouterr().out
     assert "22 images" in out and "skipped: 1 boxes" in out and "skipped: 2 images that cannot be read" in out
+    assert "skipped: 1 conversations of stage 2: too long for a row" in out
 
 
 def test_its_last_lines_say_what_to_try_next(parts, tmp_path, capsys, monkeypatch):

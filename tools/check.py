@@ -4,7 +4,7 @@
     python -m tools.check --data chat.json@coco,captions.json@cc3m
 
 Reads the files as training does, decodes every image, and one frame of every clip. Lines that begin with "note" name what is
-read, and may be another thing than was meant. Prints at most 50 lines per kind of problem.
+read, and may be another thing than was meant. Prints at most 50 lines per kind of problem in annotations.
 
 data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES
 """

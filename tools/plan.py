@@ -177,7 +177,8 @@ def plan_stage(config, stage, model, records, world, room):
     def plan_of(micro, parallel, recompute):
         return plan_step(model.config, stage, batch_of(model.config, row, micro, features), parallel, world, bf16, recompute)
 
-    how = (config.micro_batch or math.ceil(recipe.batch / world), config.parallel, config.recompute)
+    share = math.ceil(recipe.batch / world)  # images of a step for each process
+    how = (min(config.micro_batch or share, share), config.parallel, config.recompute)
     planned, micro, length, answers = plan_of(*how), how[0], len(row["input_ids"]), sum(i != IGNORE for i in row["labels"])
     flops = step_flops(model.config, stage, micro, length, micro * answers, runs_tower=not features)
     print(f"  {micro} rows of at most {length} tokens ({basis}), {world} processes, {'bf16' if bf16 else 'fp32'}")
@@ -210,7 +211,7 @@ def bytes_of(text):
 def print_table(world):
     """Print the memory of the paper's models, and hours of their stage 2."""
     print("| | stage | run as | GiB a GPU | " + " | ".join(Plan._fields) + " |\n" + "|---" * 9 + "|")
-    runs = [(1, 16, "ddp", False), (1, 16, "fsdp", True), (2, 8, "ddp", True), (2, 8, "fsdp", False), (2, 8, "fsdp", True)]
+    runs = [(1, 16, "ddp", False), (1, 16, "fsdp", True), (2, 4, "ddp", True), (2, 4, "fsdp", False), (2, 4, "fsdp", True)]
     for name, (stage, micro, engine, recompute) in product("bl", runs):
         config = VARIANTS[name]
         batch = batch_of(config, made_row(config, stage, PRESETS["paper"][stage].questions), micro)

@@ -34,7 +34,8 @@ def refs(file, out, /, instances=None, split="train", seed=0):
         if ref["split"] == split and (box_px := clip_box(ref["bbox"], ref["size"], skipped, "refs")):
             about = objects.setdefault((ref["file_name"], tuple(ref["size"])), {})
             for text in filter(None, (" ".join(text.split()).rstrip(". ") for _, text in ref["sentences"])):
-                about.setdefault(text.casefold(), {})[box_px] = Object(text, box_px, re.sub("(?i)^(an?|the) ", "", text))
+                bare = re.sub("(?i)^(an?|the) ", "", text)
+                about.setdefault(bare.casefold(), {})[box_px] = Object(text, box_px, bare)
     if not objects:
         raise ValueError(f"{file} has no ref of split {split}, but {', '.join(f'{n} ({k})' for n, k in splits.items())}")
     wording, rows = Wording(CoordFormat("ivb", 224), ("loc", "rev"), words="description"), []

@@ -1,6 +1,7 @@
 """Files that are almost right, and files that change after they were read: each was once taken without a word, and wrongly."""
 
 import multiprocessing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from formats.weights import open_tensors
 from tasks.pope import mean_f1
 from tools.blur import blur_image, detect_upright
 from tools.prefcoco import clean_caption, localize
-from train import TrainConfig
+from train import PRESETS, TrainConfig
 
 BOX = {"id": 1, "image_id": 7, "category_id": 18, "bbox": [20, 10, 40, 30]}
 
@@ -160,8 +161,8 @@ def lock_run(config, answers):
         answers.put(str(error))
 
 
-def test_a_run_is_one_process_and_one_data_set(coco, tmp_path):
-    """A second process is refused while the first lives; the files of --data may not change before --resume."""
+def test_a_run_is_one_process_one_recipe_and_one_data_set(coco, tmp_path, monkeypatch):
+    """A second process is refused while the first lives; neither recipe nor files of --data may change before --resume."""
     options = {"out": str(tmp_path / "run"), "data": f"{instances(coco / 'i.json', 100, 80)}", "images": str(coco)}
     run, resumed, answers = RunFolder(TrainConfig(**options), 0, 1), TrainConfig(**options, resume=True), multiprocessing.Queue()
     for words in ("another process trains", ""):
@@ -172,6 +173,10 @@ def test_a_run_is_one_process_and_one_data_set(coco, tmp_path):
     (run.state / "2-6").mkdir(parents=True)
     (run.state / "2-6.bak").mkdir()
     assert RunFolder(resumed, 0, 1).complete() == [(2, 6)]
+    longer = {2: replace(PRESETS["tiny"][2], warmup_ratio=0.5)}
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | longer)
+    refused("recipes was", RunFolder, resumed, 0, 1)
+    monkeypatch.undo()
     instances(coco / "i.json", 100, 80, annotations=[])
     refused("data_sha256", RunFolder, resumed, 0, 1)
     refused("--seed -1 must be at least 0", TrainConfig, seed=-1)

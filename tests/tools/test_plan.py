@@ -246,6 +246,8 @@ def test_a_plan_of_stage_2_is_for_full_rows_of_answers(capsys):
     """No batch of the run, however late, can need more: not even one of long conversations."""
     plan.main(["--variant", "tiny", "--stages", "2", "--micro-batch", "2"])
     assert "2 rows of at most 1024 tokens" in capsys.readouterr().out
+    plan.main(["--variant", "tiny", "--stages", "2", "--batch", "32", "--micro-batch", "8", "--world-size", "8"])
+    assert "  4 rows of at most 1024 tokens" in capsys.readouterr().out, "a step has no more for each process"
     row = plan.made_row(VARIANTS["tiny"], 2, questions=6, length=1024)
     assert len(row["input_ids"]) == 1024 and max(row["segments"]) == 6
     assert sum(label != IGNORE for label in row["labels"]) == 1024 - plan.SYSTEM_TOKENS - 64

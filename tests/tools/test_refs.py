@@ -12,8 +12,8 @@ from tools.refs import main
 
 
 def test_refs_of_a_split_train_both_ways(tmp_path, capsys):
-    """Every sentence about one box is asked for and told; what two boxes share is dropped, an article too."""
-    texts = {1: ["left zebra", "The  striped one."], 2: ["right zebra", "the striped one", "The zebra"], 3: ["test zebra"], 4: ["gone"]}
+    """Every sentence about one box is asked for and told; what two boxes share is dropped, but for an article; so is the article."""
+    texts = {1: ["left zebra", "The  striped one.", "The animal"], 2: ["right zebra", "the striped one", "The zebra", "animal"], 3: ["test zebra"], 4: ["gone"]}
     refs = [
         {"ref_id": n, "ann_id": n, "image_id": 9, "split": "testB" if n == 3 else "train", "file_name": "wrong_1.jpg",
          "sentences": [{"sent_id": 10 * n + i, "sent": text} for i, text in enumerate(texts[n])]}
@@ -28,7 +28,7 @@ def test_refs_of_a_split_train_both_ways(tmp_path, capsys):
     Image.new("RGB", (40, 30)).save(tmp_path / "train2014" / name)
     main([str(tmp_path / "refs(unc).p"), str(out := tmp_path / "refs_train.json")])
     told = capsys.readouterr().out
-    assert "1 refs where the box has no area" in told and "1 sentences about two objects of an image" in told
+    assert "1 refs where the box has no area" in told and "2 sentences about two objects of an image" in told
     rows = read_json(out)
     assert {row["objective"] for row in rows} == {"loc", "rev"} and all(len(row["conversations"]) == 6 for row in rows)
     assert "There is a left zebra." in json.dumps(rows) and "There is a the" not in json.dumps(rows)
