@@ -294,7 +294,8 @@ class Llama(nn.Module):
         return self
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, eos_token_id=None, temperature=0.0, seed=0, *, keys=None, prefix=None, on_token=None):
+    def generate(self, prompts, max_new_tokens, eos_token_id=None, temperature=0.0, seed=0, *, keys=None, prefix=None,
+                 on_token=None):  # fmt: skip
         """Continue prompts of different lengths together: list of id lists -> list of id lists (without the end token).
 
         temperature  0 takes the most likely token; else multinomial over softmax(logits / temperature)
@@ -302,7 +303,7 @@ class Llama(nn.Module):
                      and max_new_tokens. It is used up
         on_token     called with (number of the prompt, its ids so far) for each new token
         A row's answer does not depend on the other rows: padding lies between prefix and prompt and is masked, and each
-        row samples from its own generator, seeded by (seed, its key: by default its prompt).
+        row samples from its own generator, seeded by `seed` and its key in `keys`: by default its prompt.
         """
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt; each needs at least one token id: start with the tokenizer's bos id")

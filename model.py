@@ -178,7 +178,7 @@ class LocVLM(nn.Module):
         images     list of PIL images, paths, or preprocessed (3, S, S) tensors; of clips, if config.frames (see `see`)
         questions  one list per image; their lengths may differ
         on_text    called with (number of the question over all images, its answer so far) as tokens arrive
-        keys       a name for each question over all images, for its sampling; by their texts alone, all images draw alike
+        keys       what seeds the sampling of each question over all images; by default its text, so that all images draw alike
         The tower and LLaMA read each image once; its keys and values serve all its questions. Greedy at temperature 0; the
         paper samples at 0.2.
         """

@@ -141,10 +141,15 @@ def parse_sources(text, images=""):
         parts = json.loads(text) if text.startswith("[") else map(split_source, text.split(",") if text else ())
     sources = []
     for part in parts:
-        part = [part] if isinstance(part, str) else part
-        file, folder, weight = [*part, *(None, 1.0)[len(part) - 1 :]] if len(part) in (1, 2, 3) else ("", "", 0)
-        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise ValueError(f"--data {part}: write FILE or FILE@IMAGES or FILE@IMAGES*WEIGHT, separated by commas")
+        match [part] if isinstance(part, str) else part:
+            case [str(file)]:
+                folder, weight = "", 1.0
+            case [str(file), str(folder)]:
+                weight = 1.0
+            case [str(file), str(folder) | (None as folder), int(weight) | float(weight)] if 0 < weight < math.inf:
+                pass
+            case _:
+                raise ValueError(f"--data {part}: write FILE or FILE@IMAGES or FILE@IMAGES*WEIGHT, separated by commas")
         if not (folder or images):
             raise ValueError(f"--data {file} without --images, the folder or zip of its images")
         sources.append((file, str(folder or images), float(weight)))

@@ -49,8 +49,11 @@ def find_clip(clips, folder, name):
     return clips.get(name) or (inside if str(folder) and (inside.exists() or images.has_image(inside)) else None)
 
 
-def turn_problem(path, frame, size):
-    """Return the problem of a clip whose frames have another shape than its annotations say, or None. Sizes may differ: masks'."""
+def shape_problem(path, frame, size):
+    """Return the problem of a clip whose frames have another shape than its annotations say, or None.
+
+    Sizes may differ: annotations may be made on smaller frames.
+    """
     if all(size) and abs(math.log(frame.width * size[1] / (frame.height * size[0]))) > 0.1:
         return f"{path} has frames of {frame.width} x {frame.height}, but the annotations say {size[0]} x {size[1]}"
     return None

@@ -34,7 +34,8 @@ from formats.journal import work_in_parts
 from formats.parquet import shards
 from formats.pictures import overlay
 
-COMPARED = ("questions", "questions_sha256", "images", "weights_sha256", "data_sha256", "seed", "split", "decoding", "location", "template")
+COMPARED = ("questions", "questions_sha256", "images", "weights_sha256", "data_sha256", "seed", "split", "decoding", "location",
+            "template")  # fmt: skip
 ROW_KEYS = ("id", "image", "size", "question", "answer", "correct", "boxes_px", "mirrored", "truth")  # of an evaluate.Item
 ids_in = cache(image_ids)  # a training file may be a gigabyte, and several evaluations in one process need it
 

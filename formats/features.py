@@ -15,7 +15,7 @@ import torch
 
 from clip_vit import preprocess
 from formats.annotations import unreadable
-from formats.clips import turn_problem
+from formats.clips import shape_problem
 from formats.files import read_config, require_file, some, write_json, writing
 from formats.images import open_image
 from formats.journal import require_new, require_same_options, work_in_parts
@@ -30,7 +30,7 @@ def fingerprint(tower):
     return digest.hexdigest()
 
 
-def bytes_of(path):
+def file_size(path):
     """Return the size of a file, or 0 if it lies in a zip or is a folder of frames."""
     return os.path.getsize(path) if os.path.isfile(path) else 0
 
@@ -44,7 +44,7 @@ class Features:
         for key, value in ({"side": side, "geometry": geometry, "frames": frames} | tower).items():
             if about[key] != value:
                 raise ValueError(f"{folder} has {key} {about[key]}, this run has {value}; remake it: python -m tools.features")
-        self.bytes_of = dict(zip(about["images"], about.get("bytes", ()), strict=False))
+        self.file_sizes = dict(zip(about["images"], about.get("bytes", ()), strict=False))
         self.rows_of, self.skipped = {image: row for row, image in enumerate(about["images"])}, set(about.get("skipped", ()))
         self.rows = np.load(require_file(Path(folder) / "features.npy", "the features"), mmap_mode="r")
 
@@ -65,7 +65,7 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
     images = sorted({os.path.abspath(record.image) for record in records if record.image})
     sizes = {os.path.abspath(record.image): record.size for record in records if record.image}
     about = {"tower": fingerprint(tower), "side": config.image_size, "geometry": geometry, "frames": frames}
-    about |= {"images": images, "bytes": [bytes_of(image) for image in images]}
+    about |= {"images": images, "bytes": [file_size(image) for image in images]}
     if (out / "features.json").is_file():
         require_same_options(about | read_config(out, "features.json"), about, out)
         return print(f"{out} is complete") if rank == 0 else None
@@ -84,7 +84,7 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
                 if image in bad:
                     raise ValueError(bad[image])
                 inputs[row] = read_frames(image, frames) if frames else preprocess(open_image(image), config, geometry)
-                if frames and (problem := turn_problem(image, inputs[row][0], sizes[image])):
+                if frames and (problem := shape_problem(image, inputs[row][0], sizes[image])):
                     raise ValueError(problem)
             except (ValueError, FileNotFoundError) as error:
                 inputs.pop(row, None)
@@ -136,7 +136,7 @@ def open_features(config, records, model, processes):
     paths = [record.image and os.path.abspath(record.image) for record in records]
     if lacking := [path for path in paths if path and path not in features.rows_of]:
         raise ValueError(f"{folder} lacks {some(lacking)}; make them all: python -m tools.features")
-    if changed := [path for path in {*paths} & features.bytes_of.keys() if bytes_of(path) != features.bytes_of[path]]:
+    if changed := [path for path in {*paths} & features.file_sizes.keys() if file_size(path) != features.file_sizes[path]]:
         raise ValueError(f"{some(changed)} changed after {folder} was made; make them again: python -m tools.features")
     kept = [record for record, path in zip(records, paths, strict=True) if path not in features.skipped]
     if lost := len(records) - len(kept):

@@ -100,7 +100,8 @@ def open_clip_values(path):
 def openai_tensors(stored, source):
     """Select the vision tower of an OpenAI state dict, under our names: {name: Stored}."""
     if "visual.class_embedding" not in stored:
-        raise ValueError(f"{source} is no ViT of OpenAI's CLIP (no visual.class_embedding); pass one, or a folder with a config.json")
+        fix = "pass one, or a folder with a config.json"
+        raise ValueError(f"{source} is no ViT of OpenAI's CLIP (no visual.class_embedding); {fix}")
     ours = {}
     for name in [name for name in stored if name.startswith("visual.")]:
         tensor, name = stored[name], renamed(name.removeprefix("visual."), "OpenAI")

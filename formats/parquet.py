@@ -10,7 +10,7 @@ from pathlib import Path
 
 from formats.files import naming, require_file, some
 
-COMPARED = 50  # images with the name of an earlier one: they are the same, as each question repeats its image, or all differ
+COMPARED = 50  # images whose name came before: as a rule all are the same image, for each question has its own copy, or none
 NAMES = ("file_name", "image_source", "image_link", "image_id", "id")  # columns that name a row's image: the first that exists
 
 
@@ -85,7 +85,9 @@ def places_of(path):
             for group in range(file.num_row_groups):
                 for row, content in enumerate(file.read_row_group(group, columns).to_pylist()):
                     key, place = key_of(image_name(content, number)), (shard, group, row)
-                    if (first := places.setdefault(key, place)) is not place and (compared := compared + 1) <= COMPARED:
+                    first = places.setdefault(key, place)
+                    if first is not place and compared < COMPARED:
+                        compared += 1
                         if image_bytes(*first) != image_bytes(*place):
                             raise ValueError(f"{shard}: two images are named {key}; unpack them under names of their own")
                     number += 1

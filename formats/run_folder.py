@@ -42,7 +42,7 @@ def lock(path):
     """Open a file of a run. Raise ValueError if another process has it open by this function."""
     import fcntl  # not on Windows
     file = open(path, "a")
-    try:
+    try:  # not flock, as journals: a run that failed may be resumed in the same process
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ValueError(f"another process trains {path.parent}; wait for it, or end it") from None

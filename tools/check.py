@@ -13,7 +13,7 @@ import sys
 from collections import defaultdict
 
 from formats.annotations import parse_sources, read_file
-from formats.clips import turn_problem
+from formats.clips import shape_problem
 from formats.images import image_problem, orientation
 from formats.schema import NOTES
 from tools import command
@@ -46,7 +46,8 @@ def check(path, images):
         if record.image in opened | {None}:
             continue
         opened.add(record.image)
-        if problem := clip_problem(record.image, record.size) if record.is_clip else image_problem(record.image, record.size, decode=True):
+        image, size = record.image, record.size
+        if problem := clip_problem(image, size) if record.is_clip else image_problem(image, size, decode=True):
             listed.append(f"image {record.id}: {problem}")
         elif not record.is_clip and (turn := orientation(record.image)) != 1:
             problem = f"EXIF orientation {turn} is ignored; are the boxes in the pixels as they are stored?"
@@ -57,7 +58,7 @@ def check(path, images):
 def clip_problem(path, size):
     """Return the problem of a clip, or None."""
     try:
-        return turn_problem(path, *read_frames(path, 1), size)
+        return shape_problem(path, *read_frames(path, 1), size)
     except (FileNotFoundError, ValueError) as error:
         return str(error)
 

@@ -211,10 +211,11 @@ def bytes_of(text):
 def print_table(world):
     """Print the memory of the paper's models, and hours of their stage 2."""
     print("| | stage | run as | GiB a GPU | " + " | ".join(Plan._fields) + " |\n" + "|---" * 9 + "|")
-    runs = [(1, 16, "ddp", False), (1, 16, "fsdp", True), (2, 4, "ddp", True), (2, 4, "fsdp", False), (2, 4, "fsdp", True)]
-    for name, (stage, micro, engine, recompute) in product("bl", runs):
-        config = VARIANTS[name]
-        batch = batch_of(config, made_row(config, stage, PRESETS["paper"][stage].questions), micro)
+    runs = [(1, "ddp", False), (1, "fsdp", True), (2, "ddp", True), (2, "fsdp", False), (2, "fsdp", True)]
+    for name, (stage, engine, recompute) in product("bl", runs):
+        config, recipe = VARIANTS[name], PRESETS["paper"][stage]
+        micro = math.ceil(recipe.batch / world)  # images of a step for each process
+        batch = batch_of(config, made_row(config, stage, recipe.questions), micro)
         plan = plan_step(config, stage, batch, engine, world, bf16=True, recompute=recompute)
         how = f"`--parallel {engine}{' --recompute' * recompute} --micro-batch {micro}`"
         print("|", name.upper(), "|", stage, "|", how, "|", *(f"{size / 2**30:.1f} |" for size in (plan.total, *plan)))

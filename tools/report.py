@@ -206,8 +206,7 @@ def section(name, result, blind, answers, allowed):
 def in_common(results):
     """Return the values that all results share; where they differ, a note in place of the value."""
     first, note = results[0], "differs, see Provenance"
-    about = {key: value if all(result.get(key) == value for result in results) else note for key, value in first.items()}
-    return about | ({"decoding": {"": note}} if about.get("decoding") == note else {})
+    return {key: value if all(result.get(key) == value for result in results) else note for key, value in first.items()}
 
 
 def page_data(run):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from clip_vit import CLIPVisionTower
 from data import first_named
 from formats.annotations import image_ids, parse_sources, read_file, read_records
-from formats.clips import turn_problem
+from formats.clips import shape_problem
 from formats.features import open_features, write_features
 from formats.files import read_config, write_json
 from formats.originals import meta_tensors
@@ -110,9 +110,11 @@ def test_descriptions_belong_to_the_boxes_of_the_same_file(coco, tmp_path):
     """PRefCOCO of one COCO file beside another: of other sizes, or without the category."""
     row = {"image": "1.png", "size": [100, 80], "name": "dog", "description": "dog that is red", "box_px": [20, 10, 60, 40]}
     write_json(tmp_path / "p.json", [row])
-    refused("differ about 1.png", localize, tmp_path / "p.json", instances(tmp_path / "i.json", 200, 160), tmp_path / "out.json")
+    args = tmp_path / "p.json", instances(tmp_path / "i.json", 200, 160), tmp_path / "out.json"
+    refused("differ about 1.png", localize, *args)
     write_json(tmp_path / "p.json", [row | {"name": "cat"}])
-    refused("differ about 1.png", localize, tmp_path / "p.json", instances(tmp_path / "j.json", 100, 80), tmp_path / "out.json")
+    instances(tmp_path / "i.json", 100, 80)
+    refused("differ about 1.png", localize, *args)
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -149,8 +151,8 @@ def test_no_frame_of_an_animation_is_copied_unseen(tmp_path):
 
 def test_a_turned_clip_is_named():
     frame = Image.new("RGB", (64, 48))
-    assert turn_problem("a.mp4", frame, (48, 64)) == "a.mp4 has frames of 64 x 48, but the annotations say 48 x 64"
-    assert not any(turn_problem("a.mp4", frame, size) for size in ((640, 480), (128, 97), (0, 0)))
+    assert shape_problem("a.mp4", frame, (48, 64)) == "a.mp4 has frames of 64 x 48, but the annotations say 48 x 64"
+    assert not any(shape_problem("a.mp4", frame, size) for size in ((640, 480), (128, 97), (0, 0)))
 
 
 def lock_run(config, answers):
@@ -164,7 +166,8 @@ def lock_run(config, answers):
 def test_a_run_is_one_process_one_recipe_and_one_data_set(coco, tmp_path, monkeypatch):
     """A second process is refused while the first lives; neither recipe nor files of --data may change before --resume."""
     options = {"out": str(tmp_path / "run"), "data": f"{instances(coco / 'i.json', 100, 80)}", "images": str(coco)}
-    run, resumed, answers = RunFolder(TrainConfig(**options), 0, 1), TrainConfig(**options, resume=True), multiprocessing.Queue()
+    run, resumed = RunFolder(TrainConfig(**options), 0, 1), TrainConfig(**options, resume=True)
+    answers = multiprocessing.Queue()
     for words in ("another process trains", ""):
         other = multiprocessing.Process(target=lock_run, args=(resumed, answers))
         other.start()

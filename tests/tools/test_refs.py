@@ -12,8 +12,11 @@ from tools.refs import main
 
 
 def test_refs_of_a_split_train_both_ways(tmp_path, capsys):
-    """Every sentence about one box is asked for and told; what two boxes share is dropped, but for an article; so is the article."""
-    texts = {1: ["left zebra", "The  striped one.", "The animal"], 2: ["right zebra", "the striped one", "The zebra", "animal"], 3: ["test zebra"], 4: ["gone"]}
+    """Every sentence about one box is asked for and told. Articles go, and what two boxes then share is dropped."""
+    texts = {
+        1: ["left zebra", "The  striped one.", "The animal"], 2: ["right zebra", "the striped one", "The zebra", "animal"],
+        3: ["test zebra"], 4: ["gone"],
+    }  # fmt: skip
     refs = [
         {"ref_id": n, "ann_id": n, "image_id": 9, "split": "testB" if n == 3 else "train", "file_name": "wrong_1.jpg",
          "sentences": [{"sent_id": 10 * n + i, "sent": text} for i, text in enumerate(texts[n])]}
