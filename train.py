@@ -61,6 +61,7 @@ class Recipe:
     max_length: int = 2048  # tokens of a row, image included; at most LLaMA's max_position_embeddings
     instruct_share: float = 0.34  # of a row's questions, the share that come from conversations: two of six
     grad_clip: float = 1.0  # largest gradient norm
+    adapter_lr_ratio: float = 1.0  # the adapter's learning rate, over LLaMA's
     compile: bool = True  # on a GPU: compiled layers and FlexAttention, which passes over what packed rows mask
 
 
@@ -223,9 +224,12 @@ def trainable(model, stage):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_optimizer(parameters):
-    """AdamW without weight decay, as LLaVA."""
-    return torch.optim.AdamW(parameters.values(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+def make_optimizer(parameters, adapter_lr_ratio=1.0):
+    """AdamW without weight decay, as LLaVA. The `ratio` of a group of parameters multiplies the learning rate."""
+    ratios = {"adapter.": adapter_lr_ratio, "language_model.": 1.0}
+    groups = [{"params": [p for n, p in parameters.items() if n.startswith(part)], "ratio": r} for part, r in ratios.items()]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
 def micro_batches_of(step, examples, recipe, micro_batch, processes):
@@ -243,7 +247,7 @@ def train_stage(config, stage, model, examples, run, processes):
     steps = recipe.steps or math.ceil(recipe.epochs * examples.epoch_length / recipe.batch)
     parameters = trainable(model, stage)
     processes.begin_stage(model)
-    optimizer = make_optimizer(parameters)
+    optimizer = make_optimizer(parameters, recipe.adapter_lr_ratio)
     first_step = run.begin_stage(stage, steps, model, optimizer)
     for layer in model.language_model.layers:
         layer.recompute = config.recompute
@@ -258,7 +262,7 @@ def train_stage(config, stage, model, examples, run, processes):
     for step, micro_batches in enumerate(meter.waiting(prefetched(draw, first_step, steps)), start=first_step):
         lr = lr_at(step, steps, recipe.lr, recipe.warmup_ratio)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["ratio"]
 
         # the loss is the mean over all A answer tokens of the step, in whichever micro-batch and process they are
         answers = processes.sum(sum(batch["answers"].shape[1] for batch, _ in micro_batches))
@@ -335,13 +339,9 @@ def build_records(config, processes):
 
 
 def world_sources(config, processes):
-    """Return the sources of the default data; rank 0 writes it first."""
-    ensure, kinds = (ensure_clips, ("clips",)) if config.is_about_clips else (ensure_world, ("instances", "captions"))
-    if processes.rank == 0:
-        ensure()
-    if dist.is_initialized():
-        dist.barrier()
-    folder = ensure()
+    """Return the sources of the default data, which rank 0 writes if it is missing."""
+    ensure, kinds = (ensure_clips, ("clips",)) if config.is_about_clips else (ensure_world, ("instances", "captions", "text"))
+    folder = processes.from_first(ensure)
     images = folder / ("clips" if config.is_about_clips else "images")
     return [(str(folder / f"{kind}_train.json"), str(images), 1.0) for kind in (*kinds, "conversations")]
 

@@ -117,6 +117,20 @@ def test_options_that_cannot_be_meant_are_refused_first(options, words):
         TrainConfig(**options)
 
 
+def test_the_adapter_may_learn_faster(parts, tmp_path, monkeypatch):
+    """AdamW's first step moves each weight by its learning rate; log.jsonl has LLaMA's."""
+    recipe = train.Recipe(batch=4, lr=1e-3, warmup_ratio=0.0, steps=1, questions=3, adapter_lr_ratio=5.0)
+    monkeypatch.setitem(train.PRESETS, "tiny", {1: recipe, 2: recipe})
+    options = {**parts, "steps": 0, "batch": 0, "lr": 0.0, "evaluate": False, "out": str(tmp_path / "run")}
+    before = train.build_model(TrainConfig(**options)).state_dict()
+    train.main(TrainConfig(**options, stages="2"))
+    after = LocVLM.from_pretrained(tmp_path / "run").state_dict()
+    for name in (next(name for name in before if name.startswith("adapter.")), "language_model.lm_head.weight"):
+        moved = (after[name] - before[name]).abs().max().item()
+        assert moved == pytest.approx(5e-3 if "adapter" in name else 1e-3, rel=0.01), name
+    assert json.loads((tmp_path / "run/log.jsonl").read_text())["lr"] == 1e-3
+
+
 def test_stage_one_moves_only_the_adapter_and_stage_two_llama_too(parts, tmp_path):
     train.main(TrainConfig(**{**parts, "stages": "1", "steps": 3}, out=str(tmp_path / "one")))
     train.main(

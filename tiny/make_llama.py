@@ -43,14 +43,6 @@ CYCLES, DECAY = (6050, STEPS), 600  # before each of these steps, learning rates
 LR_MUON, LR_ADAMW = 3e-3, 1.2e-3  # matrices of the blocks; embeddings, head and norms
 
 
-def write_text(scene, rng):
-    """Write a scene with coordinates once, in random order and wording."""
-    form = rng.choice(("{a} at {loc}", "there is {a} at {loc}", "at {loc} there is {a}", "{p}: {loc}"))
-    shapes = rng.sample(scene.shapes, len(scene.shapes))
-    places = [(scene.phrase(shape), WORDING.place(shape.box_px, scene.size)) for shape in shapes]
-    return ". ".join(form.format(a=article(words), p=words, loc=loc) for words, loc in places) + "."
-
-
 def bags(scene, tokenizer, rng):
     """Write a scene as GRID x GRID bags of words, row by row: (cell, word id, weight) of each word. The cell of a shape holds
     its colour, its name, and the sides of its box, weighted by their coordinates. All weights vary, as features do."""
@@ -70,13 +62,7 @@ def bags(scene, tokenizer, rng):
 
 def side_questions(scene, rng):
     """Ask App. E's questions about pairs of shapes, sometimes after two example pairs, as in-context learning does."""
-    unique, pairs = scene.unique(), []
-    for _ in range(3 if len(unique) > 1 else 0):
-        a, b = rng.sample(unique, 2)
-        names = {"obj_1": f"the {a.name}", "obj_2": f"the {b.name}"}
-        for prompt, side in zip(data.SIDE_PROMPTS.values(), scene.side_of(b, a), strict=True):
-            if side:
-                pairs.append((prompt.format(**names), data.SIDE_ANSWERS[side].format(**names).capitalize()))
+    pairs = [pair for _ in range(3 if len(scene.unique()) > 1 else 0) for pair in scene.ask_sides(rng)]
     if len(pairs) > 2 and rng.random() < 0.2:
         examples, (question, answer) = " ".join(f"Q: {q} A: {a}" for q, a in pairs[:2]), pairs[-1]
         return [(f"{examples} Q: {question}", answer)]
@@ -124,7 +110,7 @@ def document(tokenizer, rng, form):
     if form == "caption":  # what stage 1 says about an image
         pairs = [("", scene.caption(rng))]
     if form == "text":
-        texts = [write_text(scene, rng) for _ in range(rng.randint(1, 3))]
+        texts = [scene.tell(WORDING, rng) for _ in range(rng.randint(1, 3))]
     return pack_scene(scene, tokenizer, rng, pairs, texts, "plain" if form in ("copy", "caption") else "v1")
 
 
@@ -157,7 +143,7 @@ def make_tokenizer(scenes=6000):
     rng, lines = random.Random("tokenizer"), []
     for _ in range(scenes):
         scene = draw_scene(rng)
-        lines += [f"{data.SYSTEM} {data.USER}", write_text(scene, rng), scene.caption(rng)]
+        lines += [f"{data.SYSTEM} {data.USER}", scene.tell(WORDING, rng), scene.caption(rng)]
         lines += [f"{question} {data.ASSISTANT} {answer}" for question, answer in questions_about(scene, rng, 12)]
         lines.append("abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 -+.,:;!?'()[]")
     FOLDER.mkdir(exist_ok=True)
@@ -183,7 +169,7 @@ def gate(llama, tokenizer, form, scenes=150):
             "yes": (f"Is there {article(shape.name)} in the image?", "Yes"),
             "no": (f"Is there {article(absent)} in the image?", "No"),
         } | dict(zip(["side"], side_questions(scene, rng), strict=False))  # fmt: skip
-        texts = [write_text(scene, rng)] if form == "text" else []
+        texts = [scene.tell(WORDING, rng)] if form == "text" else []
         row = pack_scene(scene, tokenizer, rng, questions.values(), texts, stop=-1)  # without the end tokens
         batch = data.collate([row])
         x, (_, columns, truth) = embed(llama, [row], batch["input_ids"]), batch["answers"]

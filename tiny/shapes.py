@@ -1,7 +1,8 @@
 """A world of coloured shapes, written in COCO's formats, so that it is read as real data is: `python -m tiny.shapes FOLDER`.
 
 Everything is a function of a seed. Captions and conversations go from large shapes to small ones, and never say left, right,
-above or below: about sides, these files teach only coordinates and descriptions (the tiny LLaMA has read of sides before).
+above or below: about the sides of an image, these files teach only coordinates and descriptions. Texts about other scenes ask
+for sides, so that LLaMA does not forget the words (the tiny one has read of sides before).
 """
 
 import random
@@ -13,14 +14,16 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import article
+from data import SIDE_ANSWERS, SIDE_PROMPTS, Wording, article
 from formats.files import read_json, run_command, write_json, writing
+from model import VARIANTS
 
 # RGB; ids with gaps, as COCO's; (width, height) in pixels; corners in a square from -1 to 1, y down (round ones: of their box)
 COLOURS, CATEGORY_IDS, SIZES, OUTLINES = read_json(Path(__file__).with_name("shapes.json")).values()
 NAMES = tuple(CATEGORY_IDS)
 FIRST_IDS = {"train": 1, "val": 1_000_001}  # of images and clips: those of train and val differ, as COCO's do
 SPLITS = {"train": 4000, "val": 300}  # images
+TEXT_SHARE = 3 / 8  # text-only conversations, per image
 GQA_TYPES = {"How": "number", "What colour": "colour", "Is there": "presence", "Is the": "colour, yes or no", "Which": "size"}
 RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 SCALE = 3  # pictures are painted this many times larger, then reduced: smooth edges
@@ -98,6 +101,19 @@ class Scene:
         dx, dy = (x1 + x2 - u1 - u2) / 2 / self.size[0], (y1 + y2 - v1 - v2) / 2 / self.size[1]
         sides = (dx, ("right", "left")), (dy, ("below", "above"))
         return [names[distance < 0] if abs(distance) > 0.15 else None for distance, names in sides]
+
+    def tell(self, wording, rng):
+        """Write the scene with its boxes, or points, once, in random order: 'there is a red circle at (12, 30, 50, 66). ...'"""
+        form = rng.choice(("{a} at {loc}", "there is {a} at {loc}", "at {loc} there is {a}", "{p}: {loc}"))
+        shapes = rng.sample(self.shapes, len(self.shapes))
+        places = [(self.phrase(shape), wording.place(shape.box_px, self.size)) for shape in shapes]
+        return ". ".join(form.format(a=article(words), p=words, loc=loc) for words, loc in places) + "."
+
+    def ask_sides(self, rng):
+        """Ask App. E's questions about two shapes: (question, answer) for each axis on which they are apart."""
+        a, b = rng.sample(self.unique(), 2)
+        names, sides = {"obj_1": f"the {a.name}", "obj_2": f"the {b.name}"}, zip(SIDE_PROMPTS.values(), self.side_of(b, a), strict=True)
+        return [(prompt.format(**names), SIDE_ANSWERS[side].format(**names).capitalize()) for prompt, side in sides if side]
 
     def describe(self, shape, rng):
         """Write a pseudo-caption that relates a shape to a neighbour: 'circle that is small red, left of the blue star'."""
@@ -181,6 +197,20 @@ def draw_scene(rng, names=NAMES):
     return replace(scene, shapes=tuple(sorted(shapes, key=scene.bigness, reverse=True)))
 
 
+def write_side_texts(path, count, wording=None, names=NAMES, seed="0 train"):
+    """Write text-only conversations in LLaVA's format: a scene in words and boxes, then one of App. E's questions about it."""
+    wording, rows = wording or Wording(VARIANTS["tiny"].coord_format()), []
+    for index in range(count):
+        rng, pairs = random.Random(f"{seed} text {index}"), []
+        while not pairs:
+            scene = draw_scene(rng, names)
+            pairs = scene.ask_sides(rng) if len(scene.unique()) > 1 else []
+        question, answer = rng.choice(pairs)
+        turns = [{"from": "human", "value": f"{scene.tell(wording, rng)} {question}"}, {"from": "gpt", "value": answer}]
+        rows.append({"id": f"text_{index}", "conversations": turns})
+    write_json(path, rows)
+
+
 def write_world(folder, images=SPLITS, seed=0, names=NAMES):
     """Write a world with so many images per split. No file mentions a shape that is not in `names`.
 
@@ -188,7 +218,8 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
     captions_SPLIT.json, conversations_SPLIT.json   COCO's and LLaVA's
     gqa_SPLIT.json          GQA's: the conversations' questions that one word answers, and others about sides
     refs_SPLIT.json         RefCOCO's refs, in JSON: three things that people might call a shape
-    instances_SPLIT.json    COCO's, and a pseudo-caption for each annotation. Written last: a split that has it is complete
+    instances_SPLIT.json    COCO's, and a pseudo-caption for each annotation
+    text_SPLIT.json         LLaVA's, without images; see `write_side_texts`. Written last: a split that has it is complete
     """
     (Path(folder) / "images").mkdir(parents=True, exist_ok=True)
     categories = [{"id": CATEGORY_IDS[name], "name": name, "supercategory": "shape"} for name in names]
@@ -223,9 +254,10 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
         files = {"captions": {"images": pictures, "annotations": captions}, "conversations": talks, "gqa": gqa}
         for name, content in (files | {"refs": {"refs": refs}, "instances": instances | {"categories": categories}}).items():
             write_json(Path(folder) / f"{name}_{split}.json", content)
+        write_side_texts(Path(folder) / f"text_{split}.json", int(TEXT_SHARE * count), names=names, seed=f"{seed} {split}")
 
 
-def ensure_world(folder="data/shapes", write=write_world, last="instances_val.json", **options):
+def ensure_world(folder="data/shapes", write=write_world, last="text_val.json", **options):
     """Return the folder of a world; write the world if the file that completes it is missing."""
     if not (Path(folder) / last).exists():
         print(f"writing a world of shapes to {folder}")

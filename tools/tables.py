@@ -18,21 +18,23 @@ import re
 import shutil
 import statistics
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import sqrt
 from pathlib import Path
 from typing import Literal
 
 import evaluate
 import train
+from data import Wording
 from formats.eval_folder import folders_of, name_of
-from formats.files import read_json, read_text, sha256, write_json, write_text
+from formats.files import read_json, sha256, write_json, write_text
 from formats.journal import read_journal
 from formats.weights import weights_sha256
+from model import VARIANTS
 from tasks import __main__ as benchmarks
 from tasks.words import require_meteor
 from tiny.moving import ensure_clips
-from tiny.shapes import NAMES, SPLITS, ensure_world
+from tiny.shapes import NAMES, SPLITS, TEXT_SHARE, ensure_world, write_side_texts
 from tools import command, prefcoco
 from tools.features import features
 from train import TrainConfig, parse_config
@@ -81,11 +83,14 @@ def ensure_worlds():
     ensure_clips(MOVING)
     ensure_world(FEW, names=SEEN)
     ensure_world(OTHER, names=UNSEEN, images={"val": SPLITS["val"]})
-    if '"types"' not in read_text(STILL / "gqa_val.json"):
-        raise ValueError(f"{STILL} was written by an older version: its gqa_val.json asks for no sides; remove it, then repeat")
     for world in (STILL, MOVING, FEW):
         limit_conversations(world, "some")
     limit_conversations(FEW, "silent", r"(?!Yes\b|No\b)")  # as LLaVA's, in which nothing is denied
+    for name, kind, location in (("nfp", "nfp", "box"), ("diga", "diga", "box"), ("point", "ivb", "point")):
+        path = STILL / f"text_{name}_train.json"  # text_train.json, with its places written as the images' are
+        wording = Wording(replace(VARIANTS["tiny"], kind=kind).coord_format(), location=location)
+        if not path.exists():
+            write_side_texts(path, int(TEXT_SHARE * SPLITS["train"]), wording)
 
 
 def limit_conversations(world, name, pattern=""):

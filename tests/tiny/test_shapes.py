@@ -7,8 +7,10 @@ import re
 
 import numpy as np
 
-from formats.annotations import read_records
-from tiny.shapes import CATEGORY_IDS, NAMES, draw_scene, write_world
+from data import Wording
+from formats.annotations import read_file, read_records
+from model import VARIANTS
+from tiny.shapes import CATEGORY_IDS, NAMES, draw_scene, write_side_texts, write_world
 
 
 def scenes(count):
@@ -107,6 +109,31 @@ def test_questions_about_sides_are_true_and_gqas_alone(tmp_path):
     assert not re.search("left|right|above|below", (tmp_path / "conversations_val.json").read_text())
     digest = hashlib.sha256((tmp_path / "conversations_val.json").read_bytes() + (tmp_path / "refs_val.json").read_bytes())
     assert digest.hexdigest()[:16] == "d2e2fd12d15ee2ee"
+
+
+def test_texts_say_where_shapes_are_and_ask_for_a_side(tmp_path):
+    """The answer follows from the boxes in the text; no image is needed. Another way to write places changes nothing else."""
+    rows = []
+    for name, location in (("boxes", "box"), ("points", "point")):
+        wording = Wording(VARIANTS["tiny"].coord_format(), location=location)
+        write_side_texts(tmp_path / f"{name}.json", 60, wording)
+        rows.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    for row, same in zip(*rows, strict=True):
+        (question, answer), (other, same_answer) = ([turn["value"] for turn in r["conversations"]] for r in (row, same))
+        assert answer == same_answer and "image" not in row
+        assert re.sub(r"\([\d, ]+\)", "", question) == re.sub(r"\([\d, ]+\)", "", other)
+        text, asked = re.fullmatch(r"(.+)\. ((?:Which side|Is the) .+)", question).groups()
+        centres = {}
+        for part in text.split(". "):
+            numbers = [int(v) for v in re.findall(r"\d+", part)]
+            name = next(name for name in NAMES if name in part)
+            centres.setdefault(name, []).append((numbers[0] + numbers[2], numbers[1] + numbers[3]))
+        one, side, two = re.fullmatch(r"The (\w+) is located (?:to the )?(\w+)(?: of)? the (\w+)\.", answer).groups()
+        assert len(centres[one]) == len(centres[two]) == 1 and one in asked and two in asked
+        dx, dy = (a - b for a, b in zip(centres[one][0], centres[two][0], strict=True))
+        assert side == {"Which": "left" if dx < 0 else "right", "Is": "above" if dy < 0 else "below"}[asked.split()[0]]
+    records, skipped = read_file(tmp_path / "boxes.json", tmp_path)
+    assert len(records) == 60 and not skipped and all(record.image is None for record in records)
 
 
 def test_refs_call_a_shape_what_it_is(tmp_path):

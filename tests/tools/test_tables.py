@@ -19,7 +19,7 @@ from formats.files import read_json, write_json, write_rows
 from llama import Tokenizer
 from model import VARIANTS
 from tiny.moving import write_clips
-from tiny.shapes import write_world
+from tiny.shapes import write_side_texts, write_world
 from tools import tables
 
 AXES = ("left/right", "above/below")
@@ -133,6 +133,8 @@ def test_all_objectives_have_the_same_conversations_and_bring_their_own_question
     write_clips(tables.MOVING, {"train": 20})
     for world in (tables.STILL, tables.MOVING):
         tables.limit_conversations(world, "some")
+    for kind in ("nfp", "diga", "point"):
+        write_side_texts(tables.STILL / f"text_{kind}_train.json", 15)
     tokenizer = Tokenizer(Path(tables.__file__).parent.parent / "tiny/llama")
     drawn = {}
     for name, (_, options) in tables.SETTINGS.items():
@@ -142,7 +144,8 @@ def test_all_objectives_have_the_same_conversations_and_bring_their_own_question
         model = SimpleNamespace(config=replace(VARIANTS["tiny"], **config.settings()), tokenizer=tokenizer)
         examples = train.build_examples(config, config.stage_list[0], read_records(config.sources)[0], model)
         talks, kinds = [], Counter()
-        for record in examples.records:
+        assert sum(record.image is None for record in examples.records) == (0 if "clips" in name or "no-text" in name else 15)
+        for record in (record for record in examples.records if record.image):
             segments = examples.draw_segments(record, random.Random(record.id))
             row = examples.text_row(record, 0)
             assert len(segments) == max(row["segments"]), "none is cut"
@@ -325,19 +328,10 @@ def test_all_tables_are_made_and_curves_on_request(fake, capsys):
     tables.main(["all", "--seeds", "0"])
     made = {path.stem for path in tables.OUT.glob("table-*.md")}
     assert made == {f"table-{number}" for number in ("2", "4", "8", "10", "11a", "11b", "11c", "12")}
-    assert {Path(config.out).name for config in trained} == {f"{name}-0" for name in tables.SETTINGS}, "no setting is unused"
+    assert {Path(config.out).name for config in trained} == {f"{name}-0" for name in tables.SETTINGS if "no-text" not in name}
     trained.clear()
     tables.main(["curves", "--seeds", "0"])
-    assert sorted(config.steps for config in trained) == [440, 440, 880, 880, 1760, 1760]
-
-
-def test_a_world_of_an_older_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("ensure_world", "ensure_clips"):
-        monkeypatch.setattr(tables, name, lambda *folder, **how: None)
-    write_json(tables.STILL / "gqa_val.json", {"1": {"question": "How many?"}})
-    with pytest.raises(ValueError, match="asks for no sides; remove it"):
-        tables.ensure_worlds()
+    assert Counter(config.steps for config in trained) == {220: 2, 440: 4, 880: 4, 1760: 4}, "of 220 steps, without text alone"
 
 
 def test_invalid_seeds_and_tables_are_refused():
