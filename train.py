@@ -72,8 +72,8 @@ CLIP_RECIPES = {  # as Video-ChatGPT: Vid-B reads 100 frames, Vid-B+ 8
 PRESETS = {  # to change what has no option, add a recipe here and name it with --preset
     # found on the shapes world, see LOG.md
     "tiny": {
-        1: Recipe(batch=32, lr=3e-3, warmup_ratio=0.1, steps=150),
-        2: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=300, questions=6),
+        1: Recipe(batch=16, lr=3e-3, warmup_ratio=0.1, steps=100),
+        2: Recipe(batch=4, lr=5e-4, warmup_ratio=0.1, steps=500, questions=6, adapter_lr_ratio=10.0),
         3: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=100, questions=6),
         4: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=260, questions=6),
     },

@@ -88,7 +88,8 @@ class Processes:
 
 def prefetched(make, first, last, workers=2):
     """Yield make(i) for first <= i < last; threads prepare the next ones meanwhile."""
-    with ThreadPoolExecutor(workers) as pool:
+    # one thread each: OpenMP teams of theirs would take the cores from the step's (a quarter of its time, LOG.md)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         pending = deque()
         for i in range(first, last + workers):
             if i < last:
