@@ -8,9 +8,12 @@ questions about it in the chat format of stage 2, packed behind the shared scene
     text    the scene in sentences, up to three times in other order and wording, then questions
     bag     a grid of bags of words, one for each patch of a picture: several words at one position, their weighted embeddings
             added. A visual token holds several facts at once, and a model this small must have met that before.
-    caption, drill, place, name    bags, then one kind of question: caption; colours and presence; box by name; name by box
+    caption, drill, place, name, colour    bags, then one kind of question: caption; colours and presence; box by name; name by
+            box; colours
 
-The gate at the end asks about held-out scenes. (In llama.log, copy is "retell" and text is "told".)
+A second, shorter training goes on from there, without yes, no or sides about bags. Its bags have the errors that features of
+the tower have, so that LLaMA learns which of them to believe. The gate asks about held-out scenes. (In llama.log, copy is
+"retell" and text is "told".)
 """
 
 import math
@@ -34,29 +37,35 @@ from tiny.shapes import COLOURS, draw_scene
 FOLDER = Path(__file__).parent / "llama"
 CONFIG, FORMAT = VARIANTS["tiny"].text_config, VARIANTS["tiny"].coord_format()
 GRID, WORDING = FORMAT.grid, data.Wording(FORMAT)  # data.ask_* take a scene as a record, for its size, and a shape as an object
-STEPS, BATCH, QUESTIONS = 6800, 8, 6
-# Documents of a form in a step, over BATCH; until which step which forms come in turn; options of sentencepiece; HF's keys. One
-# easy skill at a time, and nothing else; then all of them together, because a skill that is not practised is forgotten. All of
-# them from the start teach nothing (LOG.md).
-WEIGHT, SCHEDULE, TOKENIZER, HF_CONFIG = read_json(Path(__file__).with_suffix(".json")).values()
+STEPS, STEPS_AGAIN, BATCH, QUESTIONS = 6800, 700, 8, 6
+# Documents of a form in a step, over BATCH; until which step which forms come in turn; rows and forms of the second training;
+# options of sentencepiece; HF's keys. One easy skill at a time, and nothing else; then all of them together, because a skill
+# that is not practised is forgotten. All of them from the start teach nothing (LOG.md).
+WEIGHT, SCHEDULE, AGAIN, TOKENIZER, HF_CONFIG = read_json(Path(__file__).with_suffix(".json")).values()
 CYCLES, DECAY = (6050, STEPS), 600  # before each of these steps, learning rates fall to 0 over DECAY steps
 LR_MUON, LR_ADAMW = 3e-3, 1.2e-3  # matrices of the blocks; embeddings, head and norms
 
 
-def bags(scene, tokenizer, rng):
+def bags(scene, tokenizer, rng, has_errors=False):
     """Write a scene as GRID x GRID bags of words, row by row: (cell, word id, weight) of each word. The cell of a shape holds
-    its colour, its name, and the sides of its box, weighted by their coordinates. All weights vary, as features do."""
+    its colour, its name, and the sides of its box, weighted by their coordinates. All weights vary, as features do.
+
+    has_errors  sides are off by what linear regression on the tower's patches is off by: 1.5 % of the image's side where a
+                shape covers the cell, 3 to 4 % at its edge, where colour and name are weaker too; cells of a shape share a part
+    """
     cells, most = [[("image", 1.0)] for _ in range(GRID * GRID)], [0.1] * GRID * GRID
     for shape in scene.shapes:
         box_unit = FORMAT.unit_from_px(shape.box_px, scene.size)
         x1, y1, x2, y2 = (v * GRID for v in box_unit)
+        shared = [rng.gauss(0, 0.01) if has_errors else 0.0 for _ in box_unit]
         for cell in range(GRID * GRID):
             row, column = divmod(cell, GRID)
             cover = max(0, min(x2, column + 1) - max(x1, column)) * max(0, min(y2, row + 1) - max(y1, row))
             if cover > most[cell]:
-                most[cell], sides = cover, zip(("left", "above", "right", "below"), box_unit, strict=True)
-                cells[cell] = [(word, rng.uniform(0.6, 1.4)) for word in (shape.colour, shape.name)]
-                cells[cell] += [(word, 4 * (v - 0.5) + rng.gauss(0, 0.03)) for word, v in sides]
+                most[cell], sides = cover, zip(("left", "above", "right", "below"), box_unit, shared, strict=True)
+                strength, error = (0.4 + 0.6 * cover, 0.012 + 0.03 * (1 - cover) ** 2) if has_errors else (1.0, 0.0075)
+                cells[cell] = [(word, strength * rng.uniform(0.6, 1.4)) for word in (shape.colour, shape.name)]
+                cells[cell] += [(word, 4 * (v - 0.5 + off + rng.gauss(0, error))) for word, v, off in sides]
     return [(cell, *tokenizer.encode(word), weight) for cell, bag in enumerate(cells) for word, weight in bag]  # one id a word
 
 
@@ -91,8 +100,8 @@ def draw_unique(rng):
     return next(scene for scene in iter(lambda: draw_scene(rng), None) if scene.unique())
 
 
-def document(tokenizer, rng, form):
-    """Draw one packed row of a form that SCHEDULE names."""
+def document(tokenizer, rng, form, has_errors=False):
+    """Draw one packed row of a form that SCHEDULE or AGAIN names."""
     scene, pairs, texts = draw_unique(rng), [], []
     if form == "copy":
         parts = [f"{scene.phrase(shape)} at {WORDING.place(shape.box_px, scene.size)}" for shape in scene.shapes]
@@ -102,6 +111,10 @@ def document(tokenizer, rng, form):
         absent = Object(rng.choice(scene.absent()), None)
         pairs = [(f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}.") for shape in scene.unique()]
         pairs += scene.presence(rng) + [ask_neg(absent, scene, WORDING, rng)]
+    elif form == "colour":
+        pairs = [(f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}.") for shape in scene.unique()]
+        number = ("no", "one", "two", "three", "four")[len(scene.shapes)]
+        pairs += [("How many shapes are there?", f"There are {number} shapes.")] * (rng.random() < 0.3)
     elif form in ("place", "name"):
         ask, shapes = (ask_loc, scene.unique()) if form == "place" else (ask_rev, scene.shapes)
         pairs = [ask(shape, scene, WORDING, rng) for shape in rng.choices(shapes, k=4)]
@@ -111,10 +124,10 @@ def document(tokenizer, rng, form):
         pairs = [("", scene.caption(rng))]
     if form == "text":
         texts = [scene.tell(WORDING, rng) for _ in range(rng.randint(1, 3))]
-    return pack_scene(scene, tokenizer, rng, pairs, texts, "plain" if form in ("copy", "caption") else "v1")
+    return pack_scene(scene, tokenizer, rng, pairs, texts, "plain" if form in ("copy", "caption") else "v1", has_errors)
 
 
-def pack_scene(scene, tokenizer, rng, pairs, texts=(), template="v1", stop=None):
+def pack_scene(scene, tokenizer, rng, pairs, texts=(), template="v1", has_errors=False, *, stop=None):
     """Pack a scene, and questions behind it: the scene as texts, with loss from the second on, or if there are none, in bags.
     The row has one more entry, "bags": (column, word id, weight) of each word in them. `embed` replaces the ids there, 0."""
     before = data.encode_prefix(tokenizer, template, 1)[:-1]  # without the placeholder of an image
@@ -123,7 +136,7 @@ def pack_scene(scene, tokenizer, rng, pairs, texts=(), template="v1", stop=None)
     row = data.pack(before + (sum(texts, []) or [0] * GRID * GRID), segments, CONFIG.max_position_embeddings)
     start, end = (len(before) + sum(map(len, part)) for part in (texts[:1], texts))
     row["labels"][start:end] = row["input_ids"][start:end]
-    words = [] if texts else bags(scene, tokenizer, rng)
+    words = [] if texts else bags(scene, tokenizer, rng, has_errors)
     return row | {"bags": [(len(before) + cell, word, weight) for cell, word, weight in words]}
 
 
@@ -183,10 +196,8 @@ def gate(llama, tokenizer, form, scenes=150):
     return {kind: round(sum(h) / len(h), 3) for kind, h in sorted(hits.items())}
 
 
-def main():
-    torch.manual_seed(0)
-    keep_freed_memory()
-    tokenizer = Tokenizer(FOLDER) if (FOLDER / "tokenizer.model").exists() else make_tokenizer()
+def begin():
+    """Return a LLaMA with random weights."""
     llama = Llama(CONFIG)
     for name, p in llama.named_parameters():
         if p.ndim == 2:
@@ -194,27 +205,49 @@ def main():
             std = p.shape[1] ** -0.5 / (math.sqrt(2 * CONFIG.num_hidden_layers) if is_last else 1)
             torch.nn.init.normal_(p, std=0.2 if "embed" in name else std)
     torch.nn.init.normal_(llama.lm_head.weight, std=0.02)
+    return llama
+
+
+def learn(llama, tokenizer, steps, draw):
+    """Take so many steps. draw: step -> (form, rows, share of the learning rates)."""
     matrices = [p for p in llama.layers.parameters() if p.ndim == 2]
     others = [p for name, p in llama.named_parameters() if not (name.startswith("layers.") and p.ndim == 2)]
     torch.Tensor.bfloat16 = torch.Tensor.float  # Muon computes in it: on a CPU 3 s a step for these matrices, in float32 0.1 s
     muon = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, weight_decay=0.01, betas=(0.9, 0.95), fused=True)
-    for step in range(STEPS):
-        end = next(end for end in CYCLES if step < end)
-        share = min(1, (step + 1) / 30, (end - step) / DECAY)
-        forms = next(forms for until, forms in SCHEDULE.items() if step < int(until))
-        form = forms[step % len(forms)]
-        rows = [document(tokenizer, random.Random(f"{step} {i}"), form) for i in range(BATCH * WEIGHT[form])]
+    for step in range(steps):
+        form, rows, share = draw(step)
         batch = data.collate(rows)
         x = embed(llama, rows, batch["input_ids"])  # (B, T, D)
         loss = answer_loss(llama, x, batch["answers"], batch["positions"], batch["segments"])
         update(loss, {muon: LR_MUON * share, adamw: LR_ADAMW * share}, llama.parameters())
         if step % 25 == 24:  # the forms come in turns of another length
             print(f"step {step + 1} {form} {loss:.3f}", flush=True)
-        if step % 500 == 499 or step == STEPS - 1:
+        if step % 500 == 499 or step == steps - 1:
             save(FOLDER, llama, "model.", **HF_CONFIG)
             for form in ("text", "bag"):
                 print(f"gate {form}: {gate(llama, tokenizer, form)}", flush=True)
+
+
+def main():
+    torch.manual_seed(0)
+    keep_freed_memory()
+    tokenizer = Tokenizer(FOLDER) if (FOLDER / "tokenizer.model").exists() else make_tokenizer()
+
+    def first(step):
+        end = next(end for end in CYCLES if step < end)
+        forms = next(forms for until, forms in SCHEDULE.items() if step < int(until))
+        form = forms[step % len(forms)]
+        rows = [document(tokenizer, random.Random(f"{step} {i}"), form) for i in range(BATCH * WEIGHT[form])]
+        return form, rows, min(1, (step + 1) / 30, (end - step) / DECAY)
+
+    def again(step):
+        form = AGAIN["forms"][step % len(AGAIN["forms"])]
+        rows = [document(tokenizer, random.Random(f"cont {step} {i}"), form, True) for i in range(AGAIN["rows"][form])]
+        return form, rows, 0.3 * min(1, (step + 1) / 30, (STEPS_AGAIN - step) / (0.7 * STEPS_AGAIN))
+
+    learn(begin(), tokenizer, STEPS, first)
+    learn(Llama.from_pretrained(FOLDER).float().requires_grad_(), tokenizer, STEPS_AGAIN, again)  # in half precision until here
 
 
 if __name__ == "__main__":

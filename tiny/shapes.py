@@ -112,7 +112,8 @@ class Scene:
     def ask_sides(self, rng):
         """Ask App. E's questions about two shapes: (question, answer) for each axis on which they are apart."""
         a, b = rng.sample(self.unique(), 2)
-        names, sides = {"obj_1": f"the {a.name}", "obj_2": f"the {b.name}"}, zip(SIDE_PROMPTS.values(), self.side_of(b, a), strict=True)
+        names = {"obj_1": f"the {a.name}", "obj_2": f"the {b.name}"}
+        sides = zip(SIDE_PROMPTS.values(), self.side_of(b, a), strict=True)
         return [(prompt.format(**names), SIDE_ANSWERS[side].format(**names).capitalize()) for prompt, side in sides if side]
 
     def describe(self, shape, rng):

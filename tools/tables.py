@@ -23,14 +23,16 @@ from math import sqrt
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 import evaluate
 import train
-from data import Wording
+from data import Wording, encode_prefix, encode_question
 from formats.eval_folder import folders_of, name_of
 from formats.files import read_json, sha256, write_json, write_text
 from formats.journal import read_journal
 from formats.weights import weights_sha256
-from model import VARIANTS
+from model import VARIANTS, LocVLM
 from tasks import __main__ as benchmarks
 from tasks.words import require_meteor
 from tiny.moving import ensure_clips
@@ -156,9 +158,23 @@ def caption(captioner, seed):
         prefcoco.localize(folder / "prefcoco.json", coco, folder / "localize.json")
 
 
+@torch.no_grad()
+def sides_in_text(run):
+    """Ask a model, without an image, the questions of text_val.json: True for each whole answer that is right (greedy)."""
+    model = LocVLM.from_pretrained(run).eval()
+    llama, tokenizer, rows = model.language_model, model.tokenizer, read_json(STILL / "text_val.json")
+    before = encode_prefix(tokenizer, "v1", visual_tokens=0)
+    pairs = [[turn["value"] for turn in row["conversations"]] for row in rows]
+    prompts = [before + encode_question(tokenizer, question, tokenizer.space) for question, _ in pairs]
+    answers = llama.generate(prompts, max_new_tokens=32, eos_token_id=tokenizer.eos_token_id)
+    return [tokenizer.decode(ids).strip() == answer for ids, (_, answer) in zip(answers, pairs, strict=True)]
+
+
 def figure(heading, run, seed, is_blind=False):
     """Return one figure of a run, in percent, and its number of questions. Evaluate the run, unless that is made already."""
     task, score, options, *only = MEASURES[heading]
+    if task == "text":
+        return 100 * statistics.mean(right := sides_in_text(run)), len(right)
     source = options.split()[1]
     name, into = name_of(task, source), run / f"eval-{task}-{Path(source).parent.name}"
     argv = [*options.split(), "--words", "name", "--seed", str(seed), *["--blind"] * is_blind, "--into", str(into)]

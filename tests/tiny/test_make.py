@@ -19,8 +19,9 @@ def test_every_form_of_document_is_learned_from():
     """The committed LLaMA knows each of them: a loss far below a guess over 800 pieces, and right answers at the gate."""
     llama, tokenizer = Llama.from_pretrained(ROOT / "tiny/llama"), Tokenizer(ROOT / "tiny/llama")
     assert {form for forms in make_llama.SCHEDULE.values() for form in forms} == set(make_llama.WEIGHT)
-    for form in make_llama.WEIGHT:
-        rows = [make_llama.document(tokenizer, random.Random(i), form) for i in range(4)]
+    assert set(make_llama.AGAIN["forms"]) == set(make_llama.AGAIN["rows"])
+    for form, has_errors in [(f, False) for f in make_llama.WEIGHT] + [(f, True) for f in make_llama.AGAIN["rows"]]:
+        rows = [make_llama.document(tokenizer, random.Random(i), form, has_errors) for i in range(4)]
         batch = collate(rows)
         x = make_llama.embed(llama, rows, batch["input_ids"])
         loss = answer_loss(llama, x, batch["answers"], batch["positions"], batch["segments"])

@@ -1,0 +1,28 @@
+"""The paper's effect lasts, where text keeps LLaMA from forgetting the words. Half an hour, so on request: LOCVLM_SLOW=1."""
+
+import os
+
+import pytest
+
+import evaluate
+import train
+from formats.files import read_json
+from train import PRESETS, TrainConfig
+
+
+@pytest.mark.skipif(os.environ.get("LOCVLM_SLOW") != "1", reason="half an hour: LOCVLM_SLOW=1")
+def test_the_objectives_alone_bring_sides_into_images_and_keep_them(tmp_path, monkeypatch):
+    """Twice the default's steps, with the same text beside the images: sides are right with the objectives, a guess without."""
+    monkeypatch.chdir(tmp_path)
+    train.main(TrainConfig(out="one", stages="1", evaluate=False))
+    right = {}
+    for objectives in ("none", "loc,neg,rev"):
+        steps = 2 * PRESETS["tiny"][2].steps
+        options = {"out": objectives, "stages": "2", "init_from": "one", "steps": steps, "objectives": objectives}
+        train.main(TrainConfig(**options, evaluate=False))
+        evaluate.main([objectives, "--task", "spatial"])
+        metrics = read_json(tmp_path / objectives / "eval/spatial-instances_val.json")["metrics"]
+        left_right = (metrics["left/right"] + metrics["left/right mirrored"]) / 2
+        right[objectives] = {"left/right": left_right, "above/below": metrics["above/below"]}
+    assert min(right["loc,neg,rev"].values()) >= 0.9, right
+    assert max(right["none"].values()) < 0.65, right
