@@ -1,4 +1,4 @@
-"""The paper's effect lasts, where text keeps LLaMA from forgetting the words. Half an hour, so on request: LOCVLM_SLOW=1."""
+"""The paper's effect lasts, where text keeps LLaMA from forgetting the words. A quarter of an hour, on request: LOCVLM_SLOW=1."""
 
 import os
 
@@ -10,7 +10,7 @@ from formats.files import read_json
 from train import PRESETS, TrainConfig
 
 
-@pytest.mark.skipif(os.environ.get("LOCVLM_SLOW") != "1", reason="half an hour: LOCVLM_SLOW=1")
+@pytest.mark.skipif(os.environ.get("LOCVLM_SLOW") != "1", reason="a quarter of an hour: LOCVLM_SLOW=1")
 def test_the_objectives_alone_bring_sides_into_images_and_keep_them(tmp_path, monkeypatch):
     """Twice the default's steps, with the same text beside the images: sides are right with the objectives, a guess without."""
     monkeypatch.chdir(tmp_path)
@@ -21,8 +21,10 @@ def test_the_objectives_alone_bring_sides_into_images_and_keep_them(tmp_path, mo
         options = {"out": objectives, "stages": "2", "init_from": "one", "steps": steps, "objectives": objectives}
         train.main(TrainConfig(**options, evaluate=False))
         evaluate.main([objectives, "--task", "spatial"])
-        metrics = read_json(tmp_path / objectives / "eval/spatial-instances_val.json")["metrics"]
-        left_right = (metrics["left/right"] + metrics["left/right mirrored"]) / 2
-        right[objectives] = {"left/right": left_right, "above/below": metrics["above/below"]}
-    assert min(right["loc,neg,rev"].values()) >= 0.9, right
-    assert max(right["none"].values()) < 0.65, right
+        metrics = read_json(tmp_path / objectives / "eval/spatial.json")["metrics"]
+        names = ("left/right", "left/right mirrored", "above/below")
+        right[objectives] = [metrics[name] for name in names]
+        count = [metrics[f"{name}, questions"] for name in names]
+    assert min(right["loc,neg,rev"]) >= 0.9, right
+    pooled = sum(share * n for share, n in zip(right["none"], count, strict=True)) / sum(count)
+    assert pooled < 0.65, right  # of 288 questions; above/below alone, 78, are right by chance in up to 61 % (two errors)

@@ -11,8 +11,8 @@ questions about it in the chat format of stage 2, packed behind the shared scene
     caption, drill, place, name, colour    bags, then one kind of question: caption; colours and presence; box by name; name by
             box; colours
 
-A second, shorter training goes on from there, without yes, no or sides about bags. Its bags have the errors that features of
-the tower have, so that LLaMA learns which of them to believe. The gate asks about held-out scenes. (In llama.log, copy is
+A second, shorter training follows, in which bags come without questions about yes, no or sides. They have errors, as the
+tower's features do, and LLaMA learns which of them to trust. The gate asks about held-out scenes. (In llama.log, copy is
 "retell" and text is "told".)
 """
 
