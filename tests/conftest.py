@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from model import LocVLM, LocVLMConfig
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so would its programs
 REAL = Path(os.environ.get("LOCVLM_REAL", ROOT / "../shared/real"))
 
 VISION = CLIPVisionConfig(  # 2 x 2 patches
