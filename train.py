@@ -226,9 +226,8 @@ def trainable(model, stage):
 
 def make_optimizer(parameters, adapter_lr_ratio=1.0):
     """AdamW without weight decay, as LLaVA. The `ratio` of a group of parameters multiplies the learning rate."""
-    ratios = {"adapter.": adapter_lr_ratio, "language_model.": 1.0}
-    groups = [{"params": [p for n, p in parameters.items() if n.startswith(part)], "ratio": r} for part, r in ratios.items()]
-    groups = [group for group in groups if group["params"]]
+    ratios = {name: adapter_lr_ratio if name.startswith("adapter.") else 1.0 for name in parameters}
+    groups = [{"params": [p for n, p in parameters.items() if ratios[n] == r], "ratio": r} for r in dict.fromkeys(ratios.values())]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
@@ -387,7 +386,7 @@ def print_parts(config, stage, model):
 def dry_run(config, processes):
     """Print what each stage would do. Nothing is written: without data, a few shapes are painted in a temporary folder."""
     with TemporaryDirectory() as folder:
-        if not config.sources and not config.is_about_clips and not Path("data/shapes/instances_val.json").is_file():
+        if not config.sources and not config.is_about_clips and not Path("data/shapes/text_val.json").is_file():
             write_world(folder, {"train": 16})
             files = ",".join(f"{folder}/{kind}_train.json" for kind in ("instances", "captions", "conversations"))
             config = dataclasses.replace(config, data=files, images=f"{folder}/images")

@@ -131,6 +131,14 @@ def test_the_adapter_may_learn_faster(parts, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run/log.jsonl").read_text())["lr"] == 1e-3
 
 
+def test_whatever_is_trainable_is_optimized():
+    """The tower too, if `trainable` lets it learn; only the adapter has a rate of its own."""
+    names = ("vision_tower.a", "adapter.b", "language_model.c", "mine.d")
+    parameters = {name: torch.nn.Parameter(torch.zeros(1)) for name in names}
+    ratios = {id(p): group["ratio"] for group in train.make_optimizer(parameters, 5.0).param_groups for p in group["params"]}
+    assert [ratios[id(parameters[name])] for name in names] == [1.0, 5.0, 1.0, 1.0]
+
+
 def test_stage_one_moves_only_the_adapter_and_stage_two_llama_too(parts, tmp_path):
     train.main(TrainConfig(**{**parts, "stages": "1", "steps": 3}, out=str(tmp_path / "one")))
     train.main(
@@ -640,6 +648,13 @@ def test_a_dry_run_without_data_paints_a_few_shapes_and_leaves_nothing(tmp_path,
     monkeypatch.chdir(tmp_path)
     train.main(TrainConfig(dry_run=True))
     assert "16 images" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_does_not_complete_a_world_of_an_older_version(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_json(Path("data/shapes/instances_val.json"), {})
+    train.main(TrainConfig(dry_run=True))
+    assert "16 images" in capsys.readouterr().out and [p.name for p in tmp_path.rglob("*.*")] == ["instances_val.json"]
 
 
 def test_tensorboard_reads_what_the_log_holds(parts, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ from formats.files import read_json, run_command
 from llama import Llama, Tokenizer
 from model import VARIANTS, answer_loss, packed_mask
 from tiny.make_vision import save, update
-from tiny.shapes import COLOURS, draw_scene
+from tiny.shapes import COLOURS, NUMBERS, draw_scene
 
 FOLDER = Path(__file__).parent / "llama"
 CONFIG, FORMAT = VARIANTS["tiny"].text_config, VARIANTS["tiny"].coord_format()
@@ -51,7 +51,8 @@ def bags(scene, tokenizer, rng, has_errors=False):
     its colour, its name, and the sides of its box, weighted by their coordinates. All weights vary, as features do.
 
     has_errors  sides are off by what linear regression on the tower's patches is off by: 1.5 % of the image's side where a
-                shape covers the cell, 3 to 4 % at its edge, where colour and name are weaker too; cells of a shape share a part
+                shape covers the cell, up to 4 % at its edge, where colour and name are weaker too. Part of the error is the
+                same in all cells of a shape
     """
     cells, most = [[("image", 1.0)] for _ in range(GRID * GRID)], [0.1] * GRID * GRID
     for shape in scene.shapes:
@@ -107,14 +108,13 @@ def document(tokenizer, rng, form, has_errors=False):
         parts = [f"{scene.phrase(shape)} at {WORDING.place(shape.box_px, scene.size)}" for shape in scene.shapes]
         is_shuffled = rng.random() < 0.5
         texts = [". ".join(rng.sample(parts, len(parts)) if is_shuffled else parts) + "." for _ in range(3)]
-    elif form == "drill":  # short, plain questions, whose answers depend on one shape alone
-        absent = Object(rng.choice(scene.absent()), None)
+    elif form in ("drill", "colour"):  # short, plain questions; answers to most depend on one shape alone
         pairs = [(f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}.") for shape in scene.unique()]
-        pairs += scene.presence(rng) + [ask_neg(absent, scene, WORDING, rng)]
-    elif form == "colour":
-        pairs = [(f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}.") for shape in scene.unique()]
-        number = ("no", "one", "two", "three", "four")[len(scene.shapes)]
-        pairs += [("How many shapes are there?", f"There are {number} shapes.")] * (rng.random() < 0.3)
+        if form == "drill":
+            absent = Object(rng.choice(scene.absent()), None)
+            pairs += scene.presence(rng) + [ask_neg(absent, scene, WORDING, rng)]
+        elif rng.random() < 0.3:
+            pairs.append(("How many shapes are there?", f"There are {NUMBERS[len(scene.shapes)]} shapes."))
     elif form in ("place", "name"):
         ask, shapes = (ask_loc, scene.unique()) if form == "place" else (ask_rev, scene.shapes)
         pairs = [ask(shape, scene, WORDING, rng) for shape in rng.choices(shapes, k=4)]
@@ -196,7 +196,7 @@ def gate(llama, tokenizer, form, scenes=150):
     return {kind: round(sum(h) / len(h), 3) for kind, h in sorted(hits.items())}
 
 
-def begin():
+def new_llama():
     """Return a LLaMA with random weights."""
     llama = Llama(CONFIG)
     for name, p in llama.named_parameters():
@@ -246,7 +246,7 @@ def main():
         rows = [document(tokenizer, random.Random(f"cont {step} {i}"), form, True) for i in range(AGAIN["rows"][form])]
         return form, rows, 0.3 * min(1, (step + 1) / 30, (STEPS_AGAIN - step) / (0.7 * STEPS_AGAIN))
 
-    learn(begin(), tokenizer, STEPS, first)
+    learn(new_llama(), tokenizer, STEPS, first)
     learn(Llama.from_pretrained(FOLDER).float().requires_grad_(), tokenizer, STEPS_AGAIN, again)  # in half precision until here
 
 

@@ -24,6 +24,7 @@ NAMES = tuple(CATEGORY_IDS)
 FIRST_IDS = {"train": 1, "val": 1_000_001}  # of images and clips: those of train and val differ, as COCO's do
 SPLITS = {"train": 4000, "val": 300}  # images
 TEXT_SHARE = 3 / 8  # text-only conversations, per image
+NUMBERS = ("no", "one", "two", "three", "four")
 GQA_TYPES = {"How": "number", "What colour": "colour", "Is there": "presence", "Is the": "colour, yes or no", "Which": "size"}
 RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 SCALE = 3  # pictures are painted this many times larger, then reduced: smooth edges
@@ -134,7 +135,7 @@ class Scene:
 
     def quiz(self, rng, names=NAMES):
         """Draw (question, answer, GQA's one-word answer or None) rows, as LLaVA-Instruct's: no coordinates, no sides."""
-        unique, number = self.unique(), ("no", "one", "two", "three", "four")[len(self.shapes)]
+        unique, number = self.unique(), NUMBERS[len(self.shapes)]
         rows = [("What is in the image?", f"There is {self.contents()}.", None)]
         rows.append(("How many shapes are there?", f"There are {number} shapes.", number))
         for shape in unique:
