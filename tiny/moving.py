@@ -150,7 +150,7 @@ def write_clips(folder, clips=CLIPS, frames=8, seed=0):
         info = {"description": "shapes world in motion", "seed": seed}
         coco = {"info": info, "videos": videos, "annotations": annotations, "categories": categories}
         for name, content in {"conversations": talks, "q": questions, "a": answers, "clips": coco}.items():
-            write_json(Path(folder) / f"{name}_{split}.json", content)
+            write_json(Path(folder) / f"{name}_{split}.json", content, indent=None)
 
 
 def write_panoptic(folder, clip, categories):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data import SIDE_ANSWERS, SIDE_PROMPTS, Wording, article
 from formats.files import read_json, run_command, write_json, writing
+from formats.processes import prefetched
 from model import VARIANTS
 
 # RGB; ids with gaps, as COCO's; (width, height) in pixels; corners in a square from -1 to 1, y down (round ones: of their box)
@@ -210,7 +211,7 @@ def write_side_texts(path, count, wording=None, names=NAMES, seed="0 train"):
         question, answer = rng.choice(pairs)
         turns = [{"from": "human", "value": f"{scene.tell(wording, rng)} {question}"}, {"from": "gpt", "value": answer}]
         rows.append({"id": f"text_{index}", "conversations": turns})
-    write_json(path, rows)
+    write_json(path, rows, indent=None)
 
 
 def write_world(folder, images=SPLITS, seed=0, names=NAMES):
@@ -227,10 +228,15 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
     categories = [{"id": CATEGORY_IDS[name], "name": name, "supercategory": "shape"} for name in names]
     for split, count in images.items():
         pictures, annotations, captions, talks, gqa, refs = [], [], [], [], {}, []
-        for index in tqdm(range(count), desc=split, disable=None):
+
+        def paint(index):
             rng, image_id = random.Random(f"{seed} {split} {index}"), index + FIRST_IDS.get(split, 1)
             scene, file_name = draw_scene(rng, names), f"{image_id:012d}.png"
             scene.render(rng).save(Path(folder) / "images" / file_name, compress_level=1)  # as in tiny.moving
+            return rng, image_id, scene, file_name
+
+        painted = tqdm(prefetched(paint, 0, count), total=count, desc=split, disable=None)
+        for index, (rng, image_id, scene, file_name) in enumerate(painted):
             pictures.append({"id": image_id, "file_name": file_name, "width": scene.size[0], "height": scene.size[1]})
             for number, shape in enumerate(scene.shapes, start=len(annotations) + 1):
                 x1, y1, x2, y2 = shape.box_px
@@ -255,7 +261,7 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
         instances = {"info": {"description": "shapes world", "seed": seed}, "images": pictures, "annotations": annotations}
         files = {"captions": {"images": pictures, "annotations": captions}, "conversations": talks, "gqa": gqa}
         for name, content in (files | {"refs": {"refs": refs}, "instances": instances | {"categories": categories}}).items():
-            write_json(Path(folder) / f"{name}_{split}.json", content)
+            write_json(Path(folder) / f"{name}_{split}.json", content, indent=None)
         write_side_texts(Path(folder) / f"text_{split}.json", int(TEXT_SHARE * count), names=names, seed=f"{seed} {split}")
 
 
