@@ -88,15 +88,14 @@ def merge(records):
         if any(first.size) and any(record.size) and first.size != record.size:
             sizes = f"{first.size} in one file of --data and {record.size} in another"
             raise ValueError(f"{record.image} is {sizes}; correct the file that does not have the size of its pixels")
-        record, objects = respelled(record, first), []
-        for name in dict.fromkeys(o.name for o in first.objects + record.objects):
+        record, objects, present = respelled(record, first), [], tuple(dict.fromkeys(first.present + record.present))
+        for name in dict.fromkeys(o.name for o in first.objects + record.objects) if record.present else ():
             same = [{o.name: o for o in r.objects}.get(name) for r in (first, record) if name in r.present]
             if None not in same and all(abs(a - b) <= 0.02 for a, b in zip(same[0].box_px, same[-1].box_px, strict=True)):
                 objects.append(replace(same[0], description=same[0].description or same[-1].description))
-        present = tuple(dict.fromkeys(first.present + record.present))
         merged[key] = replace(
             first, size=first.size if any(first.size) else record.size, weight=max(first.weight, record.weight),
-            objects=tuple(objects), present=present,
+            objects=tuple(objects) if record.present else first.objects, present=present,
             absent=tuple(name for name in dict.fromkeys(first.absent + record.absent) if name not in present),
             captions=first.captions + record.captions, conversations=first.conversations + record.conversations,
         )  # fmt: skip
@@ -105,7 +104,9 @@ def merge(records):
 
 def respelled(record, first):
     """Spell a record's categories as another record does that has them in other case."""
-    spellings = {name.casefold(): name for name in first.present + first.absent} if record.present or record.absent else {}
+    if not (record.present or record.absent):
+        return record
+    spellings = {name.casefold(): name for name in first.present + first.absent}
     present, absent = ([spellings.get(name.casefold(), name) for name in names] for names in (record.present, record.absent))
     objects = (replace(o, name=spellings.get(o.name.casefold(), o.name)) for o in record.objects)
     return replace(record, objects=tuple(objects), present=tuple(present), absent=tuple(absent))

@@ -88,7 +88,9 @@ class Processes:
 
 def prefetched(make, first, last, workers=2):
     """Yield make(i) for first <= i < last; threads prepare the next ones meanwhile."""
-    # one thread each: OpenMP teams of theirs would take the cores from the step's (a quarter of its time, LOG.md)
+    # one thread each: OpenMP teams of theirs would take the cores from the step's (a quarter of its time, LOG.md). A thread
+    # without a count of its own takes the last one set, so the caller gets its own first
+    torch.get_num_threads()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         pending = deque()
         for i in range(first, last + workers):
