@@ -62,7 +62,6 @@ class Recipe:
     instruct_share: float = 0.34  # of a row's questions, the share that come from conversations: two of six
     grad_clip: float = 1.0  # largest gradient norm
     adapter_lr_ratio: float = 1.0  # the adapter's learning rate, over LLaMA's
-    adam_beta2: float = 0.999  # 0.95 gives better boxes after a few hundred steps (LOG.md)
     compile: bool = True  # on a GPU: compiled layers and FlexAttention, which passes over what packed rows mask
 
 
@@ -74,7 +73,7 @@ PRESETS = {  # to change what has no option, add a recipe here and name it with 
     # found on the shapes world, see LOG.md
     "tiny": {
         1: Recipe(batch=16, lr=3e-3, warmup_ratio=0.1, steps=100),
-        2: Recipe(batch=4, lr=5e-4, warmup_ratio=0.1, steps=380, questions=9, adapter_lr_ratio=10.0, adam_beta2=0.95),
+        2: Recipe(batch=4, lr=5e-4, warmup_ratio=0.1, steps=500, questions=6, adapter_lr_ratio=10.0),
         3: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=100, questions=6),
         4: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=260, questions=6),
     },
@@ -225,11 +224,11 @@ def trainable(model, stage):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_optimizer(parameters, adapter_lr_ratio=1.0, adam_beta2=0.999):
+def make_optimizer(parameters, adapter_lr_ratio=1.0):
     """AdamW without weight decay, as LLaVA. The `ratio` of a group of parameters multiplies the learning rate."""
     ratios = {name: adapter_lr_ratio if name.startswith("adapter.") else 1.0 for name in parameters}
     groups = [{"params": [p for n, p in parameters.items() if ratios[n] == r], "ratio": r} for r in dict.fromkeys(ratios.values())]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, adam_beta2), weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
 def micro_batches_of(step, examples, recipe, micro_batch, processes):
@@ -247,7 +246,7 @@ def train_stage(config, stage, model, examples, run, processes):
     steps = recipe.steps or math.ceil(recipe.epochs * examples.epoch_length / recipe.batch)
     parameters = trainable(model, stage)
     processes.begin_stage(model)
-    optimizer = make_optimizer(parameters, recipe.adapter_lr_ratio, recipe.adam_beta2)
+    optimizer = make_optimizer(parameters, recipe.adapter_lr_ratio)
     first_step = run.begin_stage(stage, steps, model, optimizer)
     for layer in model.language_model.layers:
         layer.recompute = config.recompute

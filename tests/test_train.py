@@ -118,11 +118,9 @@ def test_options_that_cannot_be_meant_are_refused_first(options, words):
 
 
 def test_the_adapter_may_learn_faster(parts, tmp_path, monkeypatch):
-    """AdamW's first step moves each weight by its learning rate; log.jsonl has LLaMA's. The recipe's beta2 reaches it too."""
-    recipe = train.Recipe(batch=4, lr=1e-3, warmup_ratio=0.0, steps=1, questions=3, adapter_lr_ratio=5.0, adam_beta2=0.9)
+    """AdamW's first step moves each weight by its learning rate; log.jsonl has LLaMA's."""
+    recipe = train.Recipe(batch=4, lr=1e-3, warmup_ratio=0.0, steps=1, questions=3, adapter_lr_ratio=5.0)
     monkeypatch.setitem(train.PRESETS, "tiny", {1: recipe, 2: recipe})
-    optimizers, make = [], train.make_optimizer
-    monkeypatch.setattr(train, "make_optimizer", lambda *given: optimizers.append(make(*given)) or optimizers[0])
     options = {**parts, "steps": 0, "batch": 0, "lr": 0.0, "evaluate": False, "out": str(tmp_path / "run")}
     before = train.build_model(TrainConfig(**options)).state_dict()
     train.main(TrainConfig(**options, stages="2"))
@@ -131,7 +129,6 @@ def test_the_adapter_may_learn_faster(parts, tmp_path, monkeypatch):
         moved = (after[name] - before[name]).abs().max().item()
         assert moved == pytest.approx(5e-3 if "adapter" in name else 1e-3, rel=0.01), name
     assert json.loads((tmp_path / "run/log.jsonl").read_text())["lr"] == 1e-3
-    assert {group["betas"] for group in optimizers[0].param_groups} == {(0.9, 0.9)}
 
 
 def test_whatever_is_trainable_is_optimized():
