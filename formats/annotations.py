@@ -201,17 +201,14 @@ def image_ids(path):
         with naming(path, json.JSONDecodeError):
             content = [json.loads(line) if line[0] in "{[" else line for line in lines]
 
-    def visit(values, key="image_id"):
-        for name, value in values.items() if isinstance(values, dict) else ((key, value) for value in values):
-            if isinstance(value, dict | list):
-                yield from visit(value, name)
-            elif name in ("image_id", "image", "images", "file_name") and value is not None:
-                yield value
+    def visit(value, key="image_id"):
+        if isinstance(value, dict | list):
+            for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
+                yield from visit(inner, name)
+        elif key in ("image_id", "image", "images", "file_name") and value is not None:
+            yield coco_id(value.replace("\\", "/")) if isinstance(value, str) and not value.isdigit() else int(value)
 
-    def id_of(value):
-        return coco_id(value.replace("\\", "/")) if isinstance(value, str) and not value.isdigit() else int(value)
-
-    found = {id_of(value) for value in set(visit([content]))} - {None}
+    found = set(visit(content)) - {None}
     if not found:
         raise ValueError(f"{path} names no COCO image (keys image_id, image or file_name)")
     return found
