@@ -8,6 +8,7 @@ for sides, so that LLaMA does not forget the words (the tiny one has read of sid
 import random
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from math import sqrt
 from pathlib import Path
 
@@ -226,16 +227,16 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
     """
     (Path(folder) / "images").mkdir(parents=True, exist_ok=True)
     categories = [{"id": CATEGORY_IDS[name], "name": name, "supercategory": "shape"} for name in names]
+
+    def paint(split, index):
+        rng, image_id = random.Random(f"{seed} {split} {index}"), index + FIRST_IDS.get(split, 1)
+        scene, file_name = draw_scene(rng, names), f"{image_id:012d}.png"
+        scene.render(rng).save(Path(folder) / "images" / file_name, compress_level=1)  # as in tiny.moving
+        return rng, image_id, scene, file_name
+
     for split, count in images.items():
         pictures, annotations, captions, talks, gqa, refs = [], [], [], [], {}, []
-
-        def paint(index):
-            rng, image_id = random.Random(f"{seed} {split} {index}"), index + FIRST_IDS.get(split, 1)
-            scene, file_name = draw_scene(rng, names), f"{image_id:012d}.png"
-            scene.render(rng).save(Path(folder) / "images" / file_name, compress_level=1)  # as in tiny.moving
-            return rng, image_id, scene, file_name
-
-        painted = tqdm(prefetched(paint, 0, count), total=count, desc=split, disable=None)
+        painted = tqdm(prefetched(partial(paint, split), 0, count), total=count, desc=split, disable=None)
         for index, (rng, image_id, scene, file_name) in enumerate(painted):
             pictures.append({"id": image_id, "file_name": file_name, "width": scene.size[0], "height": scene.size[1]})
             for number, shape in enumerate(scene.shapes, start=len(annotations) + 1):

@@ -2,7 +2,7 @@
 
     python -m tools.tables 11a                 one table: 2, 4, 8, 10, 11a, 11b, 11c or 12
     python -m tools.tables all --seeds 0,1,2   all of these
-    python -m tools.tables curves              Tab. 4's measures after 220, 440, 880 and 1,760 steps of stage 2
+    python -m tools.tables curves              Tab. 4's measures after 220, 440, 880 and 1,760 steps of stage 2; also as curves.svg
 
 tables.json holds settings, measures and the paper's figures. A run that several tables share is trained once, in
 runs/tables/NAME-SEED. NAME-SEED.recipe.json beside it says how it was made. A killed command resumes; a folder that was made by
@@ -17,8 +17,9 @@ import json
 import re
 import shutil
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from math import sqrt
 from pathlib import Path
 from typing import Literal
@@ -236,8 +237,40 @@ def make(number, seeds):
         lines.append(f"| {label}{' *' * (name in references)} | " + " | ".join([*ours, *theirs]) + " |")
         reference = name if name in references else reference
     write_json(OUT / f"table-{number}.json", {"seeds": seeds, "figures": figures})
+    if number == "curves":
+        draw_curves(figures, seeds, OUT / "curves.svg")
     write_text(OUT / f"table-{number}.md", "\n".join(lines) + "\n")
     print("", *lines, "", sep="\n", flush=True)
+
+
+def require_matplotlib():
+    if not find_spec("matplotlib"):
+        raise ValueError("the plot of curves needs matplotlib: pip install matplotlib")
+
+
+def draw_curves(figures, seeds, path):
+    """Draw a line for each setting: the loss of its longest run, the first seed's, as a mean over 20 steps; then each measure
+    over the steps of its runs, the mean over seeds, in a band from the lowest to the highest. figures: see `make`."""
+    from matplotlib.figure import Figure
+    lines, headings = defaultdict(dict), list(next(iter(figures.values())))
+    for name, of_name in figures.items():
+        setting, _, steps = name.partition("@")
+        lines[setting][int(steps or WORDS["STEPS"])] = name, of_name
+    picture = Figure(figsize=(3 * (len(headings) + 1), 3.2), layout="constrained")
+    loss, *axes = picture.subplots(1, len(headings) + 1)
+    for setting, of_steps in lines.items():
+        steps = sorted(of_steps)
+        losses = [row["loss"] for row in read_journal(OUT / f"{of_steps[steps[-1]][0]}-{seeds[0]}" / "log.jsonl")]
+        means = [statistics.mean(losses[i : i + 20]) for i in range(0, len(losses), 20)]
+        loss.plot(range(10, 20 * len(means), 20), means, label=setting)
+        for axis, heading in zip(axes, headings, strict=True):
+            values = [of_steps[step][1][heading] for step in steps]
+            axis.plot(steps, list(map(statistics.mean, values)), marker="o")
+            axis.fill_between(steps, list(map(min, values)), list(map(max, values)), alpha=0.2)
+            axis.set(title=heading, ylim=(-2, 102), xlabel="steps of stage 2")
+    loss.set(title="loss", xlabel="steps of stage 2")
+    loss.legend()
+    picture.savefig(path, metadata={"Date": None})
 
 
 def make_tables(table: Literal[*TABLES, "all"], /, seeds="0,1,2,3,4"):
@@ -246,6 +279,8 @@ def make_tables(table: Literal[*TABLES, "all"], /, seeds="0,1,2,3,4"):
     numbers = [number for number in TABLES if number != "curves"] if table == "all" else [table]
     if any("METEOR" in TABLES[number]["measures"] for number in numbers):
         require_meteor()  # before hours of training
+    if "curves" in numbers:
+        require_matplotlib()
     ensure_worlds()
     for number in numbers:
         make(number, [int(seed) for seed in seeds.split(",")])

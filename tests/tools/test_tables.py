@@ -348,8 +348,35 @@ def test_what_meteor_needs_is_asked_for_before_anything_is_trained(fake, monkeyp
     }
 
 
-def test_all_tables_are_made_and_curves_on_request(fake, capsys):
+def test_what_the_plot_needs_is_asked_for_before_anything_is_trained(fake, monkeypatch):
     trained, *_ = fake
+    monkeypatch.setattr(tables, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        tables.main(["curves", "--seeds", "0"])
+    assert not trained
+
+
+def test_curves_have_a_line_for_each_setting_and_a_panel_for_each_measure(tmp_path, monkeypatch):
+    """The loss is the first seed's of the longest run; a run without "@" has STEPS."""
+    figure, drawn = pytest.importorskip("matplotlib.figure").Figure, {}
+    save = figure.savefig
+    monkeypatch.setattr(tables, "OUT", tmp_path)
+    monkeypatch.setattr(figure, "savefig", lambda self, *given, **how: drawn.update(figure=self) or save(self, *given, **how))
+    write_rows(tmp_path / "all@880-3/log.jsonl", [{"loss": float(step >= 20)} for step in range(40)])
+    figures = {name: {"boxes": [x, x + 20], "left/right": [50.0, 50.0]} for name, x in {"all@880": 70, "none": 0, "all": 30}.items()}
+    tables.draw_curves(figures, [3, 4], tmp_path / "curves.svg")
+    loss, boxes, _ = drawn["figure"].axes
+    assert [(line.get_label(), line.get_xydata().tolist()) for line in loss.lines] == [("all", [[10, 0], [30, 1]]), ("none", [])]
+    assert [line.get_xydata().tolist() for line in boxes.lines] == [[[220, 40], [880, 80]], [[220, 10]]]
+    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    assert [axes.get_title() for axes in drawn["figure"].axes] == ["loss", "boxes", "left/right"]
+
+
+def test_all_tables_are_made_and_curves_on_request(fake, capsys, monkeypatch):
+    trained, *_ = fake
+    plots = []
+    monkeypatch.setattr(tables, "find_spec", lambda name: True)
+    monkeypatch.setattr(tables, "draw_curves", lambda figures, seeds, path: plots.append((len(figures), seeds, path.name)))
     tables.main(["all", "--seeds", "0"])
     made = {path.stem for path in tables.OUT.glob("table-*.md")}
     assert made == {f"table-{number}" for number in ("2", "4", "8", "10", "11a", "11b", "11c", "12")}
@@ -357,6 +384,7 @@ def test_all_tables_are_made_and_curves_on_request(fake, capsys):
     trained.clear()
     tables.main(["curves", "--seeds", "0"])
     assert Counter(config.steps for config in trained) == {220: 2, 440: 4, 880: 4, 1760: 4}, "of 220 steps, without text alone"
+    assert plots == [(16, [0], "curves.svg")]
 
 
 def test_invalid_seeds_and_tables_are_refused():
