@@ -107,7 +107,8 @@ def test_questions_about_sides_are_true_and_gqas_alone(tmp_path):
     types = [row["types"]["detailed"] for row in json.loads((tmp_path / "gqa_val.json").read_text()).values()]
     assert types.count("side") > 15 and types.count("side, yes or no") == 2 * types.count("side") and types.count("number") == 30
     assert not re.search("left|right|above|below", (tmp_path / "conversations_val.json").read_text())
-    digest = hashlib.sha256((tmp_path / "conversations_val.json").read_bytes() + (tmp_path / "refs_val.json").read_bytes())
+    contents = [json.loads((tmp_path / f"{name}_val.json").read_text()) for name in ("conversations", "refs")]
+    digest = hashlib.sha256("".join(json.dumps(content, indent=2) + "\n" for content in contents).encode())
     assert digest.hexdigest()[:16] == "d2e2fd12d15ee2ee"
 
 
