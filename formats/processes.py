@@ -88,8 +88,8 @@ class Processes:
 
 def prefetched(make, first, last, workers=2):
     """Yield make(i) for first <= i < last; threads prepare the next ones meanwhile."""
-    # one thread each: OpenMP teams of theirs would take the cores from the step's (a quarter of its time, LOG.md). A thread
-    # without a count of its own takes the last one set, so the caller gets its own first
+    # One thread each: OpenMP teams of theirs would take the cores from the step's (a quarter of its time, LOG.md). PyTorch gives
+    # such a count to every thread that has not computed yet. Asking for it settles the caller's
     torch.get_num_threads()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         pending = deque()

@@ -2,7 +2,7 @@
 
     python -m tools.tables 11a                 one table: 2, 4, 8, 10, 11a, 11b, 11c or 12
     python -m tools.tables all --seeds 0,1,2   all of these
-    python -m tools.tables curves              Tab. 4's measures after 220, 440, 880 and 1,760 steps of stage 2; also as curves.svg
+    python -m tools.tables curves              Tab. 4's measures after 220, 440, 880 and 1,760 steps, also drawn (curves.svg)
 
 tables.json holds settings, measures and the paper's figures. A run that several tables share is trained once, in
 runs/tables/NAME-SEED. NAME-SEED.recipe.json beside it says how it was made. A killed command resumes; a folder that was made by
@@ -30,7 +30,7 @@ import evaluate
 import train
 from data import Wording, encode_prefix, encode_question
 from formats.eval_folder import folders_of, name_of
-from formats.files import read_json, sha256, write_json, write_text
+from formats.files import read_json, sha256, write_json, write_text, write_whole
 from formats.journal import read_journal
 from formats.weights import weights_sha256
 from model import VARIANTS, LocVLM
@@ -110,7 +110,7 @@ def limit_conversations(world, name, pattern=""):
             count[owner] += 1
             rows.append(row)
     if rows:
-        write_json(path, rows)
+        write_json(path, rows, indent=None)
 
 
 def is_made(folder, last, recipe):
@@ -237,40 +237,38 @@ def make(number, seeds):
         lines.append(f"| {label}{' *' * (name in references)} | " + " | ".join([*ours, *theirs]) + " |")
         reference = name if name in references else reference
     write_json(OUT / f"table-{number}.json", {"seeds": seeds, "figures": figures})
-    if number == "curves":
-        draw_curves(figures, seeds, OUT / "curves.svg")
     write_text(OUT / f"table-{number}.md", "\n".join(lines) + "\n")
     print("", *lines, "", sep="\n", flush=True)
-
-
-def require_matplotlib():
-    if not find_spec("matplotlib"):
-        raise ValueError("the plot of curves needs matplotlib: pip install matplotlib")
+    if number == "curves":
+        draw_curves(figures, seeds, OUT / "curves.svg")
 
 
 def draw_curves(figures, seeds, path):
-    """Draw a line for each setting: the loss of its longest run, the first seed's, as a mean over 20 steps; then each measure
-    over the steps of its runs, the mean over seeds, in a band from the lowest to the highest. figures: see `make`."""
+    """Draw the table of curves, a line for each setting. First the loss over the steps of its longest run with the first seed,
+    each 20 steps averaged. Then each measure over the steps of all its runs: the mean over seeds, in a band that holds all of them.
+
+    figures  {setting, or setting@steps: {measure: [its figure with each seed]}}
+    """
     from matplotlib.figure import Figure
-    lines, headings = defaultdict(dict), list(next(iter(figures.values())))
-    for name, of_name in figures.items():
+    runs, measures = defaultdict(dict), list(next(iter(figures.values())))  # setting -> {steps: name in figures}
+    for name in figures:
         setting, _, steps = name.partition("@")
-        lines[setting][int(steps or WORDS["STEPS"])] = name, of_name
-    picture = Figure(figsize=(3 * (len(headings) + 1), 3.2), layout="constrained")
-    loss, *axes = picture.subplots(1, len(headings) + 1)
-    for setting, of_steps in lines.items():
-        steps = sorted(of_steps)
-        losses = [row["loss"] for row in read_journal(OUT / f"{of_steps[steps[-1]][0]}-{seeds[0]}" / "log.jsonl")]
+        runs[setting][int(steps or WORDS["STEPS"])] = name
+    picture = Figure(figsize=(3 * (len(measures) + 1), 3.2), layout="constrained")
+    loss, *axes = picture.subplots(1, len(measures) + 1)
+    for setting, run_after in runs.items():
+        steps = sorted(run_after)
+        losses = [row["loss"] for row in read_journal(OUT / f"{run_after[steps[-1]]}-{seeds[0]}" / "log.jsonl")]
         means = [statistics.mean(losses[i : i + 20]) for i in range(0, len(losses), 20)]
         loss.plot(range(10, 20 * len(means), 20), means, label=setting)
-        for axis, heading in zip(axes, headings, strict=True):
-            values = [of_steps[step][1][heading] for step in steps]
+        for axis, measure in zip(axes, measures, strict=True):
+            values = [figures[run_after[step]][measure] for step in steps]  # of each number of steps, a figure for each seed
             axis.plot(steps, list(map(statistics.mean, values)), marker="o")
             axis.fill_between(steps, list(map(min, values)), list(map(max, values)), alpha=0.2)
-            axis.set(title=heading, ylim=(-2, 102), xlabel="steps of stage 2")
+            axis.set(title=measure, ylim=(-2, 102), xlabel="steps of stage 2")
     loss.set(title="loss", xlabel="steps of stage 2")
     loss.legend()
-    picture.savefig(path, metadata={"Date": None})
+    write_whole(path, lambda temporary: picture.savefig(temporary, format="svg", metadata={"Date": None}))
 
 
 def make_tables(table: Literal[*TABLES, "all"], /, seeds="0,1,2,3,4"):
@@ -279,8 +277,8 @@ def make_tables(table: Literal[*TABLES, "all"], /, seeds="0,1,2,3,4"):
     numbers = [number for number in TABLES if number != "curves"] if table == "all" else [table]
     if any("METEOR" in TABLES[number]["measures"] for number in numbers):
         require_meteor()  # before hours of training
-    if "curves" in numbers:
-        require_matplotlib()
+    if "curves" in numbers and not find_spec("matplotlib"):
+        raise ValueError("curves are drawn by another package: pip install matplotlib")
     ensure_worlds()
     for number in numbers:
         make(number, [int(seed) for seed in seeds.split(",")])
