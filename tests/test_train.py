@@ -471,22 +471,23 @@ def test_features_begun_are_gone_on_with(parts, tmp_path, monkeypatch):
     """Stopped in the middle: what is done is not made again, and the files end the same."""
     source = f"{world_of(parts)}/instances_train.json@{parts['images']}"
     features(source, tmp_path / "whole", parts["vision"], batch=4)
-    made, preprocess = [], formats.features.preprocess
+    opened, open_image = [], formats.features.open_image
+    ninth = sorted(image["file_name"] for image in read_json(source.partition("@")[0])["images"])[8]  # of the third batch
 
-    def stopping(image, *how):
-        made.append(image)
-        if len(made) == 10:
+    def stopping(image):
+        opened.append(name := Path(image).name)
+        if name == ninth and opened.count(ninth) == 1:
             raise KeyboardInterrupt
-        return preprocess(image, *how)
+        return open_image(image)
 
-    monkeypatch.setattr(formats.features, "preprocess", stopping)
+    monkeypatch.setattr(formats.features, "open_image", stopping)
     with pytest.raises(KeyboardInterrupt):
         features(source, tmp_path / "stopped", parts["vision"], batch=4)
     with pytest.raises(FileNotFoundError, match="features.json"):
         train.main(TrainConfig(**parts, features=str(tmp_path / "stopped"), out=str(tmp_path / "x")))
-    done, before = (tmp_path / "stopped/features.parts/part-0.jsonl").read_text().count("\n"), len(made)
+    done, before = (tmp_path / "stopped/features.parts/part-0.jsonl").read_text().count("\n"), len(opened)
     features(source, tmp_path / "stopped", parts["vision"], batch=4)
-    assert len(made) - before == 24 - 4 * done and done > 0
+    assert len(opened) - before == 24 - 4 * done and done == 2
     for name in ("features.npy", "features.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
 
