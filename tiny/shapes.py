@@ -201,15 +201,17 @@ def draw_scene(rng, names=NAMES):
     return replace(scene, shapes=tuple(sorted(shapes, key=scene.bigness, reverse=True)))
 
 
-def write_side_texts(path, count, wording=None, names=NAMES, seed="0 train"):
-    """Write text-only conversations in LLaVA's format: a scene in words and boxes, then one of App. E's questions about it."""
+def write_side_texts(path, count, wording=None, names=NAMES, seed="0 train", has_quiz=False):
+    """Write text-only conversations in LLaVA's format: a scene in words and boxes, then one of App. E's questions about it.
+    With `has_quiz`, every other one asks as gqa_SPLIT.json does."""
     wording, rows = wording or Wording(VARIANTS["tiny"].coord_format()), []
     for index in range(count):
         rng, pairs = random.Random(f"{seed} text {index}"), []
         while not pairs:
             scene = draw_scene(rng, names)
             pairs = scene.ask_sides(rng) if len(scene.unique()) > 1 else []
-        question, answer = rng.choice(pairs)
+        quiz = [row[:2] for row in scene.side_quiz(rng)] if has_quiz and index % 2 else []
+        question, answer = rng.choice(quiz or pairs)
         turns = [{"from": "human", "value": f"{scene.tell(wording, rng)} {question}"}, {"from": "gpt", "value": answer}]
         rows.append({"id": f"text_{index}", "conversations": turns})
     write_json(path, rows, indent=None)

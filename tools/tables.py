@@ -90,11 +90,12 @@ def ensure_worlds():
     for world in (STILL, MOVING, FEW):
         limit_conversations(world, "some")
     limit_conversations(FEW, "silent", r"(?!Yes\b|No\b)")  # as LLaVA's, in which nothing is denied
-    for name, kind, location in (("nfp", "nfp", "box"), ("diga", "diga", "box"), ("point", "ivb", "point")):
-        path = STILL / f"text_{name}_train.json"  # text_train.json, with its places written as the images' are
-        wording = Wording(replace(VARIANTS["tiny"], kind=kind).coord_format(), location=location)
+    # text_train.json, with its places written as the images' are; or with other words for sides
+    for name, kind, location in (("nfp", "nfp", "box"), ("diga", "diga", "box"), ("point", "ivb", "point"), ("quiz", "ivb", "box")):
+        path, form = STILL / f"text_{name}_train.json", replace(VARIANTS["tiny"], kind=kind).coord_format()
         if not path.exists():
-            write_side_texts(path, int(TEXT_SHARE * SPLITS["train"]), wording)
+            count, wording = int(TEXT_SHARE * SPLITS["train"]), Wording(form, location=location)
+            write_side_texts(path, count, wording, has_quiz=name == "quiz")
 
 
 def limit_conversations(world, name, pattern=""):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter
 
 import numpy as np
 
@@ -112,6 +113,37 @@ def test_questions_about_sides_are_true_and_gqas_alone(tmp_path):
     assert digest.hexdigest()[:16] == "d2e2fd12d15ee2ee"
 
 
+def centres_and_question(text):
+    """Split the user's turn of a text about sides: ({name: centres of the boxes of that name, doubled}, the question)."""
+    text, asked = re.fullmatch(r"(.+)\. ((?:Which side|Is the) .+)", text).groups()
+    centres = {}
+    for part in text.split(". "):
+        numbers = [int(v) for v in re.findall(r"\d+", part)]
+        name = next(name for name in NAMES if name in part)
+        centres.setdefault(name, []).append((numbers[0] + numbers[2], numbers[1] + numbers[3]))
+    return centres, asked
+
+
+def test_every_other_text_may_ask_as_gqa_does(tmp_path):
+    rows = []
+    for has_quiz in (False, True):
+        write_side_texts(tmp_path / "text.json", 60, has_quiz=has_quiz)
+        rows.append(json.loads((tmp_path / "text.json").read_text()))
+    assert rows[0][::2] == rows[1][::2], "the others are App. E's"
+    kinds = Counter()
+    for row in rows[1][1::2]:
+        question, answer = (turn["value"] for turn in row["conversations"])
+        centres, asked = centres_and_question(question)
+        if "side of" in asked or "located" in asked:
+            continue  # no such question about this scene
+        one, sides, two = re.fullmatch(r"Is the (\w+) (.+?)(?: of)? the (\w+)\?", asked).groups()
+        dx, dy = (a - b for a, b in zip(centres[one][0], centres[two][0], strict=True))
+        truths = {"left" if dx < 0 else "right", "above" if dy < 0 else "below"}
+        assert (answer == "Yes.") == (sides in truths) and (answer == "Yes." or truths & set(answer.split()))
+        kinds[answer.split()[0]] += 1
+    assert min(kinds["Yes."], kinds["No,"], kinds["The"]) > 3 and kinds.total() > 25
+
+
 def test_texts_say_where_shapes_are_and_ask_for_a_side(tmp_path):
     """The answer follows from the boxes in the text; no image is needed. Another way to write places changes nothing else."""
     rows = []
@@ -123,12 +155,7 @@ def test_texts_say_where_shapes_are_and_ask_for_a_side(tmp_path):
         (question, answer), (other, same_answer) = ([turn["value"] for turn in r["conversations"]] for r in (row, same))
         assert answer == same_answer and "image" not in row
         assert re.sub(r"\([\d, ]+\)", "", question) == re.sub(r"\([\d, ]+\)", "", other)
-        text, asked = re.fullmatch(r"(.+)\. ((?:Which side|Is the) .+)", question).groups()
-        centres = {}
-        for part in text.split(". "):
-            numbers = [int(v) for v in re.findall(r"\d+", part)]
-            name = next(name for name in NAMES if name in part)
-            centres.setdefault(name, []).append((numbers[0] + numbers[2], numbers[1] + numbers[3]))
+        centres, asked = centres_and_question(question)
         one, side, two = re.fullmatch(r"The (\w+) is located (?:to the )?(\w+)(?: of)? the (\w+)\.", answer).groups()
         assert len(centres[one]) == len(centres[two]) == 1 and one in asked and two in asked
         dx, dy = (a - b for a, b in zip(centres[one][0], centres[two][0], strict=True))

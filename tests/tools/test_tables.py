@@ -136,7 +136,7 @@ def test_all_objectives_have_the_same_conversations_and_bring_their_own_question
     write_clips(tables.MOVING, {"train": 20})
     for world in (tables.STILL, tables.MOVING):
         tables.limit_conversations(world, "some")
-    for kind in ("nfp", "diga", "point"):
+    for kind in ("nfp", "diga", "point", "quiz"):
         write_side_texts(tables.STILL / f"text_{kind}_train.json", 15)
     tokenizer = Tokenizer(Path(tables.__file__).parent.parent / "tiny/llama")
     drawn = {}
