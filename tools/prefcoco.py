@@ -18,30 +18,28 @@ prefcoco        file that `caption` wrote
 neg_ratio       absent objects asked for, per described one
 """
 
-import os
+import argparse
 import random
 import re
 import shutil
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 
-from clip_vit import preprocess
 from coords import GEOMETRIES, KINDS, CoordFormat
 from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, targets_of
+from evaluate import Answerer, Item
 from formats.annotations import image_ids_of, read_file, read_records, require_usable
 from formats.eval_folder import require_images
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json
-from formats.images import open_image
 from formats.journal import require_new, require_same_options, start_processes, work_in_parts
 from formats.schema import are_numbers
 from formats.weights import weights_sha256
-from model import LocVLM
 from tools import command, positive
 
 PROMPT = ("Describe the {category} in this image using one short sentence, referring to its visual features and spatial "
@@ -79,7 +77,7 @@ def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_
     if out.exists():
         return
     groups = {start: records[start : start + batch] for start in range(0, len(records), batch)}
-    rows, *_ = work_in_parts(groups, partial(captioner, model, vision, decoding), parts, options, processes)
+    rows, *_ = work_in_parts(groups, partial(captioner, model, vision, decoding, processes[1]), parts, options, processes)
     if processes[0] == 0:
         kept, rejected = prefcoco_rows(records, [captions for _, group in sorted(rows) for captions in group], images)
         write_json(rejects, {"made_with": options, "rejected": rejected})
@@ -91,32 +89,25 @@ def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_
             print(f"  rejected: {count} {reason}")
 
 
-def captioner(model, vision, decoding):
-    """Load the model. Return the functions records -> opened ones -> captions, one list each: of str, or of None if the image is
-    damaged."""
-    cuda = torch.cuda.is_available()
-    device, dtype = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    model = LocVLM.from_pretrained(model, vision, dtype, device).eval().for_inference()
+def captioner(model, vision, decoding, world):
+    """Load the model. Return the functions records -> opened images -> captions of each record: None if its image is damaged."""
+    how = argparse.Namespace(run=model, vision=vision, dtype=None, compile=False, **decoding)
+    open_pictures, answer = Answerer(how, world).answerer(is_blind=False)
 
     def read(records):
-        pictures, questions, keys = [], [], []
+        items_of, pictures = {}, []
         for record in records:
-            try:
-                picture = open_image(record.image)
-                if not model.config.frames:  # a model of clips takes pictures alone, as frames
-                    picture = preprocess(picture, model.config.vision_config, model.config.geometry)
-                pictures.append(picture)
-                questions.append([PROMPT.format(category=o.name) for o in record.objects])
-                keys += [f"{record.id}-{o.name}" for o in record.objects]
-            except ValueError:  # one damaged file among a hundred thousand is a rejected row, not the end of the run
-                pictures.append(Image.new("RGB", record.size))
-                questions.append([])
-        return records, pictures, questions, keys
+            asked = {f"{record.id}-{o.name}": PROMPT.format(category=o.name) for o in record.objects}
+            items = [Item(name, record.image, None, question, {}) for name, question in asked.items()]
+            with suppress(ValueError):  # one damaged file among a hundred thousand is a rejected row, not the end of the run
+                of_image, opened = open_pictures(items)
+                items_of, pictures = items_of | of_image, pictures + opened
+        return records, (items_of, pictures)
 
     def describe(ready):
-        records, pictures, questions, keys = ready
-        answers = model.generate(pictures, questions, **decoding, keys=keys)
-        return [texts or [None] * len(record.objects) for record, texts in zip(records, answers, strict=True)]
+        records, opened = ready
+        answers = answer(opened)
+        return [[answers.get(f"{record.id}-{o.name}") for o in record.objects] for record in records]
 
     return read, describe
 
