@@ -90,7 +90,7 @@ def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_
 
 
 def captioner(model, vision, decoding, world):
-    """Load the model. Return the functions records -> opened images -> captions of each record: None if its image is damaged."""
+    """Load the model. Return the functions records -> opened ones -> captions of each record: None if its image is damaged."""
     how = argparse.Namespace(run=model, vision=vision, dtype=None, compile=False, **decoding)
     open_pictures, answer = Answerer(how, world).answerer(is_blind=False)
 
