@@ -205,23 +205,19 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.reply(self.get)
-
-    def do_POST(self):
-        self.reply(self.post)
-
-    def reply(self, method):
-        """Call a method unless another site asks (also one that names this machine as its own: Host)."""
+        """Answer unless another site asks (also one that names this machine as its own: Host)."""
         host, origin, self.is_begun = self.headers.get("Host", ""), self.headers.get("Origin"), False
         try:
             if host.split(":")[0] not in ("127.0.0.1", "localhost") or origin not in (None, f"http://{host}"):
                 raise PermissionError("only the page that this server sent may ask it")
-            method(self.path.strip("/").split("/"))
+            self.reply()
         except (ConnectionError, TimeoutError):
             self.close_connection = True  # the browser went away; a question of its is not answered further
         except (ValueError, OSError, ImportError, LookupError, ArithmeticError, RecursionError) as error:
             status = {PermissionError: 403, LookupError: 404}.get(type(error), 400)
             self.send_row({"error": str(error)}, status)
+
+    do_POST = do_GET
 
     def send(self, content, kind="application/json", status=200):
         """Send a reply, or more of it."""
@@ -237,38 +233,39 @@ class Handler(BaseHTTPRequestHandler):
     def send_row(self, row, status=200):
         self.send(json.dumps(row).encode() + b"\n", status=status)
 
-    def get(self, path):
-        match path:
-            case [""]:
+    def reply(self):
+        match self.command, *self.path.strip("/").split("/"):
+            case "GET", "":
                 self.send(self.server.page, "text/html; charset=utf-8")
-            case ["about"]:
+            case "GET", "about":
                 self.send_row(self.server.about)
-            case ["pictures", number]:
+            case "GET", "pictures", number:
                 _, frames, names = self.server.look(int(number))
                 self.send_row({"size": frames[0].size, "frames": len(frames), "names": names})
-            case ["pictures", number, frame]:
+            case "GET", "pictures", number, frame:
                 image, file = self.server.look(int(number))[1][int(frame)].copy(), io.BytesIO()
                 image.thumbnail((1280, 1280))
                 image.save(file, "PNG", compress_level=1)
                 self.send(file.getvalue(), "image/png")
+            case "POST", "upload":
+                self.send_row({"picture": self.server.add(self.content(UPLOAD_BYTES))})
+            case "POST", "ask":
+                request = json.loads(self.content(QUESTION_BYTES))
+                if not isinstance(request, dict):
+                    raise ValueError("a question is a JSON object")
+                self.server.answer(request, self.send_row)
             case _:
                 raise LookupError("no such page")
 
-    def post(self, path):
-        limit, length = UPLOAD_BYTES if path == ["upload"] else QUESTION_BYTES, int(self.headers.get("Content-Length", -1))
+    def content(self, limit):
+        """Read what was posted."""
+        length = int(self.headers.get("Content-Length", -1))
         if not 0 <= length <= limit:
             raise ValueError(f"{length} bytes; send at most {limit / 1e6:g} MB")
         content = self.rfile.read(length)
         if len(content) < length:
             raise ConnectionError
-        if path == ["upload"]:
-            return self.send_row({"picture": self.server.add(content)})
-        if path != ["ask"]:
-            raise LookupError("no such page")
-        request = json.loads(content)
-        if not isinstance(request, dict):
-            raise ValueError("a question is a JSON object")
-        return self.server.answer(request, self.send_row)
+        return content
 
 
 def demo(run, /, images=None, vision=None, port=8000, max_new_tokens: positive = 64):
