@@ -23,22 +23,17 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageFilter
+from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json, write_whole
-from formats.images import BLUR_MANIFEST, blur_manifest, image_file, is_hidden, open_image, open_zip, split_zip
+from formats.images import BLUR_MANIFEST, blur_manifest, image_file, is_hidden, open_image, open_zip, split_zip, to_rgb
 from formats.journal import end_with_parent, open_journal, read_journal, require_same_options, write_line
 from formats.schema import are_numbers, leaves_folder
 from tools import command, positive
 
 JOURNAL = ".blur.jsonl"  # a row of options, then a row per image
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-TURN = Image.Transpose
-TURNS = {  # EXIF orientation: what makes the image upright
-    2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
-    7: TURN.TRANSVERSE, 8: TURN.ROTATE_90,
-}  # fmt: skip
 MODES = ("L", "RGB", "RGBA", "CMYK")  # modes that PIL can blur
 GROW = math.sqrt(2)  # the ellipse goes through the corners of a face's box
 SOFT = 0.025  # softness of the ellipse's edge, in lengths of the face: no line that a model could find
@@ -159,10 +154,10 @@ def detect_faces(image, model, threshold):
     return [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2, _ in found.tolist()]
 
 
-def detect_upright(image, turn, detect):
+def detect_upright(image, detect):
     """Turn an image as its EXIF orientation says, find faces, and return their boxes in the image as it is stored."""
-    upright, faces = image.transpose(TURNS[turn]) if turn in TURNS else image, []
-    for x, y, width, height in detect(upright):
+    turn, faces = image.getexif().get(ExifTags.Base.Orientation, 1), []
+    for x, y, width, height in detect(to_rgb(ImageOps.exif_transpose(image))):
         if turn > 4:
             x, y, width, height = y, x, height, width
         x = image.width - x - width if turn in (2, 3, 7, 8) else x
@@ -180,10 +175,12 @@ def blur_image(images, out, detect, name, faces):
     with image_file(images / name) as file:
         content = file.read()
     with Image.open(io.BytesIO(content)) as stored:
+        stored.load()  # turns a TIFF upright
         kind = "JPEG" if stored.format == "MPO" else stored.format  # of a phone's two pictures in one file, the first
-        exif = stored.getexif()  # written without the thumbnail of the original, which may show the faces
+        # written without the thumbnail of the original, which may show the faces; a TIFF's describes how its file was laid out
+        exif = stored.getexif() if kind != "TIFF" else None
         extra = {"icc_profile": stored.info.get("icc_profile"), **({"exif": exif.tobytes()} if exif else {})}
-        faces = detect_upright(image, exif.get(ExifTags.Base.Orientation, 1), detect) if faces is None else faces
+        faces = detect_upright(stored, detect) if faces is None else faces
         image = stored.copy() if stored.mode in MODES else image
         is_animation = kind == stored.format and getattr(stored, "n_frames", 1) > 1
     number = blur_faces(image, faces)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 from clip_vit import CLIPVisionTower
@@ -130,13 +130,16 @@ def test_faces_are_looked_for_in_an_upright_image(turn, tmp_path):
     upright.paste("black", (0, 0, 5, 5))
     upright.paste("white", (20, 12, 27, 15))
     stored = upright.transpose(Image.Transpose(back[turn])) if turn > 1 else upright
-    ((x, y, width, height),) = detect_upright(stored, turn, detect)
-    assert stored.crop((x, y, x + width, y + height)).getcolors() == [(21, (255, 255, 255))]
-    exif = Image.Exif()
+    exif = stored.getexif()
     exif[0x0112] = turn
+    ((x, y, width, height),) = detect_upright(stored, detect)
+    assert stored.crop((x, y, x + width, y + height)).getcolors() == [(21, (255, 255, 255))]
     (tmp_path / "out").mkdir()
-    stored.save(tmp_path / "a.png", exif=exif)
-    assert blur_image(tmp_path, tmp_path / "out", detect, "a.png", None) == (1, None)
+    for name in ("a.png", "a.tif"):
+        stored.save(tmp_path / name, exif=exif)
+        assert blur_image(tmp_path, tmp_path / "out", detect, name, None) == (1, None)
+        with Image.open(tmp_path / "out" / name) as blurred:
+            assert ImageOps.exif_transpose(blurred).getpixel((0, 0)) == (0, 0, 0)
 
 
 def test_no_frame_of_an_animation_is_copied_unseen(tmp_path):
