@@ -16,25 +16,14 @@ import re
 from pathlib import Path
 
 from evaluate import Item, Task, hal_metrics, judge_hal, mean, paper_rows
-from tasks.files import Rows, find_image, read_rows
+from formats.files import read_json
+from tasks.files import FOLDER, Rows, find_image, read_rows
 from tasks.words import add_short
 
 ROWS = Rows("VSR's test.jsonl", {"image": str, "caption": str, "label": int, "relation": str})
 PROMPTS = ("Is {the object} {relation} {the other object}?", "Is it true that {caption}?")
-GROUPS = {  # the authors'; "among" stands in two of them, and their script counts it in the last
-    "adjacency": "adjacent to, alongside, at the side of, at the right side of, at the left side of, attached to, "
-    "at the back of, ahead of, against, at the edge of",
-    "directional": "off, past, toward, down, deep down, up, away from, along, around, from, into, to, across, across from, "
-    "through, down from",
-    "orientation": "facing, facing away from, parallel to, perpendicular to",
-    "projective": "on top of, beneath, beside, behind, left of, right of, under, in front of, below, above, over, "
-    "in the middle of",
-    "proximity": "by, close to, near, far from, far away from",
-    "topological": "connected to, detached from, has as a part, part of, contains, within, at, on, in, with, surrounding, "
-    "among, consists of, out of, between, inside, outside, touching",
-    "unallocated": "beyond, next to, opposite to, after, among, enclosed by",
-}
-GROUP_OF = {relation: group for group, relations in GROUPS.items() for relation in relations.split(", ")}
+GROUPS = read_json(FOLDER / "vsr_groups.json")  # the authors'; "among" stands in two, and their script counts it in the last
+GROUP_OF = {relation: group for group, relations in GROUPS.items() for relation in relations}
 
 
 def ask(caption):
