@@ -32,7 +32,7 @@ def check_all(data, images=""):
 
 def check(path, images):
     """List the problems of one annotation file, in any of the formats."""
-    found, listed, opened = defaultdict(list), [], set()
+    found, listed, opened = defaultdict(list), [], {None}
     try:
         records, skipped = read_file(path, images, found)
     except (FileNotFoundError, ValueError) as error:
@@ -43,7 +43,7 @@ def check(path, images):
         listed += [f"{'note: ' * is_note}{len(texts) - most} more {kind}"] if len(texts) > most else []
     listed += [f"{count} {reason}" for reason, count in skipped.items() if reason.startswith("clips")]
     for record in records:
-        if record.image in opened | {None}:
+        if record.image in opened:
             continue
         opened.add(record.image)
         image, size = record.image, record.size
