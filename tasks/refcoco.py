@@ -38,8 +38,8 @@ class PlainPickle(pickle.Unpickler):
 
 
 def read_refs(path, instances=None):
-    """Read refs of any form, as dicts: ref_id, file_name, size and split (None if the file does not state them), bbox (x, y, w, h)
-    in pixels, and sentences, pairs (id, text). instances: see `read_pickle`"""
+    """Read refs of any form, as dicts: ref_id, file_name, size and split (None if the file does not state them), bbox in pixels
+    (x, y, w, h), and sentences, pairs (id, text). instances: see `read_pickle`"""
     is_pickle, refs = Path(path).suffix in (".p", ".pkl", ".pickle"), {}
     content = {"refs": read_pickle(path, instances)} if is_pickle else read_rows(path, FILE)
     try:

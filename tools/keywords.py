@@ -23,7 +23,8 @@ def read_talk(path):
             talks.append([turn["value"] for turn in row["conversations"]] if has_turns else [row["instruction"], row["output"]])
             "".join(talks[-1])  # raises TypeError if one is not a text
         except (KeyError, TypeError):
-            raise ValueError(f"{path}: row {index} is {str(row)[:99]}, without conversations, or instruction and output") from None
+            lacks = "without conversations, or instruction and output"
+            raise ValueError(f"{path}: row {index} is {str(row)[:99]}, {lacks}") from None
     return talks
 
 

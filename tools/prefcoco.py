@@ -226,7 +226,7 @@ def conversations(record, wording, rng, descriptions=None):
         if not (turns := [turn for name, *turn in drawn if name == objective]):
             continue
         objects = [o for target, _, _ in turns for o in (target if isinstance(target, tuple) else [target])]  # a pair is two
-        values = [{"from": who, "value": text} for _, *texts in turns for who, text in zip(("human", "gpt"), texts, strict=True)]
+        values = [{"from": who, "value": text} for _, *qa in turns for who, text in zip(("human", "gpt"), qa, strict=True)]
         values[0]["value"] = "<image>\n" + values[0]["value"]
         boxes_px = None if OBJECTIVES[objective].about == "absent" else [list(o.box_px) for o in objects]
         rows.append({
