@@ -370,7 +370,7 @@ class Llama(nn.Module):
         if "embed_tokens.weight" in stored:
             config = replace(config, vocab_size=stored["embed_tokens.weight"].shape[0])
             if config.tie_word_embeddings and "lm_head.weight" in stored:  # some configs claim a tie that the file breaks
-                is_tied = stored["lm_head.weight"].equals(stored["embed_tokens.weight"])
+                is_tied = torch.equal(stored["lm_head.weight"].read(), stored["embed_tokens.weight"].read())
                 config = replace(config, tie_word_embeddings=is_tied)
             if config.tie_word_embeddings:
                 stored["lm_head.weight"] = stored["embed_tokens.weight"]

@@ -46,16 +46,6 @@ class Stored:
         """Return some of its rows as a Stored, still unread."""
         return Stored((stop - start, *self.shape[1:]), lambda a, b: self.read_rows(start + a, start + b), self.path)
 
-    def pieces(self):
-        """Yield (first row, some rows) up to the last, never more than PIECE_BYTES in float32 at once."""
-        count, rows = self.shape[0] if self.shape else 1, max(1, PIECE_BYTES // (4 * max(1, math.prod(self.shape[1:]))))
-        for start in range(0, count, rows):
-            yield start, self.read_rows(start, min(start + rows, count))
-
-    def equals(self, other):
-        """Compare all values with another tensor of the same shape."""
-        return all(torch.equal(a, b) for (_, a), (_, b) in zip(self.pieces(), other.pieces(), strict=False))
-
 
 def open_tensors(path):
     """Open a checkpoint folder, or one .safetensors, .bin, .pt or .pth file: {name: Stored}. Contents are read later."""
@@ -186,7 +176,9 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
     filled = {}  # by Stored, for a tied head is one tensor under two names
     for tensor, name in {stored[name]: name for name in shapes}.items():
         whole = filled[tensor] = torch.empty(tensor.shape, dtype=dtype, device=device)
-        for start, piece in tensor.pieces():
+        count, rows = tensor.shape[0] if tensor.shape else 1, max(1, PIECE_BYTES // (4 * math.prod(tensor.shape[1:])))
+        for start in range(0, count, rows):
+            piece = tensor.read_rows(start, min(start + rows, count))
             if piece.dtype not in DTYPES:
                 raise ValueError(f"{tensor.path}: {name} is {piece.dtype}, a quantised or packed tensor; get bf16 or fp16")
             if not torch.isfinite(piece).all():
