@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from data import Object, Record, unique_objects
-from formats.clips import find_clip, find_clips, missing_clips
-from formats.files import naming, read_rows, read_text, require_file
-from formats.images import image_problem, split_zip
+from formats.clips import CLIP_KINDS, find_clips
+from formats.files import naming, read_rows, read_text, require_file, some
+from formats.images import has_image, image_problem, split_zip
 from formats.schema import read_entries
 
 STATIC, STATIC_SIDE = 5, 224  # at most 5 px from the mean, in a square of 224 px (App. D does not say in which pixels)
@@ -28,7 +28,7 @@ def read_file(path, images, problems=None):
             rows of tools.prefcoco become objects and absent categories, so that a run writes text in its own representation
     images is the folder of images or clips, or a zip; problems, a defaultdict(list), takes the problem of each row.
     """
-    problems, records, missing = defaultdict(list) if problems is None else problems, [], []
+    problems, records, missing = defaultdict(list) if problems is None else problems, [], set()
     entries = read_entries(read_rows(path, "an annotation file"), path, problems)
     are_clips = {entry.is_clip for entry in entries if entry.file_name}
     if False in are_clips and not Path(images).is_dir() and not split_zip(Path(images) / "x")[0]:
@@ -36,16 +36,21 @@ def read_file(path, images, problems=None):
     clips = find_clips(images) if True in are_clips and str(images) else {}  # --score opens none
     for entry in entries:
         image = entry.file_name and Path(images) / entry.file_name
-        if entry.is_clip and str(images) and not (image := find_clip(clips, images, entry.file_name)):
-            missing.append(entry.file_name)
-            continue
+        if entry.is_clip and str(images):
+            image = clips.get(entry.file_name) or (image if image.exists() or has_image(image) else None)  # in sub-folders
+            if not image:
+                missing.add(entry.file_name)
+                continue
         records.append(Record(
             entry.id, image, entry.size, absent=entry.absent, captions=tuple(entry.captions), is_clip=entry.is_clip,
             objects=tuple(static_objects(entry.boxes, entry.size) if entry.frames else unique_objects(entry.boxes)),
             present=tuple(sorted({box.name for box in entry.boxes})), conversations=(entry.turns,) if entry.turns else (),
         ))  # fmt: skip
     counts = Counter({f"{kind} (the first: {texts[0]})": len(texts) for kind, texts in problems.items()})
-    return records, counts + missing_clips(missing, len(records), path, images)
+    names = some(sorted(missing))
+    if missing and not records:
+        raise FileNotFoundError(f"none of the {len(missing)} clips of {path} is in {images} ({names}), as {CLIP_KINDS}")
+    return records, counts + Counter({f"clips of {path} that are not in {images} ({names})": len(missing)})
 
 
 def static_objects(boxes, size):

@@ -43,12 +43,6 @@ def find_clips(folder):
     return {path.stem: path for path in files} | {path.name: path for path in files + folders}
 
 
-def find_clip(clips, folder, name):
-    """Return the path of a clip that annotations name: by find_clips, or with its sub-folders; None if it is missing."""
-    inside = Path(folder, name)
-    return clips.get(name) or (inside if str(folder) and (inside.exists() or images.has_image(inside)) else None)
-
-
 def shape_problem(path, frame, size):
     """Return the problem of a clip whose frames have another shape than its annotations say, or None.
 
@@ -57,14 +51,6 @@ def shape_problem(path, frame, size):
     if all(size) and abs(math.log(frame.width * size[1] / (frame.height * size[0]))) > 0.1:
         return f"{path} has frames of {frame.width} x {frame.height}, but the annotations say {size[0]} x {size[1]}"
     return None
-
-
-def missing_clips(names, found, path, folder):
-    """Count the clips of an annotation file that are not in their folder. Raise FileNotFoundError if none was found."""
-    names = sorted(set(names))
-    if names and not found:
-        raise FileNotFoundError(f"none of the {len(names)} clips of {path} is in {folder} ({some(names)}), as {CLIP_KINDS}")
-    return Counter({f"clips of {path} that are not in {folder} ({some(names)})": len(names)} if names else {})
 
 
 def open_clip(path, decode_all=False):
