@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from formats.files import naming, read_json
-from formats.parquet import has_parquet_image, is_in_parquet, parquet_image
+from formats.parquet import is_parquet, key_of, parquet_image, places_of
 
 ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 IMAGES = (*ANIMATIONS, ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff")
@@ -71,7 +71,7 @@ def to_rgb(image):
 
 def image_file(path):
     """Open an image's file to read its bytes, in its folder, zip or parquet file."""
-    if is_in_parquet(path):
+    if is_parquet(Path(path).parent):
         return io.BytesIO(parquet_image(path))
     zip_path, member = split_zip(path)
     return io.BytesIO(open_zip(zip_path).read(member)) if zip_path else open(path, "rb")
@@ -79,8 +79,8 @@ def image_file(path):
 
 def has_image(path):
     """Return True if an image file exists, in its folder, zip or parquet file."""
-    if is_in_parquet(path):
-        return has_parquet_image(path)
+    if is_parquet(Path(path).parent):
+        return key_of(path) in places_of(Path(path).parent)
     zip_path, member = split_zip(path)
     return member in open_zip(zip_path).NameToInfo if zip_path else Path(path).is_file()
 

@@ -104,14 +104,6 @@ def image_bytes(shard, group, row):
     return images_of(shard, group)[row].as_py()["bytes"]
 
 
-def is_in_parquet(path):
-    return is_parquet(Path(path).parent)
-
-
-def has_parquet_image(path):
-    return key_of(path) in places_of(Path(path).parent)
-
-
 def parquet_image(path):
     """Return the bytes of an image. Raise KeyError if there is no such image, ValueError if only its path was packed."""
     shard, group, row = places_of(Path(path).parent)[key_of(path)]
