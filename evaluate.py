@@ -99,10 +99,6 @@ class Task:
     summary: Callable | None = None
     choose: Callable | None = None
 
-    @staticmethod
-    def is_about_clips(items):
-        return all(item.is_clip for item in items)
-
 
 def paper_rows(task):
     """Return the paper's figures for a task, from tasks/paper.json: ((model, {metric: percent}), ...)."""

@@ -58,7 +58,7 @@ class Job:
     @property
     def paper_b(self):
         """LocVLM-B's figures, in percent, or None: it reads no clips."""
-        return None if self.rules.is_about_clips(self.items) else dict(self.paper).get("LocVLM-B")
+        return None if all(item.is_clip for item in self.items) else dict(self.paper).get("LocVLM-B")
 
 
 def name_of(task, file=None, split=None):
