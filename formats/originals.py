@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from formats.files import read_config, read_json, require_file
-from formats.hub import local
-from formats.weights import OPEN_CLIP, Stored, open_file, open_tensors
+from formats.weights import Stored, open_clip_file, open_file, open_tensors
 
 NAMES = read_json(Path(__file__).with_name("originals.json"))  # whose names -> {theirs: ours}
 
@@ -70,16 +69,13 @@ def split_halves(stored, head_dim):
 def original_clip(path):
     """Read OpenAI's file or open_clip's, or the folder of one: ({our name: Stored}, what its shapes do not say of a
     CLIPVisionConfig). None for any other folder, such as HF's."""
-    path = local(path, "config.json", "open_clip_config.json")
-    folder = path.parent if path.is_file() else path
-    config, of_hf = folder / "open_clip_config.json", folder / "config.json"
-    if path.is_file():
-        if path.name.startswith("open_clip"):
-            require_file(config, "the config of these weights: OpenAI's and later ones differ in what they compute")
-        return openai_tensors(open_tensors(path), path), open_clip_values(config) if config.is_file() else {}
-    if config.is_file() and not (of_hf.is_file() and "model_type" in read_json(of_hf)):
-        file = next((f for f in map(folder.joinpath, OPEN_CLIP) if f.is_file()), folder / OPEN_CLIP[0])
-        return openai_tensors(open_tensors(require_file(file, "open_clip's weights")), file), open_clip_values(config)
+    file = Path(path) if Path(path).is_file() else open_clip_file(path)
+    if file is None:
+        return None
+    config = file.with_name("open_clip_config.json")
+    if file.name.startswith("open_clip"):
+        require_file(config, "the config of these weights: OpenAI's and later ones differ in what they compute")
+    return openai_tensors(open_tensors(file), file), open_clip_values(config) if config.is_file() else {}
 
 
 def open_clip_values(path):

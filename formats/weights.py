@@ -58,13 +58,23 @@ def open_tensors(path):
     return tensors
 
 
+def open_clip_file(path):
+    """Return open_clip's weights in a folder or a model on the hub; None if its config is HF's, or there is none."""
+    folder = local(path, "config.json", "open_clip_config.json")
+    is_hf = (folder / "config.json").is_file() and "model_type" in read_config(folder)
+    if is_hf or not (folder / "open_clip_config.json").is_file():
+        return None
+    files = (local(path, name) / name for name in OPEN_CLIP)  # the second is not downloaded if there is the first
+    return require_file(next(filter(Path.is_file, files), folder / OPEN_CLIP[0]), "open_clip's weights")
+
+
 def find_weights(path):
     """Find the files that hold a checkpoint's weights: their paths. A tensor that they lack is found missing by `build`."""
     source, path = path, Path(path)
     if re.search(r"delta-v\d", path.name):
         raise ValueError(f"{path} holds the difference to LLaMA's weights; add it to them first (FastChat's apply_delta)")
-    if path.is_file():
-        return [path]
+    if file := path if path.is_file() else open_clip_file(source):
+        return [file]
     for name in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin", *OPEN_CLIP):
         path = local(source, name, f"{name}.index.json", name.replace(".", "-*-of-*."))
         index = path / f"{name}.index.json"
@@ -85,9 +95,9 @@ def weights_sha256(path):
     """Hash what identifies a model: {file name: sha256} of its config and weights. A path may be a single file."""
     if Path(path).is_file():
         return {Path(path).name: sha256(path)}
-    configs = [local(path, name) / name for name in ("config.json", "open_clip_config.json")]
-    config = next(filter(Path.is_file, configs), configs[0])
-    return {f.name: sha256(f) for f in (require_file(config, "a model: its config and weights"), *find_weights(path))}
+    name = "open_clip_config.json" if open_clip_file(path) else "config.json"
+    config = require_file(local(path, name) / name, "a model: its config and weights")
+    return {file.name: sha256(file) for file in (config, *find_weights(path))}
 
 
 def open_file(path):

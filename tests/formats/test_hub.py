@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from safetensors.torch import save_file
 
+from clip_vit import CLIPVisionTower
 from formats.eval_folder import folders_of
 from formats.hub import is_name, local
 from formats.llava_hf import read_checkpoint
@@ -130,6 +132,32 @@ def test_parts_are_downloaded_by_name_and_then_come_from_the_cache(make_model, t
     shards = {f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)}
     assert cached == {of_clip + file for file in ("config.json", "preprocessor_config.json", "model.safetensors")} | {
         of_llama + file for file in {"config.json", "tokenizer.model", "pytorch_model.bin.index.json"} | shards}  # fmt: skip
+
+
+OPEN_CLIP = """
+from clip_vit import CLIPVisionTower
+from formats.weights import weights_sha256
+print(CLIPVisionTower.from_pretrained("org/timm").config.image_mean, *weights_sha256("org/timm"))
+"""
+
+
+def test_open_clip_is_downloaded_by_name(tmp_path, hub):
+    """From a repository as timm's, whose model.safetensors and config.json are for timm: of these the config alone."""
+    from test_weights import VISION, openai_state
+
+    file = tmp_path / "open_clip_model.safetensors"
+    save_file(openai_state(CLIPVisionTower(VISION)), file)
+    vision = {"image_size": VISION.image_size, "layers": 3, "width": VISION.hidden_size, "patch_size": 14}
+    config = {"model_cfg": {"vision_cfg": vision}, "preprocess_cfg": {"mean": [0.5] * 3}}
+    hub.models["org/timm"] = {
+        "config.json": b'{"architecture": "vit_base_patch32_clip_224"}', "model.safetensors": b"timm's own",
+        "open_clip_config.json": json.dumps(config).encode(), file.name: file.read_bytes(),
+        "open_clip_pytorch_model.bin": b"not wanted",
+    }  # fmt: skip
+    printed, _ = run(OPEN_CLIP, tmp_path / "home", hub.server_port)
+    assert printed.split() == ["(0.5,", "0.5,", "0.5)", "open_clip_config.json", file.name]
+    cached = {path.name for path in (tmp_path / "home/hub").glob("*/snapshots/*/*")}
+    assert cached == {"config.json", "open_clip_config.json", file.name}
 
 
 TRY = """

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from clip_vit import CLIPVisionConfig, CLIPVisionTower
 from formats import weights
 from formats.llava_hf import geometry_of
-from formats.weights import Stored, build, open_tensors, write_tensors
+from formats.weights import Stored, build, open_tensors, weights_sha256, write_tensors
 from llama import Llama, LlamaConfig, read_tokenizer, rotary_frequencies
 from model import LocVLM, LocVLMConfig
 
@@ -139,6 +139,7 @@ def test_open_clip_loads_with_its_own_config(tmp_path, where):
     if where == "beside other names":  # as timm's repositories
         save_file({"blocks.0.x": torch.ones(1)}, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch32_clip_224"}')
+        assert [*weights_sha256(tmp_path)] == ["open_clip_config.json", "open_clip_model.safetensors"]
     again = CLIPVisionTower.from_pretrained(file if where == "file" else tmp_path)
     assert again.config == shape and all(map(torch.equal, tower.parameters(), again.parameters()))
     for changes, words in (({"no_ln_pre": True}, "unsupported vision_cfg {'no_ln_pre': True}"), ({"width": None}, "no width")):
