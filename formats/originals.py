@@ -69,8 +69,7 @@ def split_halves(stored, head_dim):
 def original_clip(path):
     """Read OpenAI's file or open_clip's, or the folder of one: ({our name: Stored}, what its shapes do not say of a
     CLIPVisionConfig). None for any other folder, such as HF's."""
-    file = Path(path) if Path(path).is_file() else open_clip_file(path)
-    if file is None:
+    if not (file := Path(path) if Path(path).is_file() else open_clip_file(path)):
         return None
     config = file.with_name("open_clip_config.json")
     if file.name.startswith("open_clip"):

@@ -59,7 +59,7 @@ def open_tensors(path):
 
 
 def open_clip_file(path):
-    """Return open_clip's weights in a folder or a model on the hub; None if its config is HF's, or there is none."""
+    """Return open_clip's weights in a folder or a model on the hub; None if its config is HF's or missing."""
     folder = local(path, "config.json", "open_clip_config.json")
     is_hf = (folder / "config.json").is_file() and "model_type" in read_config(folder)
     if is_hf or not (folder / "open_clip_config.json").is_file():
