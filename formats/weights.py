@@ -59,11 +59,12 @@ def open_tensors(path):
 
 
 def open_clip_file(path):
-    """Return open_clip's weights in a folder or a model on the hub; None if its config is HF's or missing."""
+    """Return open_clip's weights in a folder or a model on the hub; None if it has HF's config, or no config of open_clip's."""
     folder = local(path, "config.json", "open_clip_config.json")
-    is_hf = (folder / "config.json").is_file() and "model_type" in read_config(folder)
-    if is_hf or not (folder / "open_clip_config.json").is_file():
+    if not (folder / "open_clip_config.json").is_file():
         return None
+    if (folder / "config.json").is_file() and "model_type" in read_config(folder):
+        return None  # HF's, which has its own weights beside it
     files = (local(path, name) / name for name in OPEN_CLIP)  # the second is not downloaded if there is the first
     return require_file(next(filter(Path.is_file, files), folder / OPEN_CLIP[0]), "open_clip's weights")
 
