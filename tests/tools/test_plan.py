@@ -84,16 +84,26 @@ def size_of(name):
     return rows, 256 + 30 * questions, rows * 12 * questions
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_plan_is_what_a_step_takes(name):
-    """Within 15 % of the peak of a process in which each tensor is a mapping of its own, so that freed memory is returned."""
+@pytest.fixture(scope="module")
+def steps():
+    """Processes that take the steps of SHAPES, side by side."""
     environment = {
         **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-c", STEP, str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/tools"), name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    measured = float(done.stdout)
+    command = [sys.executable, "-c", STEP, str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/tools")]
+    running = {name: subprocess.Popen([*command, name], env=environment, stdout=subprocess.PIPE, text=True) for name in SHAPES}
+    yield running
+    for process in running.values():
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_plan_is_what_a_step_takes(name, steps):
+    """Within 15 % of the peak of a process in which each tensor is a mapping of its own, so that freed memory is returned."""
+    measured = float(steps[name].communicate()[0])
     planned = plan_step(config_of(name), SHAPES[name][4], batch_of(name), recompute=SHAPES[name][7])
     assert planned.total == pytest.approx(measured, rel=0.15), f"{planned}; measured {measured / 2**30:.3f}"
 
