@@ -78,7 +78,7 @@ PRESETS = {  # to change what has no option, add a recipe here and name it with 
         4: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=260, questions=6),
     },
     # stage 1 as LLaVA v1; stage 2 of Sec. 4.1, with the warm-up ratio 0.3 printed there. The paper's batch is 64 conversations,
-    # two for each image, and so 32 images: 29,970 steps. An epoch draws each image once, so `questions` is chosen to make it
+    # two for each image, and so 32 images: 29,969 steps. An epoch draws each image once, so `questions` is chosen to make it
     # about one pass over the questions (PRefCOCO has four descriptions per image, each for LocPred and RevLoc, and as many
     # absent objects; a video has about eight questions)
     "paper": {

@@ -4,7 +4,8 @@
     python -m tools.check --data chat.json@coco,captions.json@cc3m
 
 Reads the files as training does, decodes every image, and one frame of every clip. Lines that begin with "note" name what is
-read, and may be another thing than was meant. Prints at most 50 lines per kind of problem in annotations.
+read, and may be another thing than was meant. Prints at most 50 lines per kind of problem in annotations, and
+1,000 for each file.
 
 data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES
 """
