@@ -57,6 +57,7 @@ REPR = {"box": "(x1,y1,x2,y2) bbox", "point": "(cx,cy) point"}
 LOC_ANSWER = "It is located at {loc}"
 NEG_ANSWER = "There is no such object in the image"
 REV_ANSWER = "There is a {category}."
+PEOPLE = "|people|man|men|woman|women|boy|girl|child|kid|baby|lady|guy|player|rider|skier|surfer|skateboarder|snowboarder"
 # App. E words left and right; the question and answers about above and below are ours
 SIDE_PROMPTS = {
     "left/right": "Which side of {obj_1} is {obj_2} located?",
@@ -225,14 +226,19 @@ def ask_rev(o, record, wording, rng):
     return question, REV_ANSWER.format(category=wording.call(o, rng))
 
 
+def named(name):
+    """Return a pattern for a category in a text: its name, its plural, and for person what captions call people."""
+    return rf"(?i:(?<!\w)(?:{re.escape(name)}(?:e?s)?{PEOPLE if name.lower() == 'person' else ''})(?!\w))"
+
+
 def first_named(text, names):
     """Return the category that a text names first (the longest, if several start there), or None.
 
     >>> first_named("There is a wine glass on the table", ["glass", "table", "wine glass"])
     'wine glass'
     """
-    matches = ((name, re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE)) for name in names)
-    return min(((match.start(), -len(name), name) for name, match in matches if match), default=(0, 0, None))[2]
+    found = ((re.search(named(name), text), name) for name in names)
+    return min(((m.start(), -m.end(), m[0].lower() != name.lower(), name) for m, name in found if m), default=[None])[-1]
 
 
 def judge_rev(item, wording):

@@ -31,16 +31,16 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from clip_vit import mean_colour, preprocess
 from coords import fault
 from data import OBJECTIVES, SIDE_ANSWERS, SIDE_PROMPTS, Object, Wording, article, judge_rev, targets_of
-from formats.annotations import read_file
+from formats.annotations import merge, read_file
 from formats.eval_folder import by_picture, folders_of, read_jobs, run_jobs
 from formats.files import read_json, run_command, sha256, write_whole
 from formats.journal import start_processes
-from formats.pictures import card, sheet, still
+from formats.pictures import card, opened, sheet, still
 from formats.weights import weights_sha256
 from model import LocVLM
 from tiny.moving import ensure_clips
@@ -170,8 +170,7 @@ def negpred_metrics(items):
 
 
 def revloc_metrics(items):
-    nothing = mean(item.truth["named"] is None for item in items)
-    return {"name accuracy": mean(item.correct for item in items), "named nothing": nothing}
+    return {"name accuracy": mean(item.correct for item in items), "named nothing": mean(item.truth["named"] is None for item in items)}
 
 
 # ----- COCO-Spatial: left and right, above and below
@@ -334,7 +333,8 @@ def hal_metrics(items):
 def read_items(task, make, args, wording):
     """Read a task's questions about the annotated images of the command line; the file is read once for all tasks."""
     if not args.annotated:
-        args.annotated = read_file(args.coco, args.images or "")
+        records, skipped = read_file(args.coco, args.images or "")
+        args.annotated = merge(records), skipped
     records, skipped = args.annotated
     return make(records[: args.limit], wording, random.Random(f"{args.seed} {task}")), skipped
 
@@ -375,14 +375,12 @@ class Answerer:
     def open(self, is_blind, batch):
         """Open the images of a batch of items: (items by image, images). Blind: without content, CLIP's mean colour."""
         pictures, images, frames, vision = by_picture(batch), [], self.config.frames, self.config.vision_config
-        for (path, mirrored), group in pictures.items():
+        for (path, _), group in pictures.items():
             if is_blind or not path:
                 images.append(Image.new("RGB", (224, 224), mean_colour(vision)))
-            elif frames:
-                images.append([ImageOps.mirror(f) if mirrored else f for f in frames_of(path, frames)])
-            else:
-                # shrunk by the thread that reads it: a photo of 12 megapixels takes 36 MB
-                images.append(preprocess(still(path, mirrored, group[0].is_clip), vision, self.config.geometry))
+            else:  # shrunk by the thread that reads it: a photo of 12 megapixels takes 36 MB
+                seen = opened(group[0], frames)
+                images.append(seen if frames else preprocess(seen[0], vision, self.config.geometry))
         return pictures, images
 
     def answer(self, model, choose, opened):

@@ -414,8 +414,10 @@ class Tokenizer:
         except (RuntimeError, OSError) as error:
             what = f"damaged ({error}), or LLaMA-3's tiktoken file; get its tokenizer.json instead"
             raise ValueError(f"{self.path} is not a sentencepiece model: it is {what}") from None
-        self.bos_token_id, self.eos_token_id = self._model.bos_id(), self._model.eos_id()
-        self.unk_token_id = self._model.unk_id()
+        bos, self.eos_token_id, self.unk_token_id = self._model.bos_id(), self._model.eos_id(), self._model.unk_id()
+        self.bos_token_id = None if bos < 0 else bos
+        if self.eos_token_id < 0:
+            raise ValueError(f"{self.path} has no end token, which every answer needs; use the tokenizer of a LLaMA")
 
     def __len__(self):
         return self._model.vocab_size()

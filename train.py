@@ -322,18 +322,14 @@ def build_records(config, processes):
         raise ValueError(f"{len(clips)} records are about clips ({some(clips)}), and stages 1 and 2 read images; use --stages 3")
     if (bad or wrong) and not config.skip_bad:
         examples = [*bad.values()][:3] + [f"{count} {reason}" for reason, count in wrong.items()]
-        raise ValueError(
-            f"{len(bad)} images and {sum(wrong.values())} annotations cannot be used: {'; '.join(examples)}; list all with "
-            "`python -m tools.check`, or skip them with --skip-bad"
-        )
+        problem = f"{len(bad)} images and {sum(wrong.values())} annotations cannot be used: {'; '.join(examples)}"
+        raise ValueError(f"{problem}; list all with `python -m tools.check`, or skip them with --skip-bad")
     skipped["images that cannot be read"] = len(bad)
     if processes.rank == 0:
         if are_faces_blurred(config.sources) is False:
             print("faces are not blurred in all of these images; the paper blurs them first (App. C): python -m tools.blur")
-        print(
-            f"{len(records)} images, {sum(len(r.objects) for r in records)} unique objects"
-            + "".join(f"; {'note' if reason.startswith(NOTES) else 'skipped'}: {n} {reason}" for reason, n in skipped.items() if n)
-        )
+        counts = (f"; {'note' if reason.startswith(NOTES) else 'skipped'}: {n} {reason}" for reason, n in skipped.items() if n)
+        print(f"{len(records)} images, {sum(len(r.objects) for r in records)} unique objects", *counts, sep="")
     return records, sources
 
 
@@ -451,7 +447,7 @@ def main(config):
     examples = {stage: build_examples(config, stage, records, model, features) for stage in config.stage_list}
     for stage, lost in ((stage, e.left_out) for stage, e in examples.items() if e.left_out and processes.rank == 0):
         print(f"skipped: {lost} conversations of stage {stage}: too long for a row")
-    run = RunFolder(config, processes.rank, processes.world)
+    run = RunFolder(config, processes.rank, processes.world, records)
     if processes.is_fsdp:
         shard(model, processes)
     model.to(processes.device)

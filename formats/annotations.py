@@ -213,6 +213,10 @@ def image_ids(path):
         with naming(path, json.JSONDecodeError):
             content = [json.loads(line) if line[0] in "{[" else line for line in lines]
 
+    images = content.get("images") if isinstance(content, dict) else None
+    if isinstance(images, list) and all(isinstance(image, dict) and image.get("file_name") for image in images):
+        content = {"images": [image["file_name"] for image in images]}  # their other ids may be the file's own
+
     def visit(value, key="image_id"):
         if isinstance(value, dict | list):
             for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):

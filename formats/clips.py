@@ -48,7 +48,7 @@ def shape_problem(path, frame, size):
 
     Sizes may differ: annotations may be made on smaller frames.
     """
-    if all(size) and abs(math.log(frame.width * size[1] / (frame.height * size[0]))) > 0.1:
+    if size and all(size) and abs(math.log(frame.width * size[1] / (frame.height * size[0]))) > 0.1:
         return f"{path} has frames of {frame.width} x {frame.height}, but the annotations say {size[0]} x {size[1]}"
     return None
 

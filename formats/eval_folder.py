@@ -172,7 +172,7 @@ def trained_on(run, files=""):
     while run and run not in visited and (path := Path(run) / "config.json").is_file():
         visited.add(run)
         if not (notes := read_json(path).get("locvlm", {}).get("trained_with")):
-            break
+            return None
         world = Path("data/moving" if notes["stages"] in ("3", "4") else "data/shapes")  # the default data
         own = [path for path, _, _ in parse_sources(notes["data"], notes["images"])]
         own = own or sorted(map(str, world.glob("*_train.json")))

@@ -51,6 +51,9 @@ def read_checkpoint(folder, vision, adapters, dtype, device):
     llama = Llama.from_stored(llama_config, language, f"{folder} (LLaMA)", dtype, device)
     adapter = read_adapter(folder, adapters, (tower.config.hidden_size, llama.config.hidden_size), dtype, device)
     tokenizer = read_tokenizer(folder)
+    chat = read_text(path) if (path := local(folder, "chat_template*") / "chat_template.jinja").is_file() else ASSISTANT
+    if ASSISTANT not in chat:
+        print(f"{path} asks in another form; this model asks as LLaVA-1.5 does (USER: ... {ASSISTANT}), so answers may be poor")
     if ours and sha256(tokenizer.path) != ours["tokenizer_sha256"]:
         hint = f"use the one whose sha256 begins {ours['tokenizer_sha256'][:12]}"
         raise ValueError(f"{tokenizer.path} is not the tokenizer that these weights were trained with; {hint}")
@@ -94,7 +97,7 @@ def geometry_of(folder, config):
     if not processor:
         print(f"{folder} has no preprocessor_config.json: images are cropped to a square, as CLIP does")
     size, is_crop = processor.get("size"), processor.get("do_center_crop", True)
-    is_square = not is_crop and isinstance(size, dict) and "height" in size
+    is_square = isinstance(size, dict) and "height" in size and (not is_crop or processor.get("crop_size", size) in (size, size["height"]))
     return "pad" if processor.get("do_pad") else "squash" if is_square else "crop"
 
 

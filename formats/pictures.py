@@ -5,9 +5,10 @@ from itertools import accumulate
 
 from PIL import Image, ImageDraw, ImageOps
 
+from formats.clips import shape_problem
 from formats.files import write_whole
 from formats.images import is_clip, open_image
-from video import read_frames
+from video import frames_of, read_frames
 
 
 def card(image, boxes, lines=(), width=280):
@@ -45,6 +46,15 @@ def still(path, mirrored=False, as_clip=None):
     """Open an image; of a clip, its middle frame, which is what a model of images reads. Without as_clip, its name decides."""
     image = read_frames(path, 1)[0] if as_clip or (as_clip is None and is_clip(path)) else open_image(path)
     return ImageOps.mirror(image) if mirrored else image
+
+
+def opened(item, frames=0):
+    """Open what a model reads of a question's image or clip: so many frames, or 0: one. Raise ValueError if the annotations say
+    another shape."""
+    pictures = frames_of(item.image, frames) if frames else [still(item.image, as_clip=item.is_clip)]
+    if problem := shape_problem(item.image, pictures[0], item.size):
+        raise ValueError(problem)
+    return [ImageOps.mirror(picture) if item.mirrored else picture for picture in pictures]
 
 
 def is_right(correct):

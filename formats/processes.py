@@ -35,9 +35,8 @@ class Processes:
             torch.cuda.set_device(device)  # before anything asks CUDA: fsdp gathers on the current device
             torch.backends.cuda.enable_math_sdp(False)  # attention that no fused kernel takes raises an error, and takes no GiBs
         for batch in [config.recipe(stage).batch for stage in config.stage_list]:
-            if batch % world and not config.dry_run:
-                fix = max(1, round(batch / world)) * world
-                raise ValueError(f"batch {batch} does not divide by {world} processes; use --batch {fix}")
+            if not config.dry_run:
+                require_even(batch, world)
         is_fsdp = config.parallel == "fsdp" and not config.dry_run
         if (world > 1 or is_fsdp) and not dist.is_initialized() and not config.dry_run:
             # an hour: reading a million annotations or writing 27 GB keeps the others waiting
@@ -100,11 +99,20 @@ def prefetched(make, first, last, workers=2):
                 yield pending.popleft().result()
 
 
+def require_even(batch, world):
+    if batch % world:
+        raise ValueError(f"batch {batch} does not divide by {world} processes; use --batch {max(1, round(batch / world)) * world}")
+
+
+def require_untied(config):
+    if config.tie_word_embeddings:
+        raise ValueError("fsdp cannot train a LLaMA whose head is its embedding; use --parallel ddp")
+
+
 def shard(model, env):
     """Split a model over all processes by layer (FSDP2), and copy rank 0's weights there; other ranks' may be on "meta".
     Weights, gradients and their sums stay float32; layers compute in env.dtype."""
-    if model.config.text_config.tie_word_embeddings:
-        raise ValueError("fsdp cannot train a LLaMA whose head is its embedding; use --parallel ddp")
+    require_untied(model.config.text_config)
     weights = model.state_dict() if env.rank == 0 else {}
     model.to("meta")
     mesh = init_device_mesh(env.device.type, (dist.get_world_size(),))

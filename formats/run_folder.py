@@ -4,6 +4,7 @@ A checkpoint holds the weights that learn and the optimizer. Each process writes
 complete, its folder is renamed: a kill or a full disk leaves the one before. Any number of processes can read it, ddp or fsdp.
 """
 
+import hashlib
 import json
 import re
 import shlex
@@ -52,7 +53,7 @@ def lock(path):
 class RunFolder:
     """The folder of a run. Raise ValueError if it holds another run, or was started with other options than --resume has."""
 
-    def __init__(self, config, rank, world):
+    def __init__(self, config, rank, world, records=()):
         self.folder, self.state, self.rank, self.resumes = Path(config.out), Path(config.out, "state"), rank, config.resume
         self.writer = summary_writer() if config.tensorboard and rank == 0 else None
         if rank == 0:
@@ -61,6 +62,8 @@ class RunFolder:
             recipes = {str(stage): asdict(config.recipe(stage)) for stage in config.stage_list}
             options["recipes"] = {stage: {k: v for k, v in of.items() if k != "compile"} for stage, of in recipes.items()}
             options["data_sha256"] = {file: sha256(file) for file in files}
+            ids = hashlib.sha256(repr([record.id for record in records]).encode()).hexdigest()
+            options["records"] = f"{len(records)}, ids {ids[:16]}"  # their order depends on them all
             if config.resume:
                 before = read_json(require_file(path, "the options of a run to resume"))
                 defaults = {f.name: f.default for f in fields(config)}  # the run may predate an option

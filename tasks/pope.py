@@ -58,7 +58,10 @@ def mean_f1(results, folder):
     f1 = [result["metrics"]["F1"] for result in results]
     keys = ("weights_sha256", "decoding", "dtype", "short", "images")
     other = [key for key in keys if any(result.get(key) != results[0].get(key) for result in results)]
-    note = f" (of different {', '.join(other)}: see these files)" if other else ""
+    other += ["releases"] * (len({name for result in results for name in result["metrics"] if name.startswith("questions (")}) > 1)
+    notes = [f"of different {', '.join(other)}: see these files"] * bool(other)
+    notes += ["some have the same questions"] * (len({result.get("questions_sha256") for result in results}) < len(results))
+    note = f" ({'; '.join(notes)})" if notes else ""
     return f"  mean F1 of the {len(f1)} files of POPE in {folder}: {shown(mean(f1))}{note}\n" if len(f1) > 1 else ""
 
 

@@ -45,7 +45,7 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes: posit
         raise ValueError("where are the faces? pass either --faces or --detector")
     images, out = Path(images), Path(out)
     names = image_names(images, out)
-    boxes, model = (read_faces(faces, names), None) if faces else ({}, centerface(str(detector))[1])
+    (boxes, sizes), model = (read_faces(faces, names), None) if faces else (({}, {}), centerface(str(detector))[1])
     how = {"detector": "CenterFace", "sha256": sha256(model), "threshold": threshold} if model else None
     options = {"source": str(images.resolve()), "faces": how or {"file": Path(faces).name, "sha256": sha256(faces)}}
     rows, finished = read_journal(out / JOURNAL), blur_manifest(out)  # of an earlier run
@@ -65,7 +65,7 @@ def blur(images, out, faces=None, detector=None, threshold=0.2, processes: posit
         if not rows:
             write_line(journal, options)
         try:
-            results = pool.map(work, pending, map(boxes.get, pending))
+            results = pool.map(work, pending, map(boxes.get, pending), map(sizes.get, pending))
             for name, (number, problem) in zip(pending, tqdm(results, total=len(pending), disable=None), strict=True):
                 if problem:
                     problems.append(problem)
@@ -111,9 +111,12 @@ def image_names(images, out):
 
 
 def read_faces(path, names):
-    """Read the face boxes of all images: {file name: list of [x, y, width, height]}, in pixels of the stored orientation."""
+    """Read face boxes, in pixels of the stored orientation: ({file name: list of [x, y, width, height]}, {name: (width, height)}).
+    Sizes of images are those that the file states."""
     faces = read_json(require_file(path, "face boxes: COCO-WholeBody's JSON, or {file name: [[x, y, w, h], ...]}"))
+    sizes = {}
     if isinstance(faces, dict) and {"images", "annotations"} <= faces.keys():
+        sizes = {image["file_name"]: (image["width"], image["height"]) for image in faces["images"] if "width" in image}
         files = {image["id"]: image["file_name"] for image in faces["images"]}
         annotations, faces = faces["annotations"], {name: [] for name in files.values()}
         for a in annotations:
@@ -126,9 +129,11 @@ def read_faces(path, names):
     for name, box in ((name, box) for name, boxes in faces.items() for box in boxes):
         if not are_numbers(box, 4) or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
             raise ValueError(f"{path}: a face in {name} is {box}, not [x, y, width, height]")
+        if 0 < max(box) <= 1:
+            raise ValueError(f"{path}: a face in {name} is {box}, a fraction of the image; write pixels")
     if unknown := [name for name in names if name not in faces]:
         raise ValueError(f"{path} does not name {len(unknown)} of {len(names)} images ({some(unknown)}); try --detector")
-    return faces
+    return faces, sizes
 
 
 @lru_cache(maxsize=1)
@@ -165,7 +170,7 @@ def detect_upright(image, detect):
     return faces
 
 
-def blur_image(images, out, detect, name, faces):
+def blur_image(images, out, detect, name, faces, size=None):
     """Copy an image with its faces (None: detect them) blurred: (number of faces, None), or (0, the problem)."""
     try:
         image = open_image(images / name)
@@ -179,8 +184,12 @@ def blur_image(images, out, detect, name, faces):
         # written without the thumbnail of the original, which may show the faces; a TIFF's describes how its file was laid out
         exif = stored.getexif() if kind != "TIFF" else None
         extra = {"icc_profile": stored.info.get("icc_profile"), **({"exif": exif.tobytes()} if exif else {})}
-        faces = detect_upright(stored, detect) if faces is None else faces
         image = stored.copy() if stored.mode in MODES else image
+        if size and size != image.size:
+            return 0, f"{images / name} has {image.width} x {image.height} pixels, but the file of faces says {size[0]} x {size[1]}"
+        if outside := [box for box in faces or () if min(box[2:]) > 0 and not lies_in(box, image)]:
+            return 0, f"{images / name}: the face {outside[0]} lies outside of its {image.width} x {image.height} pixels"
+        faces = detect_upright(stored, detect) if faces is None else faces
         is_animation = kind == stored.format and getattr(stored, "n_frames", 1) > 1
     number = blur_faces(image, faces)
     is_copy = not (number or is_animation)
@@ -189,11 +198,15 @@ def blur_image(images, out, detect, name, faces):
     return number, None
 
 
+def lies_in(box, image):
+    """Return True if some of a box [x, y, width, height] lies in an image."""
+    x, y, width, height = box
+    return max(x, 0) < min(x + width, image.width) and max(y, 0) < min(y + height, image.height)
+
+
 def blur_faces(image, faces):
     """Blur ellipses around [x, y, width, height] boxes, in place. Return how many boxes lie in the image."""
-    width, height = image.size
-    inside = [(x, y, w, h) for x, y, w, h in faces
-              if max(x, 0) < min(x + w, width) and max(y, 0) < min(y + h, height)]  # fmt: skip
+    (width, height), inside = image.size, [box for box in faces if lies_in(box, image)]
     for x, y, w, h in inside:  # not those without area: COCO-WholeBody's entry for no face
         more_x, more_y = w * (GROW - 1) / 2, h * (GROW - 1) / 2
         x1, y1, x2, y2 = x - more_x, y - more_y, x + w + more_x, y + h + more_y

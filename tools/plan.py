@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from data import IGNORE, IMAGE_ID, collate, pack
 from formats.files import run_command
 from formats.meter import PEAK_FLOPS, step_flops
-from formats.processes import Processes
+from formats.processes import Processes, require_even, require_untied
 from model import ADAPTERS, VARIANTS, LocVLM
 from tools import positive
 from train import PRESETS, TrainConfig, build_examples, build_model, build_records, parse_config, print_parts, trainable
@@ -95,6 +95,8 @@ def plan_step(config, stage, batch, parallel="ddp", world=1, bf16=False, recompu
     bf16: layers compute in bfloat16; weights and optimizer are always float32.
     """
     is_fsdp = parallel == "fsdp"
+    if is_fsdp:
+        require_untied(config.text_config)
     dtype = torch.bfloat16 if bf16 and is_fsdp else torch.float32  # ddp computes under autocast
     with FakeTensorMode():
         torch.set_default_dtype(dtype)  # a fake model cannot be converted
@@ -142,9 +144,9 @@ def batch_of(config, row, count, features=False):
     return collate([row] * count) | {"pixel_values": torch.empty(count, *shape, device="meta")}
 
 
-def remedies(fits, micro_batch, parallel, recompute, world):
+def remedies(fits, micro_batch, parallel, recompute, world, can_shard=True):
     """Return options that make a step fit, the mildest first, or None. fits: (micro_batch, parallel, recompute) -> bool"""
-    engines = [parallel] + ["fsdp"] * (parallel == "ddp" and world > 1)
+    engines = [parallel] + ["fsdp"] * (parallel == "ddp" and world > 1 and can_shard)
     sizes = [micro_batch >> n for n in range(micro_batch.bit_length())]  # halved, down to 1
     for engine, again, m in product(engines, sorted({recompute, True}), sizes):
         if fits(m, engine, again):
@@ -177,7 +179,8 @@ def plan_stage(config, stage, model, records, world, room):
     def plan_of(micro, parallel, recompute):
         return plan_step(model.config, stage, batch_of(model.config, row, micro, features), parallel, world, bf16, recompute)
 
-    share = math.ceil(recipe.batch / world)  # images of a step for each process
+    require_even(recipe.batch, world)
+    share = recipe.batch // world  # images of a step for each process
     how = (min(config.micro_batch or share, share), config.parallel, config.recompute)
     planned, micro, length, answers = plan_of(*how), how[0], len(row["input_ids"]), sum(i != IGNORE for i in row["labels"])
     flops = step_flops(model.config, stage, micro, length, micro * answers, runs_tower=not features)
@@ -185,7 +188,7 @@ def plan_stage(config, stage, model, records, world, room):
     print(f"  each process holds {planned}\n  {flops / 1e12:.2f} TFLOP forward and backward")
     print_beside(model, sum(p.numel() for p in trainable(model, stage).values()), how[1] == "fsdp", world)
     if room and not planned.fits(room):
-        remedy = remedies(lambda *how: plan_of(*how).fits(room), *how, world)
+        remedy = remedies(lambda *how: plan_of(*how).fits(room), *how, world, not model.config.text_config.tie_word_embeddings)
         fix = f"add {remedy}" if remedy else "use more processes with --parallel fsdp, or larger GPUs"
         need = f"{planned.total / 2**30:.0f} GiB per process, too much for {room / 2**30:g}GB"
         raise ValueError(f"stage {stage} needs {need}; {fix}")

@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 
 from coords import GEOMETRIES, KINDS, CoordFormat
-from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, targets_of
+from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, named, targets_of
 from evaluate import Answerer, Item
 from formats.annotations import image_ids_of, read_file, read_records, require_usable
 from formats.eval_folder import require_images
@@ -92,7 +92,9 @@ def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_
 def captioner(model, vision, decoding, world):
     """Load the model. Return the functions records -> opened ones -> captions of each record: None if its image is damaged."""
     how = argparse.Namespace(run=model, vision=vision, dtype=None, compile=False, **decoding)
-    open_pictures, answer = Answerer(how, world).answerer(is_blind=False)
+    answerer = Answerer(how, world)
+    open_pictures, answer = answerer.answerer(is_blind=False)
+    encode = answerer.model.tokenizer.encode
 
     def read(records):
         items_of, pictures = {}, []
@@ -107,6 +109,9 @@ def captioner(model, vision, decoding, world):
     def describe(ready):
         records, opened = ready
         answers = answer(opened)
+        for name, text in answers.items():
+            if len(encode(text)) >= decoding["max_new_tokens"] and not text.rstrip().endswith((".", "!", "?", '"')):
+                answers[name] += " …"  # the model had to stop
         return [[answers.get(f"{record.id}-{o.name}") for o in record.objects] for record in records]
 
     return read, describe
@@ -128,7 +133,6 @@ def prefcoco_rows(records, captions, images):
 
 
 LONGEST = 60  # words of a description, into which a caption is turned
-PEOPLE = "|people|man|men|woman|women|boy|girl|child|kid|baby|lady|guy|player|rider|skier|surfer|skateboarder|snowboarder"
 SENTENCE_END = re.compile(r"(?<=[a-z0-9)\"'])(?<!\b(?:St|Mt|Mr|Dr))[.!?]\"? (?=[A-Z\"])")
 IN_IMAGE = r"in (?:the|this) (?:image|picture|photo|scene)"
 SHOWS = r"(?:the|this) (?:image|picture|photo) (?:shows|features|depicts)"
@@ -149,21 +153,20 @@ def clean_caption(caption, category):
     (('under a lamp, a dog sleeps', None), (None, 'refusal'))
     """
     text = SENTENCE_END.split(" ".join(caption.split()), maxsplit=1)[0].strip(" .!?\"'")
-    named = rf"(?<!\w)(?:{re.escape(category)}(?:e?s)?{PEOPLE if category == 'person' else ''})(?!\w)"
-    if reason := caption_fault(text, named):
+    if reason := caption_fault(text, category):
         return None, reason
     lead = LEAD.match(text)[0]
     text = text.removeprefix(lead)
     where = rf"(?: \(?(?:shown |seen )?{IN_IMAGE}\)?)?((?: (?!{VERBS}|that\b|which\b|who\b)[\w'-]+){{0,8}})"
-    if match := re.match(rf"({named}){where},? (?:(?:that|which|who) )?({VERBS}.+)", text, re.IGNORECASE):
+    if match := re.match(rf"({named(category)}){where},? (?:(?:that|which|who) )?({VERBS}.+)", text, re.IGNORECASE):
         return f"{match[1].lower()}{match[2]} that {match[3]}", None
     first, _, rest = text.partition(" ")
     is_proper = lead or rest[:1].isupper() or any(letter.isupper() for letter in first[1:])  # a name or an acronym
     return text if is_proper else first.lower() + text[len(first) :], None
 
 
-def caption_fault(text, named):
-    """Return why a sentence does not describe the object that the pattern `named` matches, or None."""
+def caption_fault(text, category):
+    """Return why a sentence does not describe an object of a category, or None."""
     words = text.lower().split()
     threes = Counter(zip(words, words[1:], words[2:], strict=False))
     faults = {
@@ -171,9 +174,10 @@ def caption_fault(text, named):
         "refusal": REFUSAL.search(text),
         "repeats the prompt": "using one short sentence" in text or ASSISTANT.rstrip(":") in text,
         "brackets or coordinates": re.search(r"[()\[\]{}<>]|\d\s*,\s*\d|\d\.\d", re.sub(rf"\({IN_IMAGE}\)", "", text)),
+        "cut short": text.endswith("…"),
         "too long": len(words) > LONGEST,
         "repeats itself": max(threes.values(), default=0) > 2 or any(len(set(three)) == 1 for three in threes),
-        "names another thing": not re.search(named, text, re.IGNORECASE),
+        "names another thing": not re.search(named(category), text),
     }
     return next((fault for fault, is_found in faults.items() if is_found), None)
 

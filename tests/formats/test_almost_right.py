@@ -1,6 +1,7 @@
 """Files that are almost right, and files that change after they were read: each was once taken without a word, and wrongly."""
 
 import multiprocessing
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,18 +9,27 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceTrainer
 
 from clip_vit import CLIPVisionTower
-from data import first_named
+from coords import CoordFormat
+from data import IMAGE_ID, REV_ANSWER, Object, Record, Wording, ask_rev, encode_prefix, first_named, judge_rev
+from evaluate import TASKS, Item
 from formats.annotations import image_ids, parse_sources, read_file, read_records
 from formats.clips import shape_problem
+from formats.eval_folder import trained_on
 from formats.features import open_features, write_features
 from formats.files import read_config, write_json
+from formats.llava_hf import json_files
 from formats.originals import meta_tensors
+from formats.pictures import opened
 from formats.run_folder import RunFolder
 from formats.weights import open_tensors
+from llama import read_tokenizer
+from model import LocVLMConfig
 from tasks.pope import mean_f1
-from tools.blur import blur_image, detect_upright
+from tools import prefcoco
+from tools.blur import blur, blur_image, detect_upright
 from tools.prefcoco import clean_caption, localize
 from train import PRESETS, TrainConfig
 
@@ -203,3 +213,119 @@ def test_features_are_of_the_pictures_as_they_are(make_model, coco, tmp_path):
 def test_a_mean_of_f1_says_what_differs():
     results = [{"metrics": {"F1": 0.5}, "short": is_short} for is_short in (True, False)]
     assert "of different short" in mean_f1(results, "eval") and "different" not in mean_f1(results[:1] * 2, "eval")
+    counted = [{"metrics": {"F1": 0.5, f"questions ({release})": 3}, "questions_sha256": release} for release in "ab"]
+    assert "of different releases" in mean_f1(counted, "eval") and "same questions" in mean_f1(counted[:1] * 2, "eval")
+
+
+def test_what_revloc_is_taught_is_what_it_is_judged_by():
+    """Captions call a person a man, and a dog dogs."""
+    rng = random.Random(0)
+    for caption, category in (
+        ("The man in the image is wearing a tie.", "person"), ("The dogs are brown.", "dog"), ("A bus is red.", "bus"),
+    ):  # fmt: skip
+        o = Object(category, (20, 10, 60, 40), clean_caption(caption, category)[0])
+        record = Record("7", None, (100, 80), (o,), (category,), ("tie", "person", "dog"))
+        item = Item("7", None, (100, 80), *ask_rev(o, record, Wording(CoordFormat("ivb", 224), words="description"), rng)[:1], {})
+        item.answer = REV_ANSWER.format(category=o.description)
+        item.truth = {"name": category, "names": ["tie", "person", "dog", "bus"]}
+        judge_rev(item, None)
+        assert item.correct, item.answer
+    assert first_named("There is a baby", ["person", "baby"]) == "baby", "a category of its own"
+    assert first_named("There is a dogma", ["dog"]) is None
+
+
+def test_ids_of_a_file_of_its_own_are_no_cocos(tmp_path):
+    """COCO ids are in names of files; a data set's own ids are other images."""
+    images = [{"id": n, "file_name": f"frame_{n}.jpg"} for n in (9, 139)]
+    write_json(tmp_path / "own.json", {"images": images, "annotations": [{"image_id": 9}]})
+    refused("names no COCO image", image_ids, tmp_path / "own.json")
+    images[0]["file_name"] = "COCO_train2014_000000581857.jpg"
+    write_json(tmp_path / "mdetr.json", {"images": images, "annotations": [{"image_id": 9}]})
+    assert image_ids(tmp_path / "mdetr.json") == {581857}
+
+
+def test_a_caption_that_had_to_stop_is_no_description(monkeypatch):
+    """Only its last sentence is cut, and the first one counts."""
+    answers = {"7-dog": "The dog lies next to a woman who is holding a", "7-cat": "The cat is grey. It is next to"}
+    model = SimpleNamespace(tokenizer=SimpleNamespace(encode=str.split))
+    answerer = SimpleNamespace(model=model, answerer=lambda is_blind: (None, lambda opened: dict(answers)))
+    monkeypatch.setattr(prefcoco, "Answerer", lambda how, world: answerer)
+    objects = [SimpleNamespace(name="dog"), SimpleNamespace(name="cat")]
+    captions = {}
+    for limit in (8, 99):
+        _, describe = prefcoco.captioner("m", None, {"max_new_tokens": limit}, 1)
+        captions[limit] = describe(([SimpleNamespace(id="7", objects=objects)], None))[0]
+    assert captions[99] == list(answers.values())
+    assert clean_caption(captions[8][0], "dog") == (None, "cut short")
+    assert clean_caption(captions[8][1], "cat") == ("cat that is grey", None)
+
+
+def test_rows_about_one_image_are_evaluated_together(coco):
+    """Localize-Instruct has a row for each objective: an object is asked about once, and any category may be named."""
+    row = {"image": "1.png", "size": [100, 80], "names": ["dog"], "box_px": [[20, 10, 60, 40]], "descriptions": ["dog that sleeps"]}
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    rows = [row | {"id": f"1-{name}", "objective": name, "conversations": turns} for name in ("loc", "rev")]
+    write_json(coco / "localize.json", rows)
+    args = SimpleNamespace(annotated=None, coco=coco / "localize.json", images=coco, limit=None, seed=0)
+    for task in ("locpred", "revloc"):
+        items, _ = TASKS[task].read(args, Wording(CoordFormat("ivb", 224)))
+        assert len(items) == 1, task
+
+
+def test_frames_of_another_shape_are_not_asked_about(tmp_path):
+    (tmp_path / "clip").mkdir()
+    for n in range(2):
+        Image.new("RGB", (100, 80)).save(tmp_path / f"clip/{n}.png")
+    item = Item("1", tmp_path / "clip", (80, 100), "?", {}, is_clip=True)
+    for frames in (0, 2):
+        refused("frames of 100 x 80, but the annotations say 80 x 100", opened, item, frames)
+        assert opened(replace(item, size=None), frames)[0].size == (100, 80)
+
+
+def test_what_a_foreign_start_was_trained_on_is_unknown(coco, tmp_path):
+    notes = {"stages": "2", "data": str(instances(coco / "i.json", 100, 80)), "images": str(coco), "exclude": ""}
+    for name in ("llava", "ours", "alone"):
+        (tmp_path / name).mkdir()
+        start = str(tmp_path / "llava") if name == "ours" else ""
+        write_json(tmp_path / name / "config.json", {} if name == "llava" else {"locvlm": {"trained_with": notes | {"init_from": start}}})
+    assert trained_on(str(tmp_path / "ours")) is None and trained_on(str(tmp_path / "alone"))
+
+
+def test_a_tokenizer_without_special_tokens(tmp_path):
+    """Of sentencepiece, -1 means none: no row may begin with it, and without an end no answer ends."""
+    how = {"sentence_iterator": iter(["It is located at (1, 2)"] * 9), "vocab_size": 30, "minloglevel": 2, "hard_vocab_limit": False}
+    for eos, words in ((2, None), (-1, "has no end token")):
+        SentencePieceTrainer.train(model_prefix=str(tmp_path / "tokenizer"), bos_id=-1, eos_id=eos, **how)
+        how["sentence_iterator"] = iter(["It is located at (1, 2)"] * 9)
+        if words:
+            refused(words, read_tokenizer, tmp_path)
+            continue
+        tokenizer = read_tokenizer(tmp_path)
+        assert tokenizer.bos_token_id is None and min(encode_prefix(tokenizer, "plain", 1)) == IMAGE_ID
+        made = json_files(LocVLMConfig(), tokenizer, len(tokenizer), 64)["tokenizer.json"]["post_processor"]
+        assert [*made["single"][0]] == ["Sequence"] and made["special_tokens"] == {}
+
+
+def test_a_resumed_run_has_the_same_images(coco, tmp_path):
+    """One less, and every later step would draw others."""
+    options = {"out": str(tmp_path / "run"), "data": f"{instances(coco / 'i.json', 100, 80)}", "images": str(coco)}
+    records = [SimpleNamespace(id=str(n)) for n in range(3)]
+    RunFolder(TrainConfig(**options), 0, 1, records).lock.close()
+    refused("records was '3, ids .*, is '2, ids", RunFolder, TrainConfig(**options, resume=True), 0, 1, records[1:])
+    RunFolder(TrainConfig(**options, resume=True), 0, 1, records).lock.close()
+
+
+def test_faces_of_another_size_of_image_are_not_blurred_elsewhere(tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (120, 90)).save(tmp_path / "photos/1.png")
+    whole_body = {"images": [{"id": 1, "file_name": "1.png", "width": 640, "height": 480}],
+                  "annotations": [{"id": 1, "image_id": 1, "face_box": [10, 10, 20, 20]}]}  # fmt: skip
+    for faces, words in (
+        (whole_body, "has 120 x 90 pixels, but the file of faces says 640 x 480"),
+        ({"1.png": [[200, 10, 20, 20]]}, r"the face \[200, 10, 20, 20\] lies outside of its 120 x 90 pixels"),
+        ({"1.png": [[0.3, 0.3, 0.2, 0.2]]}, "a fraction of the image; write pixels"),
+    ):
+        write_json(tmp_path / "faces.json", faces)
+        refused(words, blur, tmp_path / "photos", tmp_path / words[:9], faces=tmp_path / "faces.json", processes=1)
+    write_json(tmp_path / "faces.json", {"1.png": [[0, 0, 0, 0], [100, 80, 50, 50]]})
+    blur(tmp_path / "photos", tmp_path / "out", faces=tmp_path / "faces.json", processes=1)

@@ -565,7 +565,8 @@ def test_another_kind_of_tokenizer_is_named(tmp_path, name, content, words):
 @pytest.mark.parametrize(
     "processor, geometry",
     [({"do_pad": True, "size": {"shortest_edge": 28}}, "pad"), ({"do_center_crop": False, "size": {"height": 28, "width": 28}}, "squash"),
-     ({"do_center_crop": True, "size": {"shortest_edge": 28}}, "crop"), (None, "crop")],
+     ({"do_center_crop": True, "size": {"shortest_edge": 28}}, "crop"), (None, "crop"),
+     ({"do_center_crop": True, "size": {"height": 28, "width": 28}, "crop_size": {"height": 28, "width": 28}}, "squash")],
 )  # fmt: skip
 @pytest.mark.parametrize("version", (4, 5))
 def test_the_geometry_is_read_where_transformers_4_and_5_write_it(tmp_path, capsys, processor, geometry, version):

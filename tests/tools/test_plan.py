@@ -193,6 +193,15 @@ def test_the_mildest_remedy_is_named_first():
         == "--parallel fsdp --recompute"
     )
     assert remedies(lambda m, engine, again: False, 8, "ddp", False, 8) is None
+    assert remedies(lambda m, engine, again: engine == "fsdp", 8, "ddp", False, 8, can_shard=False) is None
+
+
+def test_a_plan_refuses_what_training_refuses():
+    tied = replace(config_of("wide"), text_config=replace(config_of("wide").text_config, tie_word_embeddings=True))
+    with pytest.raises(ValueError, match="whose head is its embedding; use --parallel ddp"):
+        plan_step(tied, 2, batch_of("wide"), "fsdp", 8)
+    with pytest.raises(ValueError, match="batch 32 does not divide by 6 processes; use --batch 30"):
+        plan.main(["--variant", "tiny", "--stages", "2", "--batch", "32", "--world-size", "6"])
 
 
 def test_a_plan_refuses_what_does_not_fit_and_names_the_flag(tmp_path, monkeypatch, capsys):
@@ -218,7 +227,7 @@ def test_the_parts_of_a_variant_are_counted(monkeypatch, capsys, tmp_path):
 def test_what_a_run_takes_beside_a_step_is_printed(monkeypatch, capsys):
     """LocVLM-B, stage 2: 12 bytes for each of 6.74 billion parameters that learn; 4 for each of 7.05 billion in one process."""
     monkeypatch.setattr(plan, "plan_step", lambda *how: plan.Plan(0, 0, 0, 0, 0))
-    plan.main(["--variant", "b", "--stages", "2", "--parallel", "fsdp", "--world-size", "8"])
+    plan.main(["--variant", "b", "--stages", "2", "--parallel", "fsdp", "--world-size", "8", "--batch", "8"])
     assert "a checkpoint: 75.4 GiB on disk. The host: 9.4 GiB for each process and 26.2 for the first" in capsys.readouterr().out
 
 
