@@ -361,7 +361,7 @@ class Answerer:
         self.dtype = DTYPES[args.dtype or ("fp32" if self.device == "cpu" else "bf16")]
         self.decoding = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
         hollow = LocVLM.from_pretrained(args.run, args.vision, device="meta")  # shapes only
-        self.config, self.tokenizer_sha256 = hollow.config, sha256(hollow.tokenizer.path)
+        self.config, self.tokenizer = hollow.config, hollow.tokenizer
 
     @cached_property
     def model(self):
@@ -395,7 +395,7 @@ class Answerer:
         """Return what answers depend on, beside the questions."""
         args = self.args
         return {
-            "weights_sha256": weights_sha256(args.run), "tokenizer_sha256": self.tokenizer_sha256,
+            "weights_sha256": weights_sha256(args.run), "tokenizer_sha256": sha256(self.tokenizer.path),
             "vision_sha256": weights_sha256(args.vision) if args.vision else None,
             "dtype": str(self.dtype).removeprefix("torch."), "decoding": self.decoding, "batch": args.batch,
             "compile": args.compile, "images_folder": str(args.images),

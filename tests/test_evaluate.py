@@ -433,6 +433,21 @@ def test_sampled_answers_do_not_depend_on_the_batch(run, tmp_path):
     assert rows_of(sampled) != rows_of(other)
 
 
+def test_answers_that_had_to_stop_are_counted(run, capsys, monkeypatch):
+    """Of a model with random weights all are, at 6 tokens; and answers begun about other pictures are not kept."""
+    answer_all, options = eval_folder.answer_all, []
+    monkeypatch.setattr(eval_folder, "answer_all", lambda *how: options.append(how[4]) or answer_all(*how))
+    evaluate.main(run)
+    cut = result_of(Path(run[0]) / "eval", "locpred-instances_val")["cut"]
+    assert cut and f"  cut: {cut} answers, at --max-new-tokens 6\n" in capsys.readouterr().out
+    picture = next(Path(run[run.index("--images") + 1]).glob("*.png"))
+    content = picture.read_bytes()
+    picture.write_bytes(content + b"\0")
+    evaluate.main([*run, "--fresh"])
+    picture.write_bytes(content)
+    assert options[1]["image_bytes"] == options[0]["image_bytes"] + 1
+
+
 def test_a_result_says_what_it_was_made_of(run, tmp_path, make_model):
     """What the loader reads is hashed and nothing else; the images trained on are counted where the run says which."""
     folder, world = Path(run[0]), Path(run[4]).parent

@@ -94,7 +94,7 @@ def captioner(model, vision, decoding, world):
     how = argparse.Namespace(run=model, vision=vision, dtype=None, compile=False, **decoding)
     answerer = Answerer(how, world)
     open_pictures, answer = answerer.answerer(is_blind=False)
-    encode = answerer.model.tokenizer.encode
+    encode = answerer.tokenizer.encode
 
     def read(records):
         items_of, pictures = {}, []

@@ -247,8 +247,8 @@ def test_ids_of_a_file_of_its_own_are_no_cocos(tmp_path):
 def test_a_caption_that_had_to_stop_is_no_description(monkeypatch):
     """Only its last sentence is cut, and the first one counts."""
     answers = {"7-dog": "The dog lies next to a woman who is holding a", "7-cat": "The cat is grey. It is next to"}
-    model = SimpleNamespace(tokenizer=SimpleNamespace(encode=str.split))
-    answerer = SimpleNamespace(model=model, answerer=lambda is_blind: (None, lambda opened: dict(answers)))
+    tokenizer = SimpleNamespace(encode=str.split)
+    answerer = SimpleNamespace(tokenizer=tokenizer, answerer=lambda is_blind: (None, lambda opened: dict(answers)))
     monkeypatch.setattr(prefcoco, "Answerer", lambda how, world: answerer)
     objects = [SimpleNamespace(name="dog"), SimpleNamespace(name="cat")]
     captions = {}
