@@ -57,7 +57,8 @@ REPR = {"box": "(x1,y1,x2,y2) bbox", "point": "(cx,cy) point"}
 LOC_ANSWER = "It is located at {loc}"
 NEG_ANSWER = "There is no such object in the image"
 REV_ANSWER = "There is a {category}."
-PEOPLE = "|people|man|men|woman|women|boy|girl|child|kid|baby|lady|guy|player|rider|skier|surfer|skateboarder|snowboarder"
+BABY = r"baby(?! (?:elephant|giraffe|zebra|bear|cow|sheep|horse|bird|cat|dog)s?\b)"
+PEOPLE = rf"(?:people|man|men|woman|women|boy|girl|child|kid|{BABY}|lady|guy|player|rider|skier|surfer|skateboarder|snowboarder)"
 # App. E words left and right; the question and answers about above and below are ours
 SIDE_PROMPTS = {
     "left/right": "Which side of {obj_1} is {obj_2} located?",
@@ -228,7 +229,8 @@ def ask_rev(o, record, wording, rng):
 
 def named(name):
     """Return a pattern for a category in a text: its name, its plural, and for person what captions call people."""
-    return rf"(?i:(?<!\w)(?:{re.escape(name)}(?:e?s)?{PEOPLE if name.lower() == 'person' else ''})(?!\w))"
+    people = rf"|{PEOPLE}(?!['’]s\b)"  # a man's tie is no person
+    return rf"(?i:(?<!\w)(?:{re.escape(name)}(?:e?s)?{people if name.lower() == 'person' else ''})(?!\w))"
 
 
 def first_named(text, names):
@@ -238,7 +240,7 @@ def first_named(text, names):
     'wine glass'
     """
     found = ((re.search(named(name), text), name) for name in names)
-    return min(((m.start(), -m.end(), m[0].lower() != name.lower(), name) for m, name in found if m), default=[None])[-1]
+    return min(((m.start(), -m.end(), m[0].lower() != name.lower(), -len(name), name) for m, name in found if m), default=[None])[-1]
 
 
 def judge_rev(item, wording):

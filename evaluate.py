@@ -40,7 +40,7 @@ from formats.annotations import merge, read_file
 from formats.eval_folder import by_picture, folders_of, read_jobs, run_jobs
 from formats.files import read_json, run_command, sha256, write_whole
 from formats.journal import start_processes
-from formats.pictures import card, opened, sheet, still
+from formats.pictures import card, pictures_of, sheet, still
 from formats.weights import weights_sha256
 from model import LocVLM
 from tiny.moving import ensure_clips
@@ -379,7 +379,7 @@ class Answerer:
             if is_blind or not path:
                 images.append(Image.new("RGB", (224, 224), mean_colour(vision)))
             else:  # shrunk by the thread that reads it: a photo of 12 megapixels takes 36 MB
-                seen = opened(group[0], frames)
+                seen = pictures_of(group[0], frames)
                 images.append(seen if frames else preprocess(seen[0], vision, self.config.geometry))
         return pictures, images
 

@@ -92,7 +92,7 @@ def merge(records):
             continue
         if any(first.size) and any(record.size) and first.size != record.size:
             sizes = f"{first.size} in one file of --data and {record.size} in another"
-            raise ValueError(f"{record.image} is {sizes}; correct the file that does not have the size of its pixels")
+            raise ValueError(f"{record.image} is {sizes}, or twice in one; correct what is not the size of its pixels")
         record = respelled(record, first)
         present = tuple(dict.fromkeys(first.present + record.present))
         merged[key] = replace(
@@ -214,7 +214,7 @@ def image_ids(path):
             content = [json.loads(line) if line[0] in "{[" else line for line in lines]
 
     images = content.get("images") if isinstance(content, dict) else None
-    if isinstance(images, list) and all(isinstance(image, dict) and image.get("file_name") for image in images):
+    if images and isinstance(images, list) and all(isinstance(image, dict) and image.get("file_name") for image in images):
         content = {"images": [image["file_name"] for image in images]}  # their other ids may be the file's own
 
     def visit(value, key="image_id"):

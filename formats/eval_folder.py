@@ -30,7 +30,7 @@ from formats.annotations import coco_id, image_ids, image_ids_of, parse_sources,
 from formats.features import file_size
 from formats.files import read_json, remove_temporary, sha256, some, write_json, write_rows
 from formats.hub import is_name
-from formats.images import has_image, is_hidden, names_in
+from formats.images import has_image, is_hidden, names_in, split_zip
 from formats.journal import work_in_parts
 from formats.parquet import shards
 from formats.pictures import overlay
@@ -231,11 +231,13 @@ def run_jobs(args, jobs, wording, model, processes):
         items, how = copy.deepcopy(job.items), answering | {"blind": title == "blind"}  # judging changes the items
         parts, options = folders[title] / f"{job.name}.parts", {"questions_sha256": hashes(items)["questions_sha256"], **how}
         answerer = partial(model.answerer, title == "blind", job.rules.choose)
-        options["image_bytes"] = sum(map(file_size, {item.image for item in items if item.image})) if rank == 0 else 0
+        files = {split_zip(item.image)[0] or item.image for item in items if item.image and rank == 0 and title != "blind"}
+        options["image_bytes"] = sum(map(file_size, files))
         count, seconds = answer_all(items, args.batch, answerer, parts, options, processes, args.fresh)
         if rank > 0:
             continue
-        is_cut = [len(model.tokenizer.encode(item.answer)) >= args.max_new_tokens for item in items if not job.rules.choose]
+        limit = model.decoding["max_new_tokens"]
+        is_cut = [len(model.tokenizer.encode(item.answer)) >= limit for item in items if not job.rules.choose]
         ours, trained = {coco_id(item.image) for item in items} - {None}, "unknown"
         if seen and ours:  # at most so many: some may have been skipped in training
             trained = {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]}
@@ -298,7 +300,7 @@ def print_table(job, folders):
     print(f"\n{job.name}: {len(job.items)} questions about {len({item.image for item in job.items})} images{note}")
     print("".join(f"  skipped: {count} {reason}\n" for reason, count in job.skipped.items()), end="")
     if cut := results.get("ours", {}).get("cut"):
-        print(f"  cut: {cut} answers, at --max-new-tokens {results['ours']['decoding']['max_new_tokens']}")
+        print(f"  cut: at least {cut} answers, at --max-new-tokens {results['ours']['decoding']['max_new_tokens']}")
     if changed := differences(results.get("ours", {}), results.get("blind", {})):
         print(f"  ours and blind are of two evaluations; they differ in {', '.join(changed)}")
     print(" " * 42 + "".join(f"{title:>10}" for title in columns))

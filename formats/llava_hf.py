@@ -51,9 +51,9 @@ def read_checkpoint(folder, vision, adapters, dtype, device):
     llama = Llama.from_stored(llama_config, language, f"{folder} (LLaMA)", dtype, device)
     adapter = read_adapter(folder, adapters, (tower.config.hidden_size, llama.config.hidden_size), dtype, device)
     tokenizer = read_tokenizer(folder)
-    chat = read_text(path) if (path := local(folder, "chat_template*") / "chat_template.jinja").is_file() else ASSISTANT
-    if ASSISTANT not in chat:
-        print(f"{path} asks in another form; this model asks as LLaVA-1.5 does (USER: ... {ASSISTANT}), so answers may be poor")
+    templates = [read_text(path) for path in sorted(local(folder, "chat_template*").glob("chat_template.*"))]
+    if device != "meta" and templates and not any(ASSISTANT in text for text in templates):
+        print(f"{folder} has another chat template; it is asked as LLaVA-1.5 is (USER: ... {ASSISTANT}), so answers may be poor")
     if ours and sha256(tokenizer.path) != ours["tokenizer_sha256"]:
         hint = f"use the one whose sha256 begins {ours['tokenizer_sha256'][:12]}"
         raise ValueError(f"{tokenizer.path} is not the tokenizer that these weights were trained with; {hint}")

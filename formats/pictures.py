@@ -48,12 +48,12 @@ def still(path, mirrored=False, as_clip=None):
     return ImageOps.mirror(image) if mirrored else image
 
 
-def opened(item, frames=0):
+def pictures_of(item, frames=0):
     """Open what a model reads of a question's image or clip: so many frames, or 0: one. Raise ValueError if the annotations say
     another shape."""
     pictures = frames_of(item.image, frames) if frames else [still(item.image, as_clip=item.is_clip)]
     if problem := shape_problem(item.image, pictures[0], item.size):
-        raise ValueError(problem)
+        raise ValueError(f"{problem}; correct or remove its annotations")
     return [ImageOps.mirror(picture) if item.mirrored else picture for picture in pictures]
 
 

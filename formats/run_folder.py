@@ -63,9 +63,12 @@ class RunFolder:
             options["recipes"] = {stage: {k: v for k, v in of.items() if k != "compile"} for stage, of in recipes.items()}
             options["data_sha256"] = {file: sha256(file) for file in files}
             ids = hashlib.sha256(repr([record.id for record in records]).encode()).hexdigest()
-            options["records"] = f"{len(records)}, ids {ids[:16]}"  # their order depends on them all
+            options["records"] = f"{len(records)} images (ids {ids[:8]})"  # their order depends on them all
             if config.resume:
                 before = read_json(require_file(path, "the options of a run to resume"))
+                if before.get("records", options["records"]) != options["records"]:
+                    was, now = before["records"], options["records"]
+                    raise ValueError(f"{self.folder} was trained on {was}, now there are {now}; `python -m tools.check` lists damaged images")
                 defaults = {f.name: f.default for f in fields(config)}  # the run may predate an option
                 require_same_options(options | defaults | before, options, self.folder)
             elif path.exists():

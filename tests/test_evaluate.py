@@ -439,7 +439,7 @@ def test_answers_that_had_to_stop_are_counted(run, capsys, monkeypatch):
     monkeypatch.setattr(eval_folder, "answer_all", lambda *how: options.append(how[4]) or answer_all(*how))
     evaluate.main(run)
     cut = result_of(Path(run[0]) / "eval", "locpred-instances_val")["cut"]
-    assert cut and f"  cut: {cut} answers, at --max-new-tokens 6\n" in capsys.readouterr().out
+    assert cut and f"  cut: at least {cut} answers, at --max-new-tokens 6\n" in capsys.readouterr().out
     picture = next(Path(run[run.index("--images") + 1]).glob("*.png"))
     content = picture.read_bytes()
     picture.write_bytes(content + b"\0")

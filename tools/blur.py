@@ -116,7 +116,8 @@ def read_faces(path, names):
     faces = read_json(require_file(path, "face boxes: COCO-WholeBody's JSON, or {file name: [[x, y, w, h], ...]}"))
     sizes = {}
     if isinstance(faces, dict) and {"images", "annotations"} <= faces.keys():
-        sizes = {image["file_name"]: (image["width"], image["height"]) for image in faces["images"] if "width" in image}
+        sizes = {image["file_name"]: (image["width"], image["height"]) for image in faces["images"]
+                 if image.get("width") and image.get("height")}  # fmt: skip
         files = {image["id"]: image["file_name"] for image in faces["images"]}
         annotations, faces = faces["annotations"], {name: [] for name in files.values()}
         for a in annotations:
@@ -186,9 +187,9 @@ def blur_image(images, out, detect, name, faces, size=None):
         extra = {"icc_profile": stored.info.get("icc_profile"), **({"exif": exif.tobytes()} if exif else {})}
         image = stored.copy() if stored.mode in MODES else image
         if size and size != image.size:
-            return 0, f"{images / name} has {image.width} x {image.height} pixels, but the file of faces says {size[0]} x {size[1]}"
+            return 0, f"{images / name} has {image.width} x {image.height} pixels, but --faces says {size[0]} x {size[1]}; correct that file"
         if outside := [box for box in faces or () if min(box[2:]) > 0 and not lies_in(box, image)]:
-            return 0, f"{images / name}: the face {outside[0]} lies outside of its {image.width} x {image.height} pixels"
+            return 0, f"{images / name}: the face {outside[0]} of --faces lies outside of its {image.width} x {image.height} pixels"
         faces = detect_upright(stored, detect) if faces is None else faces
         is_animation = kind == stored.format and getattr(stored, "n_frames", 1) > 1
     number = blur_faces(image, faces)

@@ -188,8 +188,9 @@ def plan_stage(config, stage, model, records, world, room):
     print(f"  each process holds {planned}\n  {flops / 1e12:.2f} TFLOP forward and backward")
     print_beside(model, sum(p.numel() for p in trainable(model, stage).values()), how[1] == "fsdp", world)
     if room and not planned.fits(room):
-        remedy = remedies(lambda *how: plan_of(*how).fits(room), *how, world, not model.config.text_config.tie_word_embeddings)
-        fix = f"add {remedy}" if remedy else "use more processes with --parallel fsdp, or larger GPUs"
+        can_shard = not model.config.text_config.tie_word_embeddings
+        remedy = remedies(lambda *how: plan_of(*how).fits(room), *how, world, can_shard)
+        fix = f"add {remedy}" if remedy else "use " + "more processes with --parallel fsdp, or " * can_shard + "larger GPUs"
         need = f"{planned.total / 2**30:.0f} GiB per process, too much for {room / 2**30:g}GB"
         raise ValueError(f"stage {stage} needs {need}; {fix}")
 

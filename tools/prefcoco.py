@@ -111,7 +111,7 @@ def captioner(model, vision, decoding, world):
         answers = answer(opened)
         for name, text in answers.items():
             if len(encode(text)) >= decoding["max_new_tokens"] and not text.rstrip().endswith((".", "!", "?", '"')):
-                answers[name] += " …"  # the model had to stop
+                answers[name] += CUT
         return [[answers.get(f"{record.id}-{o.name}") for o in record.objects] for record in records]
 
     return read, describe
@@ -125,13 +125,14 @@ def prefcoco_rows(records, captions, images):
             question, image = "<image>\n" + PROMPT.format(category=o.name), record.image.relative_to(images).as_posix()
             row = {  # its box in COCO's own precision
                 "id": f"{record.id}-{o.name}", "image": image, "size": list(record.size),
-                "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": text}],
+                "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": text and text.removesuffix(CUT)}],
                 "objective": "caption", "name": o.name, "box_px": [round(v, 2) for v in o.box_px]}  # fmt: skip
             description, reason = (None, "damaged image") if text is None else clean_caption(text, o.name)
             (rejected if reason else kept).append(row | ({"reason": reason} if reason else {"description": description}))
     return kept, rejected
 
 
+CUT = " …"  # ends a caption at whose end the model had to stop
 LONGEST = 60  # words of a description, into which a caption is turned
 SENTENCE_END = re.compile(r"(?<=[a-z0-9)\"'])(?<!\b(?:St|Mt|Mr|Dr))[.!?]\"? (?=[A-Z\"])")
 IN_IMAGE = r"in (?:the|this) (?:image|picture|photo|scene)"
@@ -174,7 +175,7 @@ def caption_fault(text, category):
         "refusal": REFUSAL.search(text),
         "repeats the prompt": "using one short sentence" in text or ASSISTANT.rstrip(":") in text,
         "brackets or coordinates": re.search(r"[()\[\]{}<>]|\d\s*,\s*\d|\d\.\d", re.sub(rf"\({IN_IMAGE}\)", "", text)),
-        "cut short": text.endswith("…"),
+        "cut short": text.endswith(CUT.strip()),
         "too long": len(words) > LONGEST,
         "repeats itself": max(threes.values(), default=0) > 2 or any(len(set(three)) == 1 for three in threes),
         "names another thing": not re.search(named(category), text),

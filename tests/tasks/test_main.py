@@ -378,6 +378,7 @@ def test_a_judge_is_asked_once_about_each_answer(run, tmp_path, monkeypatch):
         patch.setattr("formats.eval_folder.run_jobs", lambda args, jobs, wording, model, processes: asked.append(model.decoding))
         main([*words, "--into", str(tmp_path / "into")])
     assert asked[0]["max_new_tokens"] == TEXT.max_position_embeddings // 2, "1,024 in a model that has room for them"
+    main([*words, "--into", str(tmp_path / "long")])
     words += ["--max-new-tokens", "3"]
     main(words)
     folder = Path(run[1]) / "eval"
