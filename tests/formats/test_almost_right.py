@@ -19,14 +19,14 @@ from formats.annotations import image_ids, parse_sources, read_file, read_record
 from formats.clips import shape_problem
 from formats.eval_folder import trained_on
 from formats.features import open_features, write_features
-from formats.files import read_config, write_json
+from formats.files import read_config, read_json, write_json
 from formats.llava_hf import json_files
 from formats.originals import meta_tensors
 from formats.pictures import pictures_of
 from formats.run_folder import RunFolder
 from formats.weights import open_tensors
 from llama import read_tokenizer
-from model import LocVLMConfig
+from model import LocVLM, LocVLMConfig
 from tasks.pope import mean_f1
 from tools import prefcoco
 from tools.blur import blur, blur_image, detect_upright
@@ -330,3 +330,14 @@ def test_faces_of_another_size_of_image_are_not_blurred_elsewhere(tmp_path):
         refused(words, blur, tmp_path / "photos", tmp_path / words[:9], faces=tmp_path / "faces.json", processes=1)
     write_json(tmp_path / "faces.json", {"1.png": [[0, 0, 0, 0], [100, 80, 50, 50]]})
     blur(tmp_path / "photos", tmp_path / "out", faces=tmp_path / "faces.json", processes=1)
+
+
+def test_another_chat_template_is_named(make_model, tmp_path, capsys):
+    make_model(adapter="mlp2x_gelu").save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    config.pop("locvlm")
+    write_json(tmp_path / "config.json", config)  # now somebody else's
+    for template, is_named in (("USER: {{ text }} ASSISTANT:", False), ("[INST] {{ text }} [/INST]", True)):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        LocVLM.from_pretrained(tmp_path)
+        assert ("has another chat template; it is asked as LLaVA-1.5 is" in capsys.readouterr().out) == is_named
