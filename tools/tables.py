@@ -255,20 +255,23 @@ def draw_curves(figures, seeds, path):
     for name in figures:
         setting, _, steps = name.partition("@")
         runs[setting][int(steps or WORDS["STEPS"])] = name
-    picture = Figure(figsize=(3 * (len(measures) + 1), 3.2), layout="constrained")
-    loss, *axes = picture.subplots(1, len(measures) + 1)
+    rows = len(measures) // 4 + 1  # of four panels: the loss, then the measures
+    picture = Figure(figsize=(12, 3 * rows), layout="constrained")
+    loss, *axes = picture.subplots(rows, 4).flat
+    for unused in axes[len(measures) :]:
+        unused.remove()
     for setting, run_after in runs.items():
         steps = sorted(run_after)
         losses = [row["loss"] for row in read_journal(OUT / f"{run_after[steps[-1]]}-{seeds[0]}" / "log.jsonl")]
         means = [statistics.mean(losses[i : i + 20]) for i in range(0, len(losses), 20)]
         loss.plot(range(10, 20 * len(means), 20), means, label=setting)
-        for axis, measure in zip(axes, measures, strict=True):
+        for axis, measure in zip(axes, measures, strict=False):
             values = [figures[run_after[step]][measure] for step in steps]  # of each number of steps, a figure for each seed
             axis.plot(steps, list(map(statistics.mean, values)), marker="o")
             axis.fill_between(steps, list(map(min, values)), list(map(max, values)), alpha=0.2)
             axis.set(title=measure, ylim=(-2, 102), xlabel="steps of stage 2")
     loss.set(title="loss", xlabel="steps of stage 2")
-    loss.legend()
+    picture.legend(loc="lower right")
     write_whole(path, lambda temporary: picture.savefig(temporary, format="svg", metadata={"Date": None}))
 
 
