@@ -57,7 +57,7 @@ REPR = {"box": "(x1,y1,x2,y2) bbox", "point": "(cx,cy) point"}
 LOC_ANSWER = "It is located at {loc}"
 NEG_ANSWER = "There is no such object in the image"
 REV_ANSWER = "There is a {category}."
-BABY = r"baby(?! (?:elephant|giraffe|zebra|bear|cow|sheep|horse|bird|cat|dog)s?\b)"
+BABY = r"baby(?! (?:elephant|giraffe|zebra|bear|cow|sheep|horse|bird|cat|dog)s?\b)"  # a baby elephant is no person
 PEOPLE = rf"(?:people|man|men|woman|women|boy|girl|child|kid|{BABY}|lady|guy|player|rider|skier|surfer|skateboarder|snowboarder)"
 # App. E words left and right; the question and answers about above and below are ours
 SIDE_PROMPTS = {
@@ -227,7 +227,7 @@ def ask_rev(o, record, wording, rng):
     return question, REV_ANSWER.format(category=wording.call(o, rng))
 
 
-def named(name):
+def name_pattern(name):
     """Return a pattern for a category in a text: its name, its plural, and for person what captions call people."""
     people = rf"|{PEOPLE}(?!['’]s\b)"  # a man's tie is no person
     return rf"(?i:(?<!\w)(?:{re.escape(name)}(?:e?s)?{people if name.lower() == 'person' else ''})(?!\w))"
@@ -239,7 +239,8 @@ def first_named(text, names):
     >>> first_named("There is a wine glass on the table", ["glass", "table", "wine glass"])
     'wine glass'
     """
-    found = ((re.search(named(name), text), name) for name in names)
+    found = ((re.search(name_pattern(name), text), name) for name in names)
+    # the first, then the longest; of two that match the same words, the one that is spelled so, else the longer name
     return min(((m.start(), -m.end(), m[0].lower() != name.lower(), -len(name), name) for m, name in found if m), default=[None])[-1]
 
 

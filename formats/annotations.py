@@ -91,8 +91,8 @@ def merge(records):
         if first is record:
             continue
         if any(first.size) and any(record.size) and first.size != record.size:
-            sizes = f"{first.size} in one file of --data and {record.size} in another"
-            raise ValueError(f"{record.image} is {sizes}, or twice in one; correct what is not the size of its pixels")
+            sizes = f"{first.size} in one file of --data and {record.size} in another, or further down"
+            raise ValueError(f"{record.image} is {sizes}; correct the file that does not have the size of its pixels")
         record = respelled(record, first)
         present = tuple(dict.fromkeys(first.present + record.present))
         merged[key] = replace(

@@ -214,6 +214,11 @@ def describe(args, config, wording, jobs):
     }
 
 
+def is_cut(text, tokenizer, limit):
+    """Return True if a text has as many tokens as the model may write. Blanks that were stripped from its end are not counted."""
+    return len(tokenizer.encode(text)) >= limit
+
+
 def run_jobs(args, jobs, wording, model, processes):
     """Answer the questions of all jobs with an evaluate.Answerer, judge the answers, write and print the results."""
     rank, world, _ = processes
@@ -231,17 +236,18 @@ def run_jobs(args, jobs, wording, model, processes):
         items, how = copy.deepcopy(job.items), answering | {"blind": title == "blind"}  # judging changes the items
         parts, options = folders[title] / f"{job.name}.parts", {"questions_sha256": hashes(items)["questions_sha256"], **how}
         answerer = partial(model.answerer, title == "blind", job.rules.choose)
-        files = {split_zip(item.image)[0] or item.image for item in items if item.image and rank == 0 and title != "blind"}
+        is_seen = rank == 0 and title != "blind"  # the first process compares the options
+        files = {split_zip(item.image)[0] or item.image for item in items if item.image} if is_seen else ()
         options["image_bytes"] = sum(map(file_size, files))
         count, seconds = answer_all(items, args.batch, answerer, parts, options, processes, args.fresh)
         if rank > 0:
             continue
         limit = model.decoding["max_new_tokens"]
-        is_cut = [len(model.tokenizer.encode(item.answer)) >= limit for item in items if not job.rules.choose]
+        cut = 0 if job.rules.choose else sum(is_cut(item.answer, model.tokenizer, limit) for item in items)
         ours, trained = {coco_id(item.image) for item in items} - {None}, "unknown"
         if seen and ours:  # at most so many: some may have been skipped in training
             trained = {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]}
-        ran = {"contamination": trained, "world_size": world, "asked": count, "cut": sum(is_cut)}
+        ran = {"contamination": trained, "world_size": world, "asked": count, "cut": cut}
         ran |= {"seconds": round(seconds, 2), "questions_per_second": round(count / seconds, 2)}
         write_results(job, items, folders[title], wording, about | how | ran, args)
         shutil.rmtree(parts)

@@ -51,9 +51,10 @@ def read_checkpoint(folder, vision, adapters, dtype, device):
     llama = Llama.from_stored(llama_config, language, f"{folder} (LLaMA)", dtype, device)
     adapter = read_adapter(folder, adapters, (tower.config.hidden_size, llama.config.hidden_size), dtype, device)
     tokenizer = read_tokenizer(folder)
-    templates = [read_text(path) for path in sorted(local(folder, "chat_template*").glob("chat_template.*"))]
-    if device != "meta" and templates and not any(ASSISTANT in text for text in templates):
-        print(f"{folder} has another chat template; it is asked as LLaVA-1.5 is (USER: ... {ASSISTANT}), so answers may be poor")
+    if not ours and device != "meta":  # else an evaluation, which loads shapes first, says it twice
+        templates = [read_text(path) for path in local(folder, "chat_template*").glob("chat_template.*")]
+        if templates and not any(ASSISTANT in text for text in templates):
+            print(f"{folder} has another chat template; it is asked as LLaVA-1.5 is (USER: ... {ASSISTANT}), so answers may be poor")
     if ours and sha256(tokenizer.path) != ours["tokenizer_sha256"]:
         hint = f"use the one whose sha256 begins {ours['tokenizer_sha256'][:12]}"
         raise ValueError(f"{tokenizer.path} is not the tokenizer that these weights were trained with; {hint}")
@@ -97,7 +98,9 @@ def geometry_of(folder, config):
     if not processor:
         print(f"{folder} has no preprocessor_config.json: images are cropped to a square, as CLIP does")
     size, is_crop = processor.get("size"), processor.get("do_center_crop", True)
-    is_square = isinstance(size, dict) and "height" in size and (not is_crop or processor.get("crop_size", size) in (size, size["height"]))
+    is_square = isinstance(size, dict) and "height" in size
+    if is_square and is_crop:  # a crop as large as the square cuts nothing
+        is_square = processor.get("crop_size", size) in (size, size["height"])
     return "pad" if processor.get("do_pad") else "squash" if is_square else "crop"
 
 

@@ -34,9 +34,8 @@ class Processes:
             env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # rows of many lengths leave no gaps
             torch.cuda.set_device(device)  # before anything asks CUDA: fsdp gathers on the current device
             torch.backends.cuda.enable_math_sdp(False)  # attention that no fused kernel takes raises an error, and takes no GiBs
-        for batch in [config.recipe(stage).batch for stage in config.stage_list]:
-            if not config.dry_run:
-                require_even(batch, world)
+        for stage in () if config.dry_run else config.stage_list:
+            require_even(config.recipe(stage).batch, world)
         is_fsdp = config.parallel == "fsdp" and not config.dry_run
         if (world > 1 or is_fsdp) and not dist.is_initialized() and not config.dry_run:
             # an hour: reading a million annotations or writing 27 GB keeps the others waiting

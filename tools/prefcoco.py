@@ -32,10 +32,10 @@ from typing import Literal
 import torch
 
 from coords import GEOMETRIES, KINDS, CoordFormat
-from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, named, targets_of
+from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, name_pattern, targets_of
 from evaluate import Answerer, Item
 from formats.annotations import image_ids_of, read_file, read_records, require_usable
-from formats.eval_folder import require_images
+from formats.eval_folder import is_cut, require_images
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json
 from formats.journal import require_new, require_same_options, start_processes, work_in_parts
 from formats.schema import are_numbers
@@ -94,7 +94,7 @@ def captioner(model, vision, decoding, world):
     how = argparse.Namespace(run=model, vision=vision, dtype=None, compile=False, **decoding)
     answerer = Answerer(how, world)
     open_pictures, answer = answerer.answerer(is_blind=False)
-    encode = answerer.tokenizer.encode
+    ends = (".", "!", "?", '"')
 
     def read(records):
         items_of, pictures = {}, []
@@ -110,7 +110,7 @@ def captioner(model, vision, decoding, world):
         records, opened = ready
         answers = answer(opened)
         for name, text in answers.items():
-            if len(encode(text)) >= decoding["max_new_tokens"] and not text.rstrip().endswith((".", "!", "?", '"')):
+            if is_cut(text, answerer.tokenizer, decoding["max_new_tokens"]) and not text.rstrip().endswith(ends):
                 answers[name] += CUT
         return [[answers.get(f"{record.id}-{o.name}") for o in record.objects] for record in records]
 
@@ -159,7 +159,7 @@ def clean_caption(caption, category):
     lead = LEAD.match(text)[0]
     text = text.removeprefix(lead)
     where = rf"(?: \(?(?:shown |seen )?{IN_IMAGE}\)?)?((?: (?!{VERBS}|that\b|which\b|who\b)[\w'-]+){{0,8}})"
-    if match := re.match(rf"({named(category)}){where},? (?:(?:that|which|who) )?({VERBS}.+)", text, re.IGNORECASE):
+    if match := re.match(rf"({name_pattern(category)}){where},? (?:(?:that|which|who) )?({VERBS}.+)", text, re.IGNORECASE):
         return f"{match[1].lower()}{match[2]} that {match[3]}", None
     first, _, rest = text.partition(" ")
     is_proper = lead or rest[:1].isupper() or any(letter.isupper() for letter in first[1:])  # a name or an acronym
@@ -178,7 +178,7 @@ def caption_fault(text, category):
         "cut short": text.endswith(CUT.strip()),
         "too long": len(words) > LONGEST,
         "repeats itself": max(threes.values(), default=0) > 2 or any(len(set(three)) == 1 for three in threes),
-        "names another thing": not re.search(named(category), text),
+        "names another thing": not re.search(name_pattern(category), text),
     }
     return next((fault for fault, is_found in faults.items() if is_found), None)
 

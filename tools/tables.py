@@ -265,7 +265,7 @@ def draw_curves(figures, seeds, path):
         losses = [row["loss"] for row in read_journal(OUT / f"{run_after[steps[-1]]}-{seeds[0]}" / "log.jsonl")]
         means = [statistics.mean(losses[i : i + 20]) for i in range(0, len(losses), 20)]
         loss.plot(range(10, 20 * len(means), 20), means, label=setting)
-        for axis, measure in zip(axes, measures, strict=False):
+        for axis, measure in zip(axes[: len(measures)], measures, strict=True):
             values = [figures[run_after[step]][measure] for step in steps]  # of each number of steps, a figure for each seed
             axis.plot(steps, list(map(statistics.mean, values)), marker="o")
             axis.fill_between(steps, list(map(min, values)), list(map(max, values)), alpha=0.2)

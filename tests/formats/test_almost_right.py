@@ -294,10 +294,9 @@ def test_what_a_foreign_start_was_trained_on_is_unknown(coco, tmp_path):
 
 def test_a_tokenizer_without_special_tokens(tmp_path):
     """Of sentencepiece, -1 means none: no row may begin with it, and without an end no answer ends."""
-    how = {"sentence_iterator": iter(["It is located at (1, 2)"] * 9), "vocab_size": 30, "minloglevel": 2, "hard_vocab_limit": False}
+    how = {"vocab_size": 30, "minloglevel": 2, "hard_vocab_limit": False, "model_prefix": str(tmp_path / "tokenizer")}
     for eos, words in ((2, None), (-1, "has no end token")):
-        SentencePieceTrainer.train(model_prefix=str(tmp_path / "tokenizer"), bos_id=-1, eos_id=eos, **how)
-        how["sentence_iterator"] = iter(["It is located at (1, 2)"] * 9)
+        SentencePieceTrainer.train(sentence_iterator=iter(["It is located at (1, 2)"] * 9), bos_id=-1, eos_id=eos, **how)
         if words:
             refused(words, read_tokenizer, tmp_path)
             continue
