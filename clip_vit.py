@@ -68,8 +68,8 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_shapes(cls, stored):
-        """Derive the config from the tensors' shapes, for files without one (OpenAI's, LLaVA's). All CLIPs have K = 64."""
-        width, _, patch, _ = stored["embeddings.patch_embedding.weight"].shape
+        """Derive the config from the tensors' shapes, for files without one, with K = 64 as OpenAI's (open_clip's may differ)."""
+        width, _, patch, _ = stored["embeddings.patch_embedding.weight"].shape  # (Dv, 3, patch, patch)
         positions = stored["embeddings.position_embedding.weight"].shape[0] - 1
         return cls(
             hidden_size=width,
@@ -104,7 +104,7 @@ def preprocess(image, config, geometry="squash"):
 
 
 def mean_colour(config):
-    return tuple(int(255 * m) for m in config.image_mean)
+    return tuple(int(255 * m) for m in config.image_mean)  # RGB, 0..255, rounded down as LLaVA's
 
 
 # ----- the tower, from leaf to root

@@ -138,7 +138,7 @@ class DIGA(IVB):
 
     def encode(self, xy_unit):
         xy_bins = super().encode(xy_unit)
-        centre = [(low + high) / 2 for low, high in zip(xy_unit[:2], xy_unit[-2:], strict=True)]  # a point is its own
+        centre = [(low + high) / 2 for low, high in zip(xy_unit[:2], xy_unit[-2:], strict=True)]  # a point: the same two
         anchor = [min(int(round(v * self.n_bins, 9) // self.patch), self.grid - 1) for v in centre]
         ax, ay = (n * self.patch + self.patch // 2 for n in anchor)  # the cell's centre, in bins
         return (*anchor, *(s * (v - a) for s, v, a in zip(self.signs[len(xy_unit)], xy_bins, (ax, ay, ax, ay), strict=False)))
@@ -185,10 +185,6 @@ class CoordFormat:
         if not isinstance(self.side, int) or self.patch < 1 or self.side < self.patch or self.side % self.patch:
             raise ValueError(f"side {self.side} is not a multiple of the patch size {self.patch}; use 224 or 336")
         object.__setattr__(self, "representation", REPRESENTATIONS[self.kind](self.side, self.patch))
-
-    @property
-    def n_bins(self):
-        return self.side
 
     @property
     def grid(self):

@@ -54,11 +54,13 @@ REV_PROMPTS = (
     "What is at location {loc} in image?",
 )
 REPR = {"box": "(x1,y1,x2,y2) bbox", "point": "(cx,cy) point"}
+WORDS = ("name", "description", "mixed")  # what names an object; mixed: half and half
 LOC_ANSWER = "It is located at {loc}"
 NEG_ANSWER = "There is no such object in the image"
 REV_ANSWER = "There is a {category}."
 BABY = r"baby(?! (?:elephant|giraffe|zebra|bear|cow|sheep|horse|bird|cat|dog)s?\b)"  # a baby elephant is no person
-PEOPLE = rf"(?:people|man|men|woman|women|boy|girl|child|kid|{BABY}|lady|guy|player|rider|skier|surfer|skateboarder|snowboarder)"
+KINDS_OF_PEOPLE = rf"man|woman|boy|girl|child|kid|{BABY}|lady|guy|player|rider|skier|surfer|skateboarder|snowboarder"
+PEOPLE = rf"(?:people|men|women|children|babies|ladies|(?:{KINDS_OF_PEOPLE})s?)"
 # App. E words left and right; the question and answers about above and below are ours
 SIDE_PROMPTS = {
     "left/right": "Which side of {obj_1} is {obj_2} located?",
@@ -111,7 +113,7 @@ class Record:
 def unique_objects(boxes):
     """Return the Objects whose category an image has once: the paper's unique-instance filter (Sec. 3.3).
 
-    boxes: `formats.schema.Box` of one image. A crowd, or an invalid box, counts, but is not asked for.
+    boxes: `formats.schema.Box` of one image. A crowd or an invalid box counts as an occurrence, and is not asked for.
     """
     count = Counter(box.name for box in boxes)
     return tuple(Object(b.name, b.box_px, b.description) for b in boxes if b.box_px and count[b.name] == 1)
@@ -127,9 +129,9 @@ class Wording:
     fmt: CoordFormat
     objectives: tuple = ("loc", "neg", "rev")  # keys of OBJECTIVES
     location: str = "box"  # or "point"
-    words: str = "name"  # what names an object: "name", "description" or "mixed" (half and half)
+    words: str = "name"  # one of WORDS
     neg_ratio: float = 1.0  # absent objects asked for, per object that is present
-    medium: str = "image"  # or "video": what a question about a clip calls it
+    medium: str = "image"  # or "video": what evaluate.ask_presence calls a clip
 
     def place(self, box_px, size):
         """Write a location as text: the box, or its centre."""
@@ -147,10 +149,10 @@ class Wording:
         centre_px = (x1 + x2) / 2, (y1 + y2) / 2
         if max(box_px if self.location == "box" else centre_px) <= 1 < min(size):
             return False
-        centre = self.fmt.unit_from_px(centre_px, size)
-        return self.fmt.visible(box_px, size) >= 0.5 and all(0 <= v <= 1 for v in centre)
+        centre_unit = self.fmt.unit_from_px(centre_px, size)
+        return self.fmt.visible(box_px, size) >= 0.5 and all(0 <= v <= 1 for v in centre_unit)
 
-    def call(self, o, rng):
+    def words_for(self, o, rng):
         """Choose the words for an object: its category or its description."""
         if self.words == "name" or o.description is None or (self.words == "mixed" and rng.random() < 0.5):
             return o.name
@@ -187,7 +189,7 @@ def loc_question(words, wording, rng):
 
 def ask_loc(o, record, wording, rng):
     """LocPred: where is this object?"""
-    question = loc_question(wording.call(o, rng), wording, rng)
+    question = loc_question(wording.words_for(o, rng), wording, rng)
     return question, LOC_ANSWER.format(loc=wording.place(o.box_px, record.size))
 
 
@@ -201,12 +203,13 @@ def located(item, wording):
 
 def judge_loc(item, wording):
     """Right if the first box reaches IoU 0.5 with the true one; a point, if it lies in the true box."""
-    item.boxes_px, box_px = located(item, wording), item.truth["box_px"]
+    item.boxes_px = located(item, wording)
     if wording.location == "point":
-        (x1, y1, x2, y2), points_px = box_px, wording.fmt.decode_points(item.answer, item.size)[:1]
+        x1, y1, x2, y2 = item.truth["box_px"]
+        points_px = wording.fmt.decode_points(item.answer, item.size)[:1]
         item.correct = any(x1 <= x <= x2 and y1 <= y <= y2 for x, y in points_px)
     else:
-        item.truth["iou"] = iou(item.boxes_px[0], box_px) if item.boxes_px else 0.0
+        item.truth["iou"] = iou(item.boxes_px[0], item.truth["box_px"]) if item.boxes_px else 0.0
         item.correct = item.truth["iou"] >= 0.5
 
 
@@ -224,13 +227,15 @@ def judge_neg(item, wording):
 def ask_rev(o, record, wording, rng):
     """RevLoc: what is at this location?"""
     question = rng.choice(REV_PROMPTS).format(loc=wording.place(o.box_px, record.size))
-    return question, REV_ANSWER.format(category=wording.call(o, rng))
+    return question, REV_ANSWER.format(category=wording.words_for(o, rng))
 
 
 def name_pattern(name):
     """Return a pattern for a category in a text: its name, its plural, and for person what captions call people."""
+    plural = re.sub("mouse$", "mice", re.sub("fe$", "ves", re.sub("(?<![aeiou])y$", "ies", name)))  # unchanged, if regular
     people = rf"|{PEOPLE}(?!['’]s\b)"  # a man's tie is no person
-    return rf"(?i:(?<!\w)(?:{re.escape(name)}(?:e?s)?{people if name.lower() == 'person' else ''})(?!\w))"
+    names = rf"{re.escape(name)}(?:e?s)?|{re.escape(plural)}{people if name.lower() == 'person' else ''}"
+    return rf"(?i:(?<!\w)(?:{names})(?!\w))"
 
 
 def first_named(text, names):
@@ -239,9 +244,9 @@ def first_named(text, names):
     >>> first_named("There is a wine glass on the table", ["glass", "table", "wine glass"])
     'wine glass'
     """
-    found = ((re.search(name_pattern(name), text), name) for name in names)
-    # the first, then the longest; of two that match the same words, the one that is spelled so, else the longer name
-    return min(((m.start(), -m.end(), m[0].lower() != name.lower(), -len(name), name) for m, name in found if m), default=[None])[-1]
+    found = {name: match for name in names if (match := re.search(name_pattern(name), text))}
+    # the earliest match, then the longest; if two categories match the same words, the one spelled like them, else the longer
+    return min(found, key=lambda n: ((m := found[n]).start(), -m.end(), m[0].lower() != n.lower(), -len(n), n), default=None)
 
 
 def judge_rev(item, wording):
@@ -276,8 +281,7 @@ def draw_absent(record, wording, rng, descriptions, at_least=0):
     """Yield absent objects to ask for, neg_ratio per unique object; half borrow a description, unless words are names."""
     wanted = wording.neg_ratio * max(1, len(targets_of(record, "object", wording, rng)))
     count = min(int(wanted) + (rng.random() < wanted % 1), len(record.absent))
-    if wanted > 0:
-        count = max(count, at_least)
+    count = max(count, at_least * (wanted > 0))
     for name in rng.sample(record.absent, count):
         borrowed = rng.choice(descriptions[name]) if descriptions.get(name) else None
         is_described = borrowed and wording.words != "name" and rng.random() < 0.5
@@ -441,10 +445,8 @@ class Examples:
         self.left_out = sum(too_long)
         if self.left_out and not skip_bad:
             first = next(record.id for record, count in zip(records, too_long, strict=True) if count)
-            raise ValueError(
-                f"{self.left_out} conversations (the first is about image {first}) are too long: question and image exceed "
-                f"{max_length} tokens; skip them with --skip-bad"
-            )
+            problem = f"{self.left_out} conversations (the first is about image {first}) are too long"
+            raise ValueError(f"{problem}: question and image exceed {max_length} tokens; skip them with --skip-bad")
         self.records = [record for record in fitting if self.draw_segments(record, random.Random(0))]
         is_asked = {OBJECTIVES[name].about for name in wording.objectives} & {"object", "pair"} and template != "plain"
         has_boxes = [record for record in records if record.present or record.absent] if is_asked else []
@@ -454,17 +456,15 @@ class Examples:
                 "list the problems with `python -m tools.check`, or train without loc and rev: --objectives neg"
             )
         if not self.records:
-            raise ValueError(
-                f"none of {len(records)} records yields an example for template {template!r} and objectives "
-                f"{wording.objectives}; they need captions, conversations or unique objects"
-            )
+            problem = f"none of {len(records)} records yields an example for {template!r} and {wording.objectives}"
+            raise ValueError(f"{problem}; they need captions, conversations or unique objects")
         self.weights = np.array([record.weight for record in self.records])
         self.epoch_length = max(1, round(self.weights.sum()))  # rows per epoch
         self.orders = {}  # epoch -> its order
 
     def drop_long(self, record):
         """Return a record without the conversations whose first question leaves no room for an answer."""
-        room = self.max_length - len(self.prefix if record.image else self.text_prefix) - 1
+        room = self.max_length - len(self.prefix if record.image else self.text_prefix) - 1  # the space that sentencepiece adds
 
         def fits(turns):  # a piece is at least one byte, so most texts need no tokenizer here
             text = f"\n{turns[0][0]} {ASSISTANT}"
@@ -516,8 +516,9 @@ class Examples:
             return self.row((index + 1) % len(self.records), draw)
 
     def order(self, sample):
-        """Return (index of the record, draw) of the run's draw number `sample`. `draw` seeds its text: the epoch, and for a
-        record that may come several times in one, its place. A record of weight w comes floor(w) or ceil(w) times an epoch.
+        """Return (index of the record, draw) for row number `sample` of the run, counted over all epochs. `draw` seeds its
+        text: the epoch, and if the weight is not 1 (the record may come twice), the row's place in it. A record of weight w
+        comes floor(w) or ceil(w) times an epoch, but for rounding of the epoch's length.
         """
         epoch, place = divmod(sample, self.epoch_length)
         order = self.orders.get(epoch)
@@ -529,7 +530,7 @@ class Examples:
                 ends = self.weights[order].cumsum()
                 marks = (np.arange(self.epoch_length) + rng.random()) * ends[-1] / self.epoch_length
                 order = rng.permutation(order[np.searchsorted(ends, marks, side="right").clip(max=len(ends) - 1)])
-            self.orders = {epoch: order}  # prefetching threads may replace it: below, only a local name is read
+            self.orders = {epoch: order}  # another prefetching thread may replace it: read only the local name below
         index = int(order[place])
         return index, epoch if self.weights[index] == 1 else f"{epoch} {place}"
 
@@ -559,4 +560,4 @@ def marked(tokenizer, row):
             text = tokenizer.decode(ids).replace("\n", "\\n")
             end = "</s>" if ids[-1] == tokenizer.eos_token_id else ""
             parts.append(f"«{text}{end}»" if has_loss else text)
-    return "<s>" + " ".join(parts).replace("\n   ", "\n  ")
+    return "<s>" * (tokenizer.bos_token_id is not None) + " ".join(parts).replace("\n   ", "\n  ")

@@ -35,7 +35,7 @@ from PIL import Image
 
 from clip_vit import mean_colour, preprocess
 from coords import fault
-from data import OBJECTIVES, SIDE_ANSWERS, SIDE_PROMPTS, Object, Wording, article, judge_rev, targets_of
+from data import OBJECTIVES, SIDE_ANSWERS, SIDE_PROMPTS, WORDS, Object, Wording, article, judge_rev, targets_of
 from formats.annotations import merge, read_file
 from formats.eval_folder import by_picture, folders_of, read_jobs, run_jobs
 from formats.files import read_json, run_command, sha256, write_whole
@@ -49,8 +49,7 @@ from video import frames_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-ICL_PROMPT = "Q: {question} A: {answer} Q: {question} A: {answer} Q: {question}"
-HAL_PROMPT = "Is there {a/an object} in the {image/video}?"
+HAL_PROMPT = "Is there {a/an object} in the {image/video}?"  # noted in results; ask_presence writes the question
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Item:
     image: Path | None  # image file, member of a zip, or clip
     size: tuple | None  # (width, height) of the image if boxes are asked or drawn, else None
     question: str
-    truth: dict  # what the answer should be; the judge adds what it measured: iou, named, side, strict
+    truth: dict  # what the answer should be; the judge adds what it measured: iou, named, side, strict, opposite
     answer: str = ""
     correct: bool | float | None = None  # a score 0..1 if the metric is graded, None if only all answers together count
     boxes_px: list = field(default_factory=list)  # locations in the answer, original pixels
@@ -161,7 +160,7 @@ def locpred_metrics(items):
     return {
         "acc@0.5": mean(item.correct for item in items), "acc@0.75": mean(iou >= 0.75 for iou in ious), "mean IoU": mean(ious),
         "no box": mean(not item.boxes_px for item in items),
-        "box outside image": mean(bool(fault(item.boxes_px[0], item.size)) for item in with_iou),
+        "invalid box": mean(bool(fault(item.boxes_px[0], item.size)) for item in with_iou),  # outside, or corners swapped
     }  # fmt: skip
 
 
@@ -217,24 +216,22 @@ def side_answer(side, obj_1, obj_2):
 def spatial_items(records, wording, rng):
     """Ask about sides directly and in context (App. E).
 
-    In context, "icl verbatim" (of left and right, if it names no axis) has the paper's examples, which answer about the other
-    object than they ask for; plain "icl" has examples that answer what they ask, in random order. A direct question about left
-    and right is also asked of the mirrored image.
+    In context, "icl" shows two examples that answer what they ask, in random order. "icl verbatim" shows the paper's, which
+    answer about the other object than they ask for; without an axis in its name, it is about left and right. A direct question
+    about left and right is also asked of the mirrored image.
     """
     items, start = [], rng.getstate()
     for axis, setting in enumerate(SIDE_PROMPTS):
-        rng.setstate(start)  # so that an image has the same questions, however many follow it
+        rng.setstate(start)  # so that --limit does not change the questions about above and below
         for record, one, two, three, side in spatial_triplets(records, rng, axis):
             other = OPPOSITE[side]  # where two and three are, seen from one
-            questions = [side_question(setting, *pair) for pair in ((one, two), (two, one), (three, one))]
-            answers = side_answer(other, one, two), side_answer(side, two, one)
-            right, swapped = (  # swapped: as the paper prints them, each answers the other's question
-                [f"Q: {q} A: {a}" for q, a in zip(questions, given, strict=False)] for given in (answers, answers[::-1])
-            )
-            rng.shuffle(right)
-            texts = {setting: questions[0], f"icl {setting}": " ".join([*right, f"Q: {questions[2]}"])}
+            first, second, asked = (side_question(setting, *pair) for pair in ((one, two), (two, one), (three, one)))
+            to_first, to_second = side_answer(other, one, two), side_answer(side, two, one)
+            examples = [f"Q: {first} A: {to_first}", f"Q: {second} A: {to_second}"]
+            rng.shuffle(examples)
+            as_printed = f"Q: {first} A: {to_second} Q: {second} A: {to_first} Q: {asked}"  # in the paper: answers are swapped
             verbatim = "icl verbatim" + f" {setting}" * (setting != "left/right")
-            texts[verbatim] = " ".join([*swapped, f"Q: {questions[2]}"])
+            texts = {setting: first, f"icl {setting}": " ".join([*examples, f"Q: {asked}"]), verbatim: as_printed}
             for name, text in texts.items():
                 objects, word = ((one, two), other) if name == setting else ((three, one), side)
                 truth = {"setting": name, "word": word, "boxes_px": [o.box_px for o in objects]}
@@ -248,13 +245,13 @@ def spatial_items(records, wording, rng):
 
 
 def judge_spatial(item, wording):
-    """Right if the word is in the answer (the paper's rule); `strict`: and its opposite is not. `named`: the one side named."""
-    words, word = set(re.findall(r"[a-z]+", item.answer.lower())), item.truth["word"]
-    item.correct = word in words
-    item.truth["strict"] = item.correct and OPPOSITE[word] not in words
-    item.truth["opposite"] = OPPOSITE[word] in words
-    sides = [side for side in (word, OPPOSITE[word]) if side in words]
-    item.truth["side"] = sides[0] if len(sides) == 1 else None
+    """Right if the answer holds the word (the paper's rule); `strict`: and not its opposite. `side`: the only side it names."""
+    word, words = item.truth["word"], re.findall(r"[a-z]+", item.answer.lower())
+    named = [side for side in (word, OPPOSITE[word]) if side in words]
+    item.correct = word in named
+    item.truth["strict"] = named == [word]
+    item.truth["opposite"] = OPPOSITE[word] in named
+    item.truth["side"] = named[0] if len(named) == 1 else None
 
 
 def flip_consistency(items):
@@ -342,10 +339,9 @@ def read_items(task, make, args, wording):
 METRICS = {"locpred": locpred_metrics, "negpred": negpred_metrics, "revloc": revloc_metrics}  # other objectives: accuracy
 MEASURES = {  # task: (its questions, judge, metrics, prompts)
     **{o.task: (partial(objective_items, o), o.judge, METRICS.get(o.task, accuracy), o.prompts) for o in OBJECTIVES.values()},
-    "spatial": (spatial_items, judge_spatial, spatial_metrics, (*SIDE_PROMPTS.values(), ICL_PROMPT)),
+    "spatial": (spatial_items, judge_spatial, spatial_metrics, (*SIDE_PROMPTS.values(), "Q: ... A: ... Q: ... A: ... Q: ...")),
     "hal": (hal_items, judge_hal, hal_metrics, (HAL_PROMPT,)),
 }
-ITEMS = {name: make for name, (make, *_) in MEASURES.items()}
 TASKS = {name: Task(partial(read_items, name, make), *rest, paper=paper_rows(name)) for name, (make, *rest) in MEASURES.items()}
 
 
@@ -368,7 +364,7 @@ class Answerer:
         model = LocVLM.from_pretrained(self.args.run, self.args.vision, self.dtype, self.device).eval()
         return model.for_inference(self.args.compile)
 
-    def answerer(self, is_blind, choose=None):
+    def functions(self, is_blind, choose=None):
         """Load the weights, if they are not, and return the functions batch -> opened images, and these -> {id: answer}."""
         return partial(self.open, is_blind), partial(self.answer, self.model, choose)
 
@@ -447,14 +443,14 @@ def add_options(parser):
     add("--coco", help="instances_*.json (default: the held-out shapes, written to data/shapes if missing)")
     add("--images", help="folder or zip of the images or clips")
     add("--location", choices=("box", "point"), help="what a location is (default: as trained)")
-    add("--words", choices=("name", "description", "mixed"), help="what names an object (default: as trained)")
-    add("--limit", type=int, help="use the first so many images only")
+    add("--words", choices=WORDS, help="what names an object (default: as trained)")
+    add("--limit", type=int, help="use only the first LIMIT images")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--blind", action="store_true", help="blank the images: what language alone achieves")
     either("--with-blind", action="store_true", help="ask with the images and without, and print both")
     add("--temperature", type=float, default=0.0, help="0 is greedy, the paper samples at 0.2 (default: 0)")
     add("--seed", type=int, default=0, help="of questions and sampling (default: 0)")
-    add("--max-new-tokens", type=int, default=64, help="longest answer (default: 64, judged ones 1024)")
+    add("--max-new-tokens", type=int, default=64, help="longest answer (default: 64; 1024 if a judge reads it)")
     add("--batch", type=int, default=128, help="questions at a time, those about an image together (default: 128)")
     add("--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
     add("--compile", action="store_true", help="torch.compile the decoder: takes a minute, then faster")
@@ -518,25 +514,26 @@ def write_page(run):
 
 def main(argv=None):
     args = parse(argv)
-    rank, world, wait = processes = start_processes()
-    model = Answerer(args, world)
+    processes = start_processes()
+    rank, world, wait = processes
+    answerer = Answerer(args, world)
     if args.ask:
         out = args.out or folders_of(args.run, args.into)["ours"] / "ask.png"
-        return ask(model.model, args.image, args.ask, out, **model.decoding)
+        return ask(answerer.model, args.image, args.ask, out, **answerer.decoding)
 
     # 1 read the questions; whatever is wrong with them shows before the weights are read
-    wording = wording_of(args, model.config)
+    wording = wording_of(args, answerer.config)
     if rank > 0:
         wait()  # until rank 0 has written the shapes world, if it is missing
     if args.is_default_data:
-        use_default_data(args, model.config)
+        use_default_data(args, answerer.config)
     jobs = read_jobs(TASKS if args.task == "all" else {args.task: TASKS[args.task]}, args, wording)
     if rank == 0:
-        wait()
+        wait()  # the others may read it now
 
     # 2 for each task: Answerer.answer its batches, then Task.judge every item and Task.metrics of all; run_jobs does this in
     # parts that survive a kill, and writes the files
-    run_jobs(args, jobs, wording, model, processes)
+    run_jobs(args, jobs, wording, answerer, processes)
     if rank == 0 and not args.into:
         write_page(args.run)
 

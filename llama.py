@@ -76,9 +76,9 @@ class LlamaConfig:
         }
         for key, is_unsupported in unsupported.items():
             if is_unsupported:
-                value = rope if key == "rope_scaling" else config.get(key)
+                value = rope if key == "rope_scaling" else rope.get(key, config.get(key, config.get("num_experts")))
                 raise ValueError(f"unsupported {key} {value!r}; this decoder is a plain LLaMA")
-        needs = ("factor",) * (rope_type != "default")
+        needs = () if rope_type == "default" else ("factor",)
         if rope_type == "llama3":
             needs += ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         if absent := [key for key in needs if not isinstance(rope.get(key), int | float)]:
@@ -95,7 +95,7 @@ class KVCache:
     def __init__(self, config, rows, capacity, device, dtype):
         shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
         layers = range(config.num_hidden_layers)
-        self.layers = [[torch.empty(shape, device=device, dtype=dtype) for _ in "kv"] for _ in layers]
+        self.layers = [[torch.empty(shape, device=device, dtype=dtype) for _ in ("keys", "values")] for _ in layers]
         self.length = 0
 
     def of_layer(self, layer):
@@ -238,7 +238,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.uses_flex, self.compiled = False, None  # see compile_layers, for_inference
+        self.uses_flex, self.one_token_layers = False, None  # see compile_layers, for_inference
         self.tie()
 
     def tie(self):
@@ -263,18 +263,18 @@ class Llama(nn.Module):
             raise ValueError("a filled cache needs a mask over cached and new positions")
         if positions is None:
             positions = torch.arange(past, past + x.shape[1], device=x.device).expand(x.shape[:2])
-        if torch.is_tensor(mask):  # as floats to add to the scores: from booleans, attention would make them in every layer
+        if torch.is_tensor(mask):  # attention adds floats to the scores; given booleans, it would convert them in every layer
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
         cos, sin = rotary(positions, self.config, x.dtype)  # (B, 1, T, K)
-        use_compiled = self.compiled and x.shape[1] == 1 and (len(x) == 1 or x.is_cuda)  # see for_inference
-        for layer, block in enumerate(self.compiled if use_compiled else self.layers):
+        is_one_token = self.one_token_layers and x.shape[1] == 1 and (len(x) == 1 or x.is_cuda)  # see for_inference
+        for layer, block in enumerate(self.one_token_layers if is_one_token else self.layers):
             x = block(x, cos, sin, mask, None if cache is None else cache.of_layer(layer))
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
 
     def compile_layers(self, backend="inductor"):
-        """Compile each block's computation. Packed rows on a GPU then use FlexAttention, which a CPU cannot train with."""
+        """Compile each block for training. Packed rows on a GPU then use FlexAttention, which a CPU cannot train with."""
         # all layers share one count of graphs: one for each stage, shape of a batch, and kind of mask
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in self.layers:  # `body`: what fsdp adds to the calls of a block stays outside
@@ -290,7 +290,7 @@ class Llama(nn.Module):
         """
         pack_linears(self, compile)
         if compile:
-            self.compiled = [torch.compile(block) for block in self.layers]
+            self.one_token_layers = [torch.compile(block) for block in self.layers]
         return self
 
     @torch.inference_mode()
@@ -316,8 +316,8 @@ class Llama(nn.Module):
                 f"{self.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
             )
         cache = prefix or KVCache(self.config, len(prompts), needed, device, self.embed_tokens.weight.dtype)
-        pads = torch.tensor([longest - len(ids) for ids in prompts], device=device)  # (B,)
-        ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)  # (B, T)
+        pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)  # (B,)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)  # (B, T)
         choose = chooser(keys or prompts, temperature, seed)
 
         # A row of the cache, with a prefix of 3, padding of 2 and a prompt of 2:   p p p . . q q a a a
@@ -329,22 +329,22 @@ class Llama(nn.Module):
         mask = (seen[:, None, None, : past + longest] & is_causal) | is_self  # (B, 1, T, past + T)
         positions = (query_slots[:, 0] - pads[:, None]).clamp(min=0)  # (B, T)
 
-        answers, prompt_of = [[] for _ in prompts], list(range(len(prompts)))  # the prompt that each row continues
+        answers, prompt_of = [[] for _ in prompts], list(range(len(prompts)))  # number of the prompt that each row continues
         running = set(prompt_of)
         for step in range(max_new_tokens):
             x = self.hidden(self.embed_tokens(ids), positions, mask, cache)  # (B, T, D), then (B, 1, D)
             chosen = choose(self.lm_head(x[:, -1]).float(), prompt_of)
-            for prompt, token in zip(prompt_of, chosen, strict=True):
+            for number, token in zip(prompt_of, chosen, strict=True):
                 if token == eos_token_id:
-                    running.discard(prompt)
-                if prompt in running:
-                    answers[prompt].append(token)
+                    running.discard(number)
+                if number in running:
+                    answers[number].append(token)
                     if on_token:
-                        on_token(prompt, answers[prompt])
+                        on_token(number, answers[number])
             if not running:
                 break
             if 2 * len(running) <= len(prompt_of):  # half are done: continue with the others alone
-                keep = [row for row, prompt in enumerate(prompt_of) if prompt in running]
+                keep = [row for row, number in enumerate(prompt_of) if number in running]
                 cache.spread(keep)
                 pads, seen = pads[keep], seen[keep]
                 prompt_of, chosen = [prompt_of[row] for row in keep], [chosen[row] for row in keep]
@@ -380,14 +380,14 @@ class Llama(nn.Module):
 
 
 def chooser(keys, temperature, seed):
-    """Return the function (logits (B, V), the prompt that each row continues) -> B token ids: greedy, or sampling."""
+    """Return the function (logits (B, V), number of the prompt of each row) -> B token ids: greedy, or sampling."""
     if temperature == 0:
         return lambda logits, prompt_of: logits.argmax(-1).tolist()
     generators = [torch.Generator().manual_seed(seed ^ zlib.crc32(str(key).encode())) for key in keys]
 
     def sample(logits, prompt_of):
         rows = zip((logits / temperature).softmax(-1).cpu(), prompt_of, strict=True)
-        return [int(torch.multinomial(p, 1, generator=generators[prompt])) for p, prompt in rows]
+        return [int(torch.multinomial(p, 1, generator=generators[number])) for p, number in rows]
 
     return sample
 

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower, open_image, preprocess
 from coords import CoordFormat
-from data import IGNORE, collate, encode_prefix, encode_question, encode_segment, pack, placeholders
+from data import IGNORE, REPR, WORDS, collate, encode_prefix, encode_question, encode_segment, pack, placeholders
 from formats.fast_cpu import pack_linears
 from formats.llava_hf import read_adapter, read_checkpoint, write_checkpoint
 from llama import KVCache, Llama, LlamaConfig, read_tokenizer
@@ -75,8 +75,9 @@ class LocVLMConfig:
     frames: int = 0  # frames per clip; 0: the model reads images
 
     def __post_init__(self):
-        if self.adapter not in ADAPTERS:
-            raise ValueError(f"unknown adapter {self.adapter!r}; choose one of {tuple(ADAPTERS)}")
+        for name, choices in (("adapter", ADAPTERS), ("location", REPR), ("words", WORDS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {tuple(choices)}")
         _ = self.coord_format(), self.visual_tokens  # raise if kind, geometry, or what the adapter needs is invalid
 
     @property
@@ -217,7 +218,8 @@ class LocVLM(nn.Module):
         longest = len(prefix) + max((len(ids) for of_image in segments for ids, _ in of_image), default=0)
         if longest > (limit := self.config.text_config.max_position_embeddings):
             raise ValueError(f"{longest} tokens exceed max_position_embeddings = {limit}; shorten the question or the answer")
-        batch, patches = collate([pack(prefix, of_image, 10**9) for of_image in segments]), self.see(images)
+        batch = collate([pack(prefix, of_image, 10**9) for of_image in segments])  # each turn was measured above
+        patches = self.see(images)  # (images, P, Dv)
         batch = {key: value.to(patches.device) for key, value in batch.items() if value is not None}
         log_p = iter((-self(patches, **batch, reduction="none")).tolist())  # row by row, in the order of its segments
         return [[[next(log_p) for i in labels if i != IGNORE] for _, labels in of_image] for of_image in segments]

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 import evaluate
 from coords import GEOMETRIES, KINDS
-from data import OBJECTIVES, Examples, Wording, marked
+from data import OBJECTIVES, WORDS, Examples, Wording, marked
 from formats.annotations import image_ids_of, parse_sources, read_records, unreadable
 from formats.fast_cpu import keep_freed_memory
 from formats.features import open_features
@@ -110,7 +110,7 @@ class TrainConfig:
         "conversations (Vid-B); 4: adapter and LLaMA, on the objectives too (Vid-B+)",
     )
     resume: bool = opt(False, "continue the run from its last checkpoint")
-    dry_run: bool = opt(False, "print parts, shapes and an example; train and write nothing")
+    dry_run: bool = opt(False, "print parts, shapes and an example; train nothing, write no run")
     evaluate: bool = opt(True, "evaluate after the last stage, if a val split lies beside the data (instances_val.json)")
     # model
     vision: str = opt("", "CLIP: folder, ORG/NAME[@REVISION] on the Hugging Face hub, or OpenAI's .pt state dict [tiny/clip]")
@@ -129,7 +129,7 @@ class TrainConfig:
     kind: typing.Literal["", *KINDS] = opt("", "how coordinates are written [as in --init-from, else ivb]")
     geometry: typing.Literal["", *GEOMETRIES] = opt("", "how an image becomes a square [as in --init-from, else squash]")
     location: typing.Literal["", "box", "point"] = opt("", "what a location is [as in --init-from, else box]")
-    words: typing.Literal["", "name", "description", "mixed"] = opt(
+    words: typing.Literal["", *WORDS] = opt(
         "", "what names an object: its category, its pseudo-caption, or either [as in --init-from, else name]"
     )
     questions: int = opt(0, "questions behind each image [preset]")
@@ -139,7 +139,7 @@ class TrainConfig:
     lr: float = opt(0.0, "peak learning rate [preset]")
     steps: int = opt(0, "optimizer steps [preset]")
     seed: int = opt(0, "of data order, wording and the adapter's initial weights")
-    # how it runs; losses differ by rounding, in bf16 between ddp and fsdp too
+    # how it runs: changes no result but by rounding (in bf16, ddp and fsdp round differently)
     micro_batch: int = opt(0, "images per forward pass in each process; gradients accumulate [all at once]")
     precision: typing.Literal["auto", "fp32", "bf16"] = opt("auto", "of the forward pass; auto: bf16 on GPUs that have it")
     parallel: typing.Literal["ddp", "fsdp"] = opt("ddp", "ddp: a whole model per process; fsdp: weights and optimizer sharded")
@@ -159,6 +159,8 @@ class TrainConfig:
         if unknown := [name for name in self.objective_list if name not in OBJECTIVES]:
             raise ValueError(f"--objectives {', '.join(unknown)} unknown; choose of {', '.join(OBJECTIVES)}, or none")
         _ = self.sources  # checks --data and --images
+        if self.frames and not self.is_about_clips:
+            raise ValueError(f"--frames is for clips, in stages 3 and 4; stage {self.stages} reads images")
         if self.is_about_clips and not (self.init_from or self.dry_run):
             raise ValueError(f"stage {self.stages} starts from a trained model; pass the run of stage 2 as --init-from")
 
@@ -318,7 +320,8 @@ def build_records(config, processes):
     bad = processes.from_first(partial(unreadable, records))
     records = [record for record in records if record.image not in bad]
     wrong = {reason: count for reason, count in skipped.items() if not reason.startswith(HARMLESS)}
-    if clips := [] if config.is_about_clips else [record.id for record in records if record.is_clip]:
+    clips = [record.id for record in records if record.is_clip]
+    if clips and not config.is_about_clips:
         raise ValueError(f"{len(clips)} records are about clips ({some(clips)}), and stages 1 and 2 read images; use --stages 3")
     if (bad or wrong) and not config.skip_bad:
         examples = [*bad.values()][:3] + [f"{count} {reason}" for reason, count in wrong.items()]
@@ -373,14 +376,14 @@ def build_examples(config, stage, records, model, features=None):
 def print_parts(config, stage, model):
     """Print a stage's recipe, and which parts of the model it trains."""
     print(f"\nstage {stage}: {config.recipe(stage)}")
-    learned = trainable(model, stage)
+    learned = trainable(model, stage)  # also freezes the others, as the stage will
     for name, part in model.named_children():
         count, learns = sum(p.numel() for p in part.parameters()), any(n.startswith(name) for n in learned)
         print(f"  {name:15} {count:>14,} parameters  {'trained' if learns else 'frozen'}")
 
 
 def dry_run(config, processes):
-    """Print what each stage would do. Nothing is written: without data, a few shapes are painted in a temporary folder."""
+    """Print what each stage would do, and write no run. Without data, a few shapes are painted in a temporary folder."""
     with TemporaryDirectory() as folder:
         if not config.sources and not config.is_about_clips and not Path("data/shapes/text_val.json").is_file():
             write_world(folder, {"train": 16})
@@ -423,7 +426,7 @@ def evaluate_held_out(config, sources):
             data = ["--coco", held_out[0], "--images", held_out[1]] if config.sources else []  # none: the shapes world
             try:
                 evaluate.main([config.out, "--task", "all", *data, "--limit", "200"])
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:  # then: python evaluate.py RUN --batch 32
                 print(f"not evaluated: {error}")
 
 
@@ -438,15 +441,16 @@ def main(config):
     records, sources = build_records(config, processes)
     if processes.rank == 0:
         print("loading " + (config.init_from or "the tower and LLaMA"))
-    whole = "cpu" if processes.is_fsdp else processes.device  # with fsdp, whole in one process only
-    model = build_model(config, "meta" if processes.is_fsdp and processes.rank > 0 else whole)
+    device = processes.device if not processes.is_fsdp else "meta" if processes.rank > 0 else "cpu"  # fsdp: rank 0 reads
+    model = build_model(config, device)
     features = None
     if config.features or config.is_about_clips:
         records, features = open_features(config, records, model, processes)
     # the rows of all stages first, so that a stage without data fails now
     examples = {stage: build_examples(config, stage, records, model, features) for stage in config.stage_list}
-    for stage, lost in ((stage, e.left_out) for stage, e in examples.items() if e.left_out and processes.rank == 0):
-        print(f"skipped: {lost} conversations of stage {stage}: too long for a row")
+    for stage, of_stage in examples.items():
+        if of_stage.left_out and processes.rank == 0:
+            print(f"skipped: {of_stage.left_out} conversations of stage {stage}: too long for a row")
     run = RunFolder(config, processes.rank, processes.world, records)
     if processes.is_fsdp:
         shard(model, processes)

@@ -53,16 +53,15 @@ def read_frames(path, count, rule="segments"):
     return look(path, count, rule)[3]
 
 
-def look(path, count, rule="segments"):
+def look(path, count, rule="segments", decode_all=False):
     """Open a clip and read frames: (its format, its number of frames, the sampled indices, those frames)."""
-    for decode_all in (False, True):  # the second time, if its packets turn out not to be its frames
-        about, total, read = open_clip(path, decode_all)
-        indices = sample(total, count, rule)
-        try:
-            frames = read(sorted(set(indices)))
-        except UnseekableError:
-            continue
-        return about, total, indices, [frames[i] for i in indices]
+    about, total, read = open_clip(path, decode_all)
+    indices = sample(total, count, rule)
+    try:
+        frames = read(sorted(set(indices)))
+    except UnseekableError:  # its packets are not its frames: decode it whole, which needs no seeking
+        return look(path, count, rule, decode_all=True)
+    return about, total, indices, [frames[i] for i in indices]
 
 
 def pool(patches):

@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from data import Object, Record, unique_objects
@@ -84,9 +85,9 @@ def merge(records):
 
     An object stays unique only if every record that has its category has it once, with the same box.
     """
-    merged = {}
+    merged, real = {}, cache(os.path.realpath)  # folders may be links, as LLaVA's coco/train2017 often is
     for record in records:
-        key = os.path.abspath(record.image) if record.image else len(merged)
+        key = os.path.join(real(record.image.parent), record.image.name) if record.image else len(merged)
         first = merged.setdefault(key, record)
         if first is record:
             continue
@@ -152,6 +153,8 @@ def parse_sources(text, images=""):
     """
     with naming("--data", json.JSONDecodeError):
         parts = json.loads(text) if text.startswith("[") else map(split_source, text.split(",") if text else ())
+    if images and not text:
+        raise ValueError(f"--images {images} without --data, the annotation files of these images")
     sources = []
     for part in parts:
         match [part] if isinstance(part, str) else part:

@@ -128,13 +128,13 @@ def batches(items, size):
     yield batch
 
 
-def answer_all(items, size, make_answerer, parts, options, processes, fresh=False):
+def answer_all(items, size, make_functions, parts, options, processes, fresh=False):
     """Answer all items on rank 0 (see journal.work_in_parts). Return (how many were answered now, in how many seconds).
 
-    make_answerer() returns the functions batch -> input, and input -> {id: answer}.
+    make_functions() returns the functions batch -> input, and input -> {id: answer}.
     """
     pieces = {batch[0].id: batch for batch in batches(items, size)}
-    rows, now, seconds = work_in_parts(pieces, make_answerer, parts, options, processes, restarts=True, fresh=fresh)
+    rows, now, seconds = work_in_parts(pieces, make_functions, parts, options, processes, restarts=True, fresh=fresh)
     if processes[0] == 0:
         join(items, [pair for _, answers in rows for pair in answers.items()], parts)
     return sum(len(pieces[key]) for key in now), seconds
@@ -219,31 +219,31 @@ def is_cut(text, tokenizer, limit):
     return len(tokenizer.encode(text)) >= limit
 
 
-def run_jobs(args, jobs, wording, model, processes):
+def run_jobs(args, jobs, wording, answerer, processes):
     """Answer the questions of all jobs with an evaluate.Answerer, judge the answers, write and print the results."""
     rank, world, _ = processes
     folders, about, answering = folders_of(args.run, args.into), {}, {}
     titles = ["blind", "ours"] if args.with_blind else ["blind" if args.blind else "ours"]
     if rank == 0:
-        about = describe(args, model.config, wording, jobs)
+        about = describe(args, answerer.config, wording, jobs)
         for job, title in product(jobs, () if args.fresh else titles):
             require_own(job, folders[title], about["data_sha256"])
         # with the questions, all that answers depend on
-        answering = {key: about[key] for key in ("template", "geometry", "kind", "frames")} | model.describe()
+        answering = {key: about[key] for key in ("template", "geometry", "kind", "frames")} | answerer.describe()
         seen = trained_on(args.run, args.trained_on)
         print(f"{args.run} on {', '.join(about['data_sha256'])}" + (f" in {world} processes" if world > 1 else ""))
     for job, title in product(jobs, titles):
         items, how = copy.deepcopy(job.items), answering | {"blind": title == "blind"}  # judging changes the items
         parts, options = folders[title] / f"{job.name}.parts", {"questions_sha256": hashes(items)["questions_sha256"], **how}
-        answerer = partial(model.answerer, title == "blind", job.rules.choose)
+        functions = partial(answerer.functions, title == "blind", job.rules.choose)
         is_seen = rank == 0 and title != "blind"  # the first process compares the options
         files = {split_zip(item.image)[0] or item.image for item in items if item.image} if is_seen else ()
         options["image_bytes"] = sum(map(file_size, files))
-        count, seconds = answer_all(items, args.batch, answerer, parts, options, processes, args.fresh)
+        count, seconds = answer_all(items, args.batch, functions, parts, options, processes, args.fresh)
         if rank > 0:
             continue
-        limit = model.decoding["max_new_tokens"]
-        cut = 0 if job.rules.choose else sum(is_cut(item.answer, model.tokenizer, limit) for item in items)
+        limit = answerer.decoding["max_new_tokens"]
+        cut = 0 if job.rules.choose else sum(is_cut(item.answer, answerer.tokenizer, limit) for item in items)
         ours, trained = {coco_id(item.image) for item in items} - {None}, "unknown"
         if seen and ours:  # at most so many: some may have been skipped in training
             trained = {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]}

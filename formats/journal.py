@@ -4,12 +4,14 @@ A journal gets a line per piece of work, flushed to disk. After a kill, the same
 """
 
 import atexit
+import errno
 import json
 import os
 import shutil
 import signal
 import threading
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,12 +36,24 @@ def open_journal(path):
         file = open(path, "ab", buffering=0)  # without a buffer that would be written when a full disk ends the run
     for _ in range(50):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with where_locks_exist(path):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(path.read_bytes().rfind(b"\n") + 1)
             return file
         except BlockingIOError:
             time.sleep(0.1)  # helpers of a run just killed may still hold it, see `end_with_parent`
     raise ValueError(f"{path} is being written by another run; wait for that one, or end it")
+
+
+@contextmanager
+def where_locks_exist(path):
+    """Continue without a lock on file systems that have none, as Lustre and NFS may be mounted."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"{path}: this file system has no locks; make sure that no other run writes there")
 
 
 def write_line(file, row):

@@ -118,7 +118,7 @@ def write_checkpoint(model, folder, state_dict, notes):
     chat = Template(chat).substitute(SYSTEM=SYSTEM, USER=USER, ASSISTANT=ASSISTANT)
     write_text(folder / "chat_template.jinja", chat)
     ours = {
-        "adapter": config.adapter, **{key: getattr(config, key) for key in SETTINGS}, "n_bins": config.coord_format().n_bins,
+        "adapter": config.adapter, **{key: getattr(config, key) for key in SETTINGS}, "n_bins": config.coord_format().side,
         "template": "v1", "vocab_size": vocab_size, "tokenizer_sha256": sha256(folder / tokenizer.path.name),
     }
     files = json_files(config, tokenizer, image_id, rows)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import LOC_PROMPTS, REPR
 from formats.files import read_json, require_file, sha256, write_json, write_rows, writing
-from formats.journal import read_journal, require_same_options
+from formats.journal import read_journal, require_same_options, where_locks_exist
 
 KEEP = 2  # checkpoints; older ones are deleted
 # options that may change on --resume
@@ -44,7 +44,8 @@ def lock(path):
     import fcntl  # not on Windows
     file = open(path, "a")
     try:  # not flock, as journals: a run that failed may be resumed in the same process
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with where_locks_exist(path):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ValueError(f"another process trains {path.parent}; wait for it, or end it") from None
     return file
@@ -100,7 +101,9 @@ class RunFolder:
         return first_step
 
     def log(self, row):
-        """Append a step's row to log.jsonl."""
+        """Append a step's row to log.jsonl. A checkpoint that is complete by now gets its name, so that a kill cannot lose it."""
+        if self.pending and self.pending[1].done():
+            self.finish()
         if self.rank == 0:
             with writing(self.log_file.name):
                 self.log_file.write(json.dumps(row) + "\n")

@@ -340,14 +340,15 @@ def llava_row(row, index):
     if file is None:
         if other := next(filter(row.get, OTHER_KEYS), None):
             raise ValueError(f'has "{other}"; call it "image" or "video"')
-        if mark := re.search("<(image|video)>", " ".join(texts)):
-            raise ValueError(f'contains {mark[0]} but has no "{mark[1]}" key')
+        if mark := re.match("<(image|video)>|.*<(image|video)>$", texts[0].strip(), re.DOTALL):  # elsewhere it is text, as in HTML
+            raise ValueError(f'contains <{mark[1] or mark[2]}> but has no "{mark[1] or mark[2]}" key')
     elif leaves_folder(file := file.replace("\\", "/")):  # as Windows writes it
         raise ValueError("names a file that leaves its folder", file)
     name = str(row["id"] if isinstance(row.get("id"), str | int) else f"{clip}_{index}" if clip else index)
     size = tuple(row["size"]) if are_numbers(row.get("size"), 2) and min(row["size"]) > 0 else (0, 0)
     entry = Entry(name, file.removesuffix(".pkl") if clip else file, size, bool(clip))  # .pkl: Video-ChatGPT's features
-    texts = [whole(re.sub("<image>|<video>", "", text)).strip() for text in texts]
+    mark = "<video>" if clip else "<image>"  # the other one is text
+    texts = [whole(text.replace(mark, "")).strip() for text in texts]
     if "objective" in row:
         entry.boxes, entry.absent = objective_of(row, size)
     elif all(texts[1::2]):

@@ -107,12 +107,13 @@ def main(argv=None):
     task = TASKS.get(args.task) or evaluate.TASKS[args.task]
     if args.judgements:
         require_file(args.judgements, "the judge's replies")
-    rank, world, wait = processes = start_processes()
-    model = None if args.score and not (Path(args.run) / "config.json").is_file() else evaluate.Answerer(args, world)
-    config = model.config if model else LocVLMConfig()
-    if model and not args.max_new_tokens:  # judged answers may be long; half of the context is the question's
-        model.decoding["max_new_tokens"] = min(1024, config.text_config.max_position_embeddings // 2)
-    if not model:
+    processes = start_processes()
+    rank, world, wait = processes
+    answerer = None if args.score and not (Path(args.run) / "config.json").is_file() else evaluate.Answerer(args, world)
+    config = answerer.config if answerer else LocVLMConfig()
+    if answerer and not args.max_new_tokens:  # judged answers may be long; half of the context is the question's
+        answerer.decoding["max_new_tokens"] = min(1024, config.text_config.max_position_embeddings // 2)
+    if not answerer:
         print(f"{args.run} holds no model: boxes are read as {config.coord_format()}")
     wording = evaluate.wording_of(args, config)
     if rank > 0:
@@ -123,10 +124,10 @@ def main(argv=None):
     first = set(list(dict.fromkeys(item.image for item in job.items))[: args.limit])  # the first images
     job.items = [item for item in job.items if item.image in first]
     if rank == 0:
-        wait()
+        wait()  # the others may read it now
     if args.score:
         return score(args, job, wording, eval_folder.describe(args, config, wording, [job]))
-    eval_folder.run_jobs(args, [job], wording, model, processes)
+    eval_folder.run_jobs(args, [job], wording, answerer, processes)
     if rank == 0 and not args.into:
         evaluate.write_page(args.run)
 

@@ -40,7 +40,7 @@ def test_the_cat_of_appendix_a_is_written_as_in_the_paper(kind, side, box, point
 
 def test_bins_and_anchors_follow_the_image_side():
     """224 px is 224 bins and 16 x 16 anchors, 336 px is 336 and 24 x 24, and any multiple of the patch will do."""
-    assert [(CoordFormat("ivb", side).n_bins, CoordFormat("ivb", side).grid) for side in (112, 224, 336)] == [
+    assert [(CoordFormat("ivb", side).representation.n_bins, CoordFormat("ivb", side).grid) for side in (112, 224, 336)] == [
         (112, 8),
         (224, 16),
         (336, 24),
@@ -116,7 +116,7 @@ def assert_survives(fmt, xy_px, size):
         return False
     found = (fmt.decode_boxes if box else fmt.decode_points)(text, size)
     assert len(found) == 1, (fmt, text)
-    limit = 0.5e-4 if fmt.kind == "nfp" else 0.5 / fmt.n_bins
+    limit = 0.5e-4 if fmt.kind == "nfp" else 0.5 / fmt.side
     error = max(abs(a - b) for a, b in zip(fmt.unit_from_px(found[0], size), clipped, strict=True))
     assert error <= limit * (1 + 1e-6), (fmt, xy_px, size, text, error)
     return True

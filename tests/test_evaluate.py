@@ -20,7 +20,7 @@ import evaluate
 from coords import CoordFormat
 from data import SIDE_ANSWERS, SIDE_PROMPTS, Object, Record, Wording, first_named, judge_loc, judge_neg
 from evaluate import (
-    ITEMS,
+    MEASURES,
     TASKS,
     Item,
     hal_metrics,
@@ -56,7 +56,7 @@ def test_locpred_counts_iou_of_the_first_box():
     metrics = evaluate.locpred_metrics(items)
     tight = [judged(judge_loc, f"(0, 0, 100, {y2})", box_px=box_px) for y2 in (75, 74)]
     assert evaluate.locpred_metrics(tight)["acc@0.75"] == 1 / 2 and metrics["acc@0.75"] == 1 / 3
-    assert metrics["acc@0.5"] == 1 / 3 and metrics["no box"] == 1 / 3 and metrics["box outside image"] == 1 / 2
+    assert metrics["acc@0.5"] == 1 / 3 and metrics["no box"] == 1 / 3 and metrics["invalid box"] == 1 / 2
     assert metrics["mean IoU"] == pytest.approx((1 + 0 + 5000 / 20000) / 3)
 
 
@@ -67,7 +67,7 @@ def test_points_count_inside_the_true_box():
     item.answer = "It is located at (0, 1)"
     judge_loc(item, Wording(CoordFormat("ivb", 224), location="point"))
     metrics = evaluate.locpred_metrics([item])
-    assert metrics["acc@0.5"] == 1 and all(math.isnan(metrics[name]) for name in ("acc@0.75", "mean IoU", "box outside image"))
+    assert metrics["acc@0.5"] == 1 and all(math.isnan(metrics[name]) for name in ("acc@0.75", "mean IoU", "invalid box"))
 
 
 def test_negpred_wants_the_refusal():
@@ -84,6 +84,11 @@ def test_revloc_takes_the_first_and_longest_name():
     assert first_named("There is a hot dog next to a cat", names) == "hot dog"
     assert first_named("A personal catalogue", names) is None
     assert first_named("", names) is None
+    for text, name in (
+        ("There are two boys.", "person"), ("a group of children", "person"), ("some kids", "person"), ("a man's tie", "tie"),
+        ("There are knives.", "knife"), ("two mice", "mouse"), ("ripe cherries", "cherry"), ("toys", "toy"), ("a wolf", None),
+    ):  # fmt: skip
+        assert first_named(text, ["person", "tie", "knife", "mouse", "cherry", "toy"]) == name
 
 
 def test_spatial_keeps_the_papers_rule():
@@ -194,7 +199,7 @@ def test_real_photos_give_questions_for_every_task(real):
 
     folder = real("coco-sample")
     records, skipped = read_file(folder / "annotations/instances_train2017.json", folder / "images")
-    counts = {task: len(make(records, WORDING, random.Random(0))) for task, make in ITEMS.items()}
+    counts = {task: len(make(records, WORDING, random.Random(0))) for task, (make, *_) in MEASURES.items()}
     assert not skipped and len(records) == 178 and all(count > 50 for count in counts.values()), counts
     assert counts["locpred"] == counts["revloc"] == sum(len(r.objects) for r in records)
 
@@ -241,7 +246,7 @@ def test_a_run_is_evaluated_from_the_command_line(tmp_path, make_model, blind):
 def test_an_image_has_the_same_questions_whatever_follows_it(run, tmp_path):
     """A run with --limit and the scoring of its first rows (tasks --score --limit) ask what the whole run asks."""
     records, _ = evaluate.read_file(run[4], run[6])
-    for name, make in ITEMS.items():
+    for name, (make, *_) in MEASURES.items():
         few, many = ({i.id + i.image.name: i.question for i in make(records[:n], WORDING, random.Random(0))} for n in (4, None))
         assert few and len(few) < len(many) and few.items() <= many.items(), name
 

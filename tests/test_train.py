@@ -110,6 +110,8 @@ def test_flags_come_from_the_dataclass():
         ({"adapter": "no/such.bin"}, "--adapter no/such.bin"),
         ({"init_from": "x", "llm": "y"}, "--init-from loads"),
         ({"data": "a.json@b*1.2.3"}, "write FILE or FILE@IMAGES"),
+        ({"images": "train2017"}, "--images train2017 without --data"),
+        ({"frames": 8}, "--frames is for clips, in stages 3 and 4; stage 1,2"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_first(options, words):
@@ -237,6 +239,21 @@ def test_recomputing_layers_changes_nothing(parts, tmp_path):
     for recompute in (False, True):
         train.main(TrainConfig(**parts, recompute=recompute, out=str(tmp_path / str(recompute))))
     assert losses(tmp_path / "True") == losses(tmp_path / "False")
+
+
+def test_a_complete_checkpoint_has_its_name_before_the_next_one(parts, tmp_path, monkeypatch):
+    """A kill loses at most the steps since the last checkpoint that was written whole."""
+    log, names = run_folder.RunFolder.log, []
+
+    def slow_log(run, row):
+        if run.pending:
+            run.pending[1].result()  # this step took long enough for the writer
+        log(run, row)
+        names.append([path.name for path in run.state.iterdir()] if run.state.is_dir() else [])
+
+    monkeypatch.setattr(run_folder.RunFolder, "log", slow_log)
+    train.main(TrainConfig(**{**parts, "stages": "2", "steps": 4, "save_every": 2}, out=str(tmp_path / "run")))
+    assert names == [[], [], ["2-2"], ["2-2"]]
 
 
 def test_a_checkpoint_cut_short_is_not_one(parts, tmp_path, monkeypatch):
@@ -391,6 +408,15 @@ def test_a_run_whose_held_out_images_are_missing_ends_well(parts, tmp_path, caps
     train.main(TrainConfig(**own, out=str(tmp_path / "run")))
     assert "not evaluated: 1 of the 1 images" in capsys.readouterr().out
     assert (tmp_path / "run/model.safetensors").is_file()
+
+
+def test_a_trained_run_survives_an_evaluation_without_memory(parts, tmp_path, monkeypatch, capsys):
+    def fail(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.evaluate, "main", fail)
+    train.main(TrainConfig(**{**parts, "steps": 1}, out=str(tmp_path / "run")))
+    assert "not evaluated: CUDA out of memory" in capsys.readouterr().out
 
 
 def test_a_run_is_never_written_over(parts, tmp_path):

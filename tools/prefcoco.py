@@ -93,7 +93,7 @@ def captioner(model, vision, decoding, world):
     """Load the model. Return the functions records -> opened ones -> captions of each record: None if its image is damaged."""
     how = argparse.Namespace(run=model, vision=vision, dtype=None, compile=False, **decoding)
     answerer = Answerer(how, world)
-    open_pictures, answer = answerer.answerer(is_blind=False)
+    open_pictures, answer = answerer.functions(is_blind=False)
     ends = (".", "!", "?", '"')
 
     def read(records):

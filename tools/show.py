@@ -14,7 +14,7 @@ from typing import Literal
 
 from clip_vit import CLIPVisionConfig
 from coords import KINDS, CoordFormat
-from data import REPR, Examples, Wording, marked
+from data import REPR, WORDS, Examples, Wording, marked
 from formats.annotations import parse_sources, read_records
 from llama import read_tokenizer
 from model import LocVLMConfig
@@ -22,7 +22,7 @@ from tools import command
 
 
 def show(data, images="", tokenizer="tiny/llama", template: Literal["v1", "plain"] = "v1", kind: Literal[KINDS] = "ivb",
-         location: Literal[*REPR] = "box", words: Literal["name", "description", "mixed"] = "name", side=224, number=3,
+         location: Literal[*REPR] = "box", words: Literal[WORDS] = "name", side=224, number=3,
          seed=0):  # fmt: skip
     records, skipped = read_records(parse_sources(data, images))
     wording, config = Wording(CoordFormat(kind, side), location=location, words=words), CLIPVisionConfig(image_size=side)

@@ -1,5 +1,7 @@
 """Files that are almost right, and files that change after they were read: each was once taken without a word, and wrongly."""
 
+import errno
+import fcntl
 import multiprocessing
 import random
 from dataclasses import replace
@@ -13,19 +15,32 @@ from sentencepiece import SentencePieceTrainer
 
 from clip_vit import CLIPVisionTower
 from coords import CoordFormat
-from data import IMAGE_ID, REV_ANSWER, Object, Record, Wording, ask_rev, encode_prefix, first_named, judge_rev
+from data import (
+    IMAGE_ID,
+    REV_ANSWER,
+    Object,
+    Record,
+    Wording,
+    ask_rev,
+    encode_prefix,
+    first_named,
+    judge_rev,
+    marked,
+    pack,
+)
 from evaluate import TASKS, Item
 from formats.annotations import image_ids, parse_sources, read_file, read_records
 from formats.clips import shape_problem
 from formats.eval_folder import trained_on
 from formats.features import open_features, write_features
 from formats.files import read_config, read_json, write_json
+from formats.journal import open_journal
 from formats.llava_hf import json_files
 from formats.originals import meta_tensors
 from formats.pictures import pictures_of
-from formats.run_folder import RunFolder
+from formats.run_folder import RunFolder, lock
 from formats.weights import open_tensors
-from llama import read_tokenizer
+from llama import LlamaConfig, read_tokenizer
 from model import LocVLM, LocVLMConfig
 from tasks.pope import mean_f1
 from tools import prefcoco
@@ -249,7 +264,7 @@ def test_a_caption_that_had_to_stop_is_no_description(monkeypatch):
     """Only its last sentence is cut, and the first one counts."""
     answers = {"7-dog": "The dog lies next to a woman who is holding a", "7-cat": "The cat is grey. It is next to"}
     tokenizer = SimpleNamespace(encode=str.split)
-    answerer = SimpleNamespace(tokenizer=tokenizer, answerer=lambda is_blind: (None, lambda opened: dict(answers)))
+    answerer = SimpleNamespace(tokenizer=tokenizer, functions=lambda is_blind: (None, lambda opened: dict(answers)))
     monkeypatch.setattr(prefcoco, "Answerer", lambda how, world: answerer)
     objects = [SimpleNamespace(name="dog"), SimpleNamespace(name="cat")]
     captions = {}
@@ -302,6 +317,7 @@ def test_a_tokenizer_without_special_tokens(tmp_path):
             continue
         tokenizer = read_tokenizer(tmp_path)
         assert tokenizer.bos_token_id is None and min(encode_prefix(tokenizer, "plain", 1)) == IMAGE_ID
+        assert marked(tokenizer, pack([IMAGE_ID], [([5], [5])], 9)).startswith("<image x 1>")
         made = json_files(LocVLMConfig(), tokenizer, len(tokenizer), 64)["tokenizer.json"]["post_processor"]
         assert [*made["single"][0]] == ["Sequence"] and made["special_tokens"] == {}
 
@@ -340,3 +356,50 @@ def test_another_chat_template_is_named(make_model, tmp_path, capsys):
         (tmp_path / "chat_template.jinja").write_text(template)
         LocVLM.from_pretrained(tmp_path)
         assert ("has another chat template; it is asked as LLaVA-1.5 is" in capsys.readouterr().out) == is_named
+
+
+def test_one_image_in_two_folders_that_are_one(coco, tmp_path):
+    """LLaVA's coco/train2017 is often a link to the folder of the other file."""
+    (tmp_path / "llava/coco").mkdir(parents=True)
+    (tmp_path / "llava/coco/train2017").symlink_to(coco)
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+    name = read_json(instances(coco / "i.json", 100, 80))["images"][0]["file_name"]
+    write_json(tmp_path / "chat.json", [{"id": "a", "image": f"coco/train2017/{name}", "conversations": turns}])
+    sources = [(str(coco / "i.json"), str(coco), 1.0), (str(tmp_path / "chat.json"), str(tmp_path / "llava"), 1.0)]
+    [record] = [record for record in read_records(sources)[0] if record.conversations]
+    assert record.objects
+
+
+def test_a_tag_inside_a_text_is_text(tmp_path):
+    """HTML's <video> in a row of ShareGPT; only a tag where LLaVA puts it says that an image is missing."""
+    def rows(question, **keys):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Use <video>."}]
+        return [{"id": "a", "conversations": turns, **keys}]
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for content in (rows("Does <video> work <image> in HTML?"), rows("<image>\nDoes <video> work?", image="a.png")):
+        write_json(tmp_path / "chat.json", content)
+        [record] = read_file(tmp_path / "chat.json", str(tmp_path))[0]
+        [[(question, answer)]] = record.conversations
+        assert "<video>" in question and answer == "Use <video>."
+    for question in ("<image>\nWhat?", "What?\n<video>"):
+        write_json(tmp_path / "chat.json", rows(question))
+        refused("contains <(image|video)> but has no", read_file, tmp_path / "chat.json", str(tmp_path))
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def no_locks(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    open_journal(tmp_path / "part-0.jsonl").close()
+    lock(tmp_path / "train.json").close()
+    assert capsys.readouterr().out.count("this file system has no locks") == 2
+
+
+def test_a_config_names_what_it_has(tmp_path):
+    refused("unknown location 'pont'", LocVLMConfig, location="pont")
+    refused("unknown words 'names'", LocVLMConfig, words="names")
+    refused("unsupported num_local_experts 64", LlamaConfig.from_dict, {"num_experts": 64})
+    refused("unsupported partial_rotary_factor 0.5", LlamaConfig.from_dict, {"rope_parameters": {"partial_rotary_factor": 0.5}})
