@@ -538,9 +538,8 @@ class Examples:
         """Collate the given draws of the run: (batch, ids of their records)."""
         rows, images, records = zip(*(self.row(*self.order(sample)) for sample in samples), strict=True)
         vision, images = self.config.vision_config, [image for image in images if image is not None]
-        shape = (3, vision.image_size, vision.image_size)
-        if self.features:
-            shape = (self.config.frames + vision.num_patches, vision.hidden_size)
+        of_features = self.config.frames + vision.num_patches, vision.hidden_size
+        shape = of_features if self.features else (3, vision.image_size, vision.image_size)
         batch = collate(rows)
         batch["pixel_values"] = torch.stack(images) if images else torch.empty(0, *shape)
         return batch, [record.id for record in records]

@@ -30,7 +30,7 @@ import torch.distributed as dist
 import evaluate
 from coords import GEOMETRIES, KINDS
 from data import OBJECTIVES, WORDS, Examples, Wording, marked
-from formats.annotations import image_ids_of, parse_sources, read_records, unreadable
+from formats.annotations import image_ids_of, note_fractions, parse_sources, read_records, unreadable
 from formats.fast_cpu import keep_freed_memory
 from formats.features import open_features
 from formats.files import run_command, some
@@ -443,6 +443,8 @@ def main(config):
         print("loading " + (config.init_from or "the tower and LLaMA"))
     device = processes.device if not processes.is_fsdp else "meta" if processes.rank > 0 else "cpu"  # fsdp: rank 0 reads
     model = build_model(config, device)
+    if processes.rank == 0:
+        note_fractions(records, model.config.geometry)
     features = None
     if config.features or config.is_about_clips:
         records, features = open_features(config, records, model, processes)

@@ -16,6 +16,7 @@ from formats.files import naming, read_rows, read_text, require_file, some
 from formats.images import has_image, image_problem, split_zip
 from formats.schema import read_entries
 
+FRACTIONS = re.compile(r"\[(?:[01]?\.\d+, ?){3}[01]?\.\d+\]")  # [0.18, 0.41, 0.33, 0.6]
 STATIC, STATIC_SIDE = 5, 224  # at most 5 px from the mean, in a square of 224 px (App. D does not say in which pixels)
 
 
@@ -187,6 +188,13 @@ def unreadable(records):
     with ThreadPoolExecutor(8) as pool:
         problems = list(pool.map(image_problem, sizes, sizes.values()))
     return {image: problem for image, problem in zip(sizes, problems, strict=True) if problem}
+
+
+def note_fractions(records, geometry):
+    """Print a note if conversations hold boxes as fractions, which LLaVA-1.5's data measure in the padded square."""
+    count = sum(bool(FRACTIONS.search(text)) for r in records for turns in r.conversations for turn in turns for text in turn)
+    if count and geometry != "pad":
+        print(f"note: {count} texts hold boxes as fractions, which LLaVA-1.5 means of the padded square; see --geometry pad")
 
 
 def require_usable(records, source, kind=""):

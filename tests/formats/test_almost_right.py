@@ -29,7 +29,7 @@ from data import (
     pack,
 )
 from evaluate import TASKS, Item
-from formats.annotations import image_ids, parse_sources, read_file, read_records
+from formats.annotations import image_ids, note_fractions, parse_sources, read_file, read_records
 from formats.clips import shape_problem
 from formats.eval_folder import trained_on
 from formats.features import open_features, write_features
@@ -370,6 +370,15 @@ def test_one_image_in_two_folders_that_are_one(coco, tmp_path):
     assert record.objects
 
 
+def test_boxes_of_llava_are_of_the_padded_square(capsys):
+    record = Record("a", None, (640, 480), conversations=((("Where is it?", "[0.18, 0.41, 0.33, 0.6]"),), (("Who?", "A dog."),)))
+    note_fractions([record], "pad")
+    note_fractions([replace(record, conversations=())], "squash")
+    assert not capsys.readouterr().out
+    note_fractions([record], "squash")
+    assert capsys.readouterr().out.startswith("note: 1 texts hold boxes as fractions")
+
+
 def test_a_tag_inside_a_text_is_text(tmp_path):
     """HTML's <video> in a row of ShareGPT; only a tag where LLaVA puts it says that an image is missing."""
     def rows(question, **keys):
@@ -400,6 +409,6 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 
 def test_a_config_names_what_it_has(tmp_path):
     refused("unknown location 'pont'", LocVLMConfig, location="pont")
-    refused("unknown words 'names'", LocVLMConfig, words="names")
+    refused("unknown words 'names'", lambda: LocVLMConfig(words="names"))
     refused("unsupported num_local_experts 64", LlamaConfig.from_dict, {"num_experts": 64})
     refused("unsupported partial_rotary_factor 0.5", LlamaConfig.from_dict, {"rope_parameters": {"partial_rotary_factor": 0.5}})
