@@ -161,14 +161,14 @@ class Wording:
 
 @dataclass(frozen=True)
 class Objective:
-    """One instruction objective. Training, evaluate.py (as a task) and tools.prefcoco (as conversations) use every entry.
+    """One instruction objective: a task of evaluate.py, conversations of tools.prefcoco, and with --objectives a part of training.
 
     task     its name in evaluate.py
     about    what a question is about: "object" (each unique object), "pair" (two of them), "absent" (a category that is not
              in the image)
     ask      (target, record, wording, rng) -> (question, answer); the target is an Object, or two for a pair
-    judge    (item, wording): reads item.answer, item.size and item.truth {name, box_px, answer}; sets item.correct, and
-             item.boxes_px if the answer holds a location. (An evaluate.Item is one question with its answer.)
+    judge    (item, wording): reads item.answer, item.size, item.truth {answer, name; an object's box_px; a pair's names}; sets
+             item.correct, and item.boxes_px if the answer holds a location. (An evaluate.Item is a question with its answer.)
     prompts  its question templates, noted in the results
     """
 
@@ -456,8 +456,8 @@ class Examples:
                 "list the problems with `python -m tools.check`, or train without loc and rev: --objectives neg"
             )
         if not self.records:
-            problem = f"none of {len(records)} records yields an example for {template!r} and {wording.objectives}"
-            raise ValueError(f"{problem}; they need captions, conversations or unique objects")
+            needs = "captions; train without it: --stages 2" if template == "plain" else "conversations, or boxes to ask for"
+            raise ValueError(f"none of {len(records)} images has what this stage needs: {needs}")
         self.weights = np.array([record.weight for record in self.records])
         self.epoch_length = max(1, round(self.weights.sum()))  # rows per epoch
         self.orders = {}  # epoch -> its order

@@ -118,7 +118,7 @@ def place_image(x, visual, places):
     """Put visual tokens (images, N, D), in order, at `places` (see data.placeholders) of x (B, T, D); the rest stays."""
     if len(places) != visual.shape[0] * visual.shape[1]:
         of = f"({visual.shape[0]} images of {visual.shape[1]})"
-        raise ValueError(f"{len(places)} image placeholders but {visual.shape[:2].numel()} visual tokens {of}; use data.encode_prefix")
+        raise ValueError(f"{len(places)} image placeholders but {visual.shape[:2].numel()} visual tokens {of}; correct the adapter's num_tokens")
     return x.flatten(0, 1).index_copy(0, places, visual.flatten(0, 1).to(x.dtype)).view_as(x)
 
 
