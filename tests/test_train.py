@@ -414,6 +414,7 @@ def test_a_trained_run_survives_an_evaluation_without_memory(parts, tmp_path, mo
     def fail(argv):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    monkeypatch.setattr(train, "held_out_of", lambda path, images: (path, images))
     monkeypatch.setattr(train.evaluate, "main", fail)
     train.main(TrainConfig(**{**parts, "steps": 1}, out=str(tmp_path / "run")))
     assert "not evaluated: CUDA out of memory" in capsys.readouterr().out
