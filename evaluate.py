@@ -35,7 +35,7 @@ from PIL import Image
 
 from clip_vit import mean_colour, preprocess
 from coords import fault
-from data import OBJECTIVES, SIDE_ANSWERS, SIDE_PROMPTS, WORDS, Object, Wording, article, judge_rev, targets_of
+from data import OBJECTIVES, REPR, SIDE_ANSWERS, SIDE_PROMPTS, WORDS, Object, Wording, article, judge_rev, targets_of
 from formats.annotations import merge, read_file
 from formats.eval_folder import by_picture, folders_of, read_jobs, run_jobs
 from formats.files import read_json, run_command, sha256, write_whole
@@ -442,7 +442,7 @@ def add_options(parser):
     add("--vision", help="folder of the CLIP tower, for an original LLaVA that lacks it")
     add("--coco", help="instances_*.json (default: the held-out shapes, written to data/shapes if missing)")
     add("--images", help="folder or zip of the images or clips")
-    add("--location", choices=("box", "point"), help="what a location is (default: as trained)")
+    add("--location", choices=REPR, help="what a location is (default: as trained)")
     add("--words", choices=WORDS, help="what names an object (default: as trained)")
     add("--limit", type=int, help="use only the first LIMIT images")
     either = parser.add_mutually_exclusive_group().add_argument

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 import evaluate
 from coords import GEOMETRIES, KINDS
-from data import OBJECTIVES, WORDS, Examples, Wording, marked
+from data import OBJECTIVES, REPR, WORDS, Examples, Wording, marked
 from formats.annotations import image_ids_of, note_fractions, parse_sources, read_records, unreadable
 from formats.fast_cpu import keep_freed_memory
 from formats.features import open_features
@@ -128,7 +128,7 @@ class TrainConfig:
     objectives: str = opt("loc,neg,rev", f"any of {', '.join(OBJECTIVES)}, separated by commas; or none")
     kind: typing.Literal["", *KINDS] = opt("", "how coordinates are written [as in --init-from, else ivb]")
     geometry: typing.Literal["", *GEOMETRIES] = opt("", "how an image becomes a square [as in --init-from, else squash]")
-    location: typing.Literal["", "box", "point"] = opt("", "what a location is [as in --init-from, else box]")
+    location: typing.Literal["", *REPR] = opt("", "what a location is [as in --init-from, else box]")
     words: typing.Literal["", *WORDS] = opt(
         "", "what names an object: its category, its pseudo-caption, or either [as in --init-from, else name]"
     )

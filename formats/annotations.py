@@ -192,8 +192,10 @@ def unreadable(records):
 
 def note_fractions(records, geometry):
     """Print a note if conversations hold boxes as fractions, which LLaVA-1.5's data measure in the padded square."""
+    if geometry == "pad":
+        return
     count = sum(bool(FRACTIONS.search(text)) for r in records for turns in r.conversations for turn in turns for text in turn)
-    if count and geometry != "pad":
+    if count:
         print(f"note: {count} texts hold boxes as fractions, which LLaVA-1.5 means of the padded square; see --geometry pad")
 
 
