@@ -7,9 +7,8 @@ A name ends with its frame (box_px, point_px, or xy_px for either):
     _unit  fractions of the MODEL's square input image, floats in [0, 1]
     _bins  the same square in integers 0..n_bins, both ends included: what IVB text holds
 
-`CoordFormat` goes from box_px to text and back. Two things lie between them: the geometry (`window`: which part of the image
-the model's square shows; `clip_vit.preprocess` cuts images by the same rectangle), and the representation (the classes in
-REPRESENTATIONS: fractions of the square to the numbers in the text, and back).
+`CoordFormat` goes from box_px to text and back, by a geometry (`window`: which part of the image the model's square shows;
+`clip_vit.preprocess` cuts images by the same rectangle) and a representation: fractions of the square to numbers in the text.
 """
 
 import math
@@ -129,8 +128,8 @@ class DIGA(IVB):
     """Deviation from image-grid based anchor: the patch that holds the centre, then deviations from its centre, in bins.
 
     A box is (p, q, left, top, right, bottom), as FCOS: only these signs reproduce the example of App. A, (0, 4, 3, 11, 6, 0). A
-    point is (p, q, dx, dy), our reading: the paper has none. Deviations are differences of IVB's integers, so decoding
-    gives exactly IVB's box; they are negative if a thin box misses its anchor.
+    point is (p, q, dx, dy), our reading: the paper has none. Deviations are differences of IVB's integers, so decoding gives
+    exactly IVB's box; they are negative if a thin box misses its anchor.
     """
 
     extra = 2

@@ -10,8 +10,8 @@ A row holds the image once and k question/answer segments behind it (`|` marks t
       \\n Localize the object described cup in terms of (x1,y1,x2,y2) bbox? ASSISTANT: |It is located at (4, 52, 13, 63)</s>|
       \\n What is at location (60, 2, 90, 41) in image? ASSISTANT: |There is a dog.</s>|
 
-A segment sees the prefix and itself, no other segment (`model.packed_mask`). A packed row teaches what k rows would teach,
-and the tower and LLaMA read the image once. `python -m tools.show` prints such rows.
+A segment sees the prefix and itself, no other segment (`model.packed_mask`). A packed row teaches what k rows would teach, and
+the image is read once. `python -m tools.show` prints such rows.
 """
 
 import random

@@ -310,7 +310,9 @@ def says_no(answer):
 
 
 def judge_hal(item, wording):
-    item.correct = says_no(item.answer) == (item.truth["label"] == "no")
+    if (label := item.truth["label"]) not in ("yes", "no"):
+        raise ValueError(f"question {item.id} has the label {label!r}; it must be yes or no")
+    item.correct = says_no(item.answer) == (label == "no")
 
 
 def hal_metrics(items):

@@ -285,8 +285,7 @@ class Llama(nn.Module):
         """Speed up generation irreversibly: the model cannot be trained or saved afterwards. Returns self.
 
         On a CPU, linear layers change their memory layout. `compile` applies torch.compile to the blocks, for steps of one
-        token (takes a minute at first, and a C++ compiler). It is used for one row on a CPU (memory bandwidth is then the
-        limit) and for any number of rows on a GPU.
+        token (takes a minute at first, and a C++ compiler): of one row on a CPU, of any number of rows on a GPU.
         """
         pack_linears(self, compile)
         if compile:

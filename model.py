@@ -37,7 +37,7 @@ class LinearAdapter(nn.Module):
 
     @staticmethod
     def num_tokens(patches, frames):
-        """Return how many visual tokens an image, or a clip with one token per frame before its patches, becomes."""
+        """Return how many visual tokens an image or a clip becomes; ValueError if not any number of patches and frames fits."""
         return frames + patches
 
     def forward(self, patches):
@@ -125,8 +125,7 @@ def place_image(x, visual, places):
 def packed_mask(segments, as_blocks=False):
     """Return who may look at whom in packed rows: segments (B, T) -> bool (B, 1, T, T), or FlexAttention's BlockMask.
 
-    A token sees the tokens before it that are in the prefix (segment 0) or in its own segment. Padding (-1) sees the prefix
-    and padding, and nothing sees padding.
+    A token sees the tokens before it that are in the prefix (segment 0) or in its own segment. Nothing sees padding (-1).
     """
 
     def sees(row, head, query, key):

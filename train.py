@@ -42,7 +42,7 @@ from formats.run_folder import RunFolder, print_next
 from formats.schema import HARMLESS, NOTES
 from model import ADAPTERS, LocVLM
 from tiny.moving import ensure_clips
-from tiny.shapes import ensure_world, write_world
+from tiny.shapes import ensure_side_texts, ensure_world, write_world
 
 # ----- recipes and options
 
@@ -77,10 +77,9 @@ PRESETS = {  # to change what has no option, add a recipe here and name it with 
         3: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=100, questions=6),
         4: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=260, questions=6),
     },
-    # stage 1 as LLaVA v1; stage 2 of Sec. 4.1, with the warm-up ratio 0.3 printed there. The paper's batch is 64 conversations,
-    # two for each image, and so 32 images: 29,969 steps. An epoch draws each image once, so `questions` is chosen to make it
-    # about one pass over the questions (PRefCOCO has four descriptions per image, each for LocPred and RevLoc, and as many
-    # absent objects; a video has about eight questions)
+    # Stage 1 as LLaVA v1, stage 2 of Sec. 4.1, whose warm-up ratio is 0.3. Its batch is 64 conversations, two for each image: 32
+    # images, 29,969 steps. An epoch draws each image once, and `questions` makes it about one pass over them: PRefCOCO has four
+    # descriptions per image, each for LocPred and RevLoc, and as many absent objects; a video has about eight questions
     "paper": {
         1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
         2: Recipe(batch=32, lr=2e-5, warmup_ratio=0.3, epochs=10, questions=16),
@@ -116,7 +115,7 @@ class TrainConfig:
     vision: str = opt("", "CLIP: folder, ORG/NAME[@REVISION] on the Hugging Face hub, or OpenAI's .pt state dict [tiny/clip]")
     llm: str = opt("", "LLaMA, Vicuna or Qwen2: folder (HF's, or Meta's with params.json) or ORG/NAME[@REVISION] [tiny/llama]")
     init_from: str = opt("", "run, llava-hf or LLaVA to start from, folder or ORG/NAME (an original LLaVA may need --vision)")
-    adapter: str = opt("linear", f"{', '.join(ADAPTERS)}, or a file of trained weights: LLaVA's mm_projector.bin")
+    adapter: str = opt("", f"{', '.join(ADAPTERS)}, or a file of trained weights: LLaVA's mm_projector.bin [linear]")
     # data
     data: str = opt("", "annotation files, separated by commas: FILE, or FILE@IMAGES*WEIGHT [the shapes world]")
     images: str = opt("", "folder or zip of the images of every FILE without @IMAGES")
@@ -148,9 +147,9 @@ class TrainConfig:
     tensorboard: bool = opt(False, "also write loss, rate, gradient norm and TFLOPs for TensorBoard: tensorboard --logdir RUN")
 
     def __post_init__(self):
-        if self.adapter not in ADAPTERS and not (Path(self.adapter).exists() or is_name(self.adapter)):
+        if self.adapter and self.adapter not in ADAPTERS and not (Path(self.adapter).exists() or is_name(self.adapter)):
             raise ValueError(f"--adapter {self.adapter} is neither one of {', '.join(ADAPTERS)} nor a file")
-        if self.init_from and (self.adapter != "linear" or self.llm):
+        if self.init_from and (self.adapter or self.llm):
             raise ValueError("--init-from loads a whole model; leave out --adapter and --llm")
         for name in ("batch", "micro_batch", "questions", "frames", "lr", "steps", "save_every", "seed"):
             least = int(name == "save_every")
@@ -175,7 +174,7 @@ class TrainConfig:
 
     @property
     def objective_list(self):
-        return () if self.objectives == "none" else tuple(self.objectives.split(","))
+        return () if self.objectives == "none" else tuple(name.strip() for name in self.objectives.split(","))
 
     @property
     def is_about_clips(self):
@@ -202,7 +201,8 @@ def parse_config(cls, argv=None):
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
         elif typing.get_origin(f.type) is typing.Literal:
-            parser.add_argument(flag, choices=[v for v in typing.get_args(f.type) if v], **how)
+            choices = [v for v in typing.get_args(f.type) if v]
+            parser.add_argument(flag, choices=choices, metavar=" | ".join(choices), **how)
         else:
             parser.add_argument(flag, type=f.type, **how)
     return cls(**vars(parser.parse_args(argv)))
@@ -309,10 +309,8 @@ def stop_run(row, micro_batches, run, processes):
 
 
 def build_records(config, processes):
-    """Read the records to train on. Invalid files are refused before training, or skipped and counted with --skip-bad.
-
-    Without --data these are the shapes world or, for clips, the moving world, written first if it does not exist.
-    """
+    """Read the records to train on; without --data those of the shapes or, for clips, the moving world, written if missing.
+    Invalid files are refused before training, or skipped and counted with --skip-bad."""
     sources = config.sources or world_sources(config, processes)
     if processes.rank == 0:
         print("reading " + ", ".join(path for path, *_ in sources))
@@ -338,10 +336,13 @@ def build_records(config, processes):
 
 def world_sources(config, processes):
     """Return the sources of the default data, which rank 0 writes if it is missing."""
-    ensure, kinds = (ensure_clips, ("clips",)) if config.is_about_clips else (ensure_world, ("instances", "captions", "text"))
-    folder = processes.from_first(ensure)
-    images = folder / ("clips" if config.is_about_clips else "images")
-    return [(str(folder / f"{kind}_train.json"), str(images), 1.0) for kind in (*kinds, "conversations")]
+    if config.is_about_clips:
+        folder, images, kinds = processes.from_first(ensure_clips), "clips", ["clips_train.json"]
+    else:
+        c, folder, images = build_model(config, "meta").config, processes.from_first(ensure_world), "images"
+        wording = Wording(c.coord_format(), location=c.location)  # texts hold places, written as the model's
+        kinds = ["instances_train.json", "captions_train.json", processes.from_first(partial(ensure_side_texts, folder, wording))]
+    return [(str(folder / name), str(folder / images), 1.0) for name in (*kinds, "conversations_train.json")]
 
 
 def build_model(config, device="cpu"):
@@ -353,7 +354,7 @@ def build_model(config, device="cpu"):
     else:
         tiny = Path(__file__).parent / "tiny"
         parts = config.vision or tiny / "clip", config.llm or tiny / "llama"
-        model = LocVLM.from_parts(*parts, config.adapter, device=device, **config.settings())
+        model = LocVLM.from_parts(*parts, config.adapter or "linear", device=device, **config.settings())
     return model
 
 
@@ -377,9 +378,9 @@ def print_parts(config, stage, model):
     """Print a stage's recipe, and which parts of the model it trains."""
     print(f"\nstage {stage}: {config.recipe(stage)}")
     learned = trainable(model, stage)  # also freezes the others, as the stage will
-    for name, part in model.named_children():
-        count, learns = sum(p.numel() for p in part.parameters()), any(n.startswith(name) for n in learned)
-        print(f"  {name:15} {count:>14,} parameters  {'trained' if learns else 'frozen'}")
+    for part, _ in model.named_children():
+        counts = [sum(p.numel() for name, p in of if name.startswith(part)) for of in (model.named_parameters(), learned.items())]
+        print(f"  {part:15} {counts[0]:>14,} parameters, " + (f"{counts[1]:,} trained" if counts[1] else "frozen"))
 
 
 def dry_run(config, processes):
@@ -394,7 +395,8 @@ def dry_run(config, processes):
         for stage in config.stage_list:
             examples, recipe = build_examples(config, stage, records, model), config.recipe(stage)
             print_parts(config, stage, model)
-            index, epoch = examples.order(0)
+            drawn = map(examples.order, range(4 * examples.epoch_length))
+            index, epoch = next((place for place in drawn if examples.records[place[0]].image), (0, 0))
             record = examples.records[index]
             print(f"  {record.image} {record.size} px\n  {marked(model.tokenizer, examples.text_row(record, epoch))}")
             if config.is_about_clips:

@@ -67,8 +67,7 @@ def look(path, count, rule="segments", decode_all=False):
 def pool(patches):
     """Average patches over space and over time: (T, P, Dv) -> (T + P, Dv), or both with a leading B (App. D).
 
-    The T temporal tokens come first, then the P spatial ones. Video-ChatGPT's weights were trained in this order, though
-    both papers name them the other way round.
+    The T temporal tokens come first, as in Video-ChatGPT's weights, though both papers name the P spatial ones first.
     """
     if patches.ndim not in (3, 4):
         raise ValueError(f"patches of shape {tuple(patches.shape)}, not (T, P, Dv) or (B, T, P, Dv)")

@@ -82,6 +82,8 @@ def read_jobs(tasks, args, wording):
         files = [file for path in named if path for file in shards(path)]
         file = files[0] if task.files or not args.is_default_data else None  # results on the held-out shapes name no file
         job = Job(name, name_of(name, file, args.split if task.files else None), task, items, dict(skipped), files)
+        if wrong := [item.id for item in items if not isinstance(item.id, str)]:
+            raise ValueError(f"{files[0]}: the id {wrong[0]!r} of a question is no text; read it as str(...)")
         if doubled := [i for i, count in Counter(item.id for item in items).items() if count > 1]:
             raise ValueError(f"{files[0]}: {len(doubled)} ids of questions occur twice ({some(doubled)}); make them unique")
         if items:
@@ -260,7 +262,8 @@ def run_jobs(args, jobs, wording, answerer, processes):
 def write_results(job, items, folder, wording, about, args):
     """Judge the answers, and write the figures, the rows, the picture and the submission file."""
     for item in items:
-        job.rules.judge(item, wording)
+        if (returned := job.rules.judge(item, wording)) is not None:
+            raise ValueError(f"the judge of {job.task} returns {returned!r}; it must set item.correct instead")
     metrics = job.rules.metrics(items)
     more, judge = job.rules.after(job, items, folder, args) if job.rules.after else ({}, None)
     rows = [{key: getattr(item, key) for key in ROW_KEYS} | {"image": item.image and str(item.image)} for item in items]

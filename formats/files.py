@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+import traceback
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -174,6 +175,7 @@ def run_command(name, main, place="--out"):
     """Run a program's main function. What a user or the system can cause ends it in one line, a closed pipe in silence.
 
     place  the option that chooses where the program writes
+    A ValueError that no `raise` of this code made, such as int("x"), also gets the place in this code that it came from.
     """
     try:
         try:
@@ -189,4 +191,15 @@ def run_command(name, main, place="--out"):
         except OSError:  # a closed pipe, or a full disk; Python would try again at exit, and complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         hint = f"; make room, or choose another place with {place}" if isinstance(error, WriteError) else ""
+        hint += origin(error) if isinstance(error, ValueError) else ""
         sys.exit(141 if isinstance(error, BrokenPipeError) else f"{name}: {error}{hint}")  # 141, 130: as a shell counts
+
+
+def origin(error):
+    """Return " (FILE, line N: SOURCE)", the last line of this code that an error passed, or "" if that line is a raise."""
+    root = Path(__file__).resolve().parent.parent
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if root in Path(frame.filename).resolve().parents]
+    own = [frame for frame in own if "site-packages" not in frame.filename]  # a virtual environment inside the checkout
+    if not own or own[-1].line.startswith("raise"):
+        return ""
+    return f" ({Path(own[-1].filename).resolve().relative_to(root)}, line {own[-1].lineno}: {own[-1].line})"

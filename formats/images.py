@@ -150,7 +150,7 @@ def image_problem(path, size=(), decode=False):
 
 
 def hint_of(path):
-    """Return a hint at a file of nearly the same name as a missing one, in the nearest folder that exists; or nothing."""
+    """Return a hint at a file of nearly a missing one's name, in the nearest folder that exists or just below it; or nothing."""
     folder = next((parent for parent in path.parents if parent.is_dir()), None)
     near = folder and names_by_stem(folder).get(unicodedata.normalize("NFC", path.stem).casefold())
     return f"; {folder} has {near!r}" if near else ""
@@ -158,7 +158,8 @@ def hint_of(path):
 
 @lru_cache(maxsize=8)
 def names_by_stem(folder):
-    return {unicodedata.normalize("NFC", Path(name).stem).casefold(): name for name in names_in(folder)}
+    names = [f"{path.parent.name}/{path.name}" for path in folder.glob("*/*")] + list(names_in(folder))  # the last one counts
+    return {unicodedata.normalize("NFC", Path(name).stem).casefold(): name for name in names}
 
 
 def orientation(path):

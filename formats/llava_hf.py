@@ -128,8 +128,14 @@ def write_checkpoint(model, folder, state_dict, notes):
 
 
 def llava_tensors(model, state_dict, rows):
-    """Return the weights under llava-hf's names, with `rows` rows of vocabulary and an adapter of two layers."""
+    """Return the weights under llava-hf's names, with `rows` rows of vocabulary and an adapter of two layers.
+    Raise ValueError for layers of a reader's own, which nobody could read back."""
     config, tensors = model.config, {}
+    with torch.device("meta"):
+        names = type(model)(config).state_dict().keys()
+    if foreign := [name for name in state_dict if name not in names]:
+        count = f"{len(foreign)} tensors that are in no LocVLM ({foreign[0]})"
+        raise ValueError(f"the weights hold {count}; merge them into its own before save_pretrained, as docs/exercises/lora.diff does")
     for name, tensor in state_dict.items():
         if name == "language_model.lm_head.weight" and config.text_config.tie_word_embeddings:
             continue

@@ -16,7 +16,7 @@ from coords import fault
 
 EDGE = 2  # px that a box may reach over the edge of its image (annotation tools round); it is cut there
 # How the kinds of problems begin that lose nothing
-NOTES = ("parts of boxes", "annotations that repeat", "entries of the same", "categories ", "images without", "boxes smaller")
+NOTES = ("parts of boxes", "annotations that repeat", "entries of the same", "categories ", "images without", "boxes smaller", "boxes that")
 NO_AREA = "boxes where bbox has no area"
 HARMLESS = (NO_AREA, "images that --exclude", *NOTES)  # these do not stop training; COCO has the first
 
@@ -161,7 +161,8 @@ def require_lists(content, needs, path, expected):
     for name, keys in needs.items():
         rows, wanted = content.get(name) if isinstance(content, dict) else None, f"{path} lacks {name} with {sorted(keys)}"
         if not isinstance(rows, list):
-            raise ValueError(f"{wanted}: it holds {reprlib.repr(content)[:80]}; is it {expected}?")
+            held = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else reprlib.repr(content)
+            raise ValueError(f"{wanted}: it holds {held[:80]}; is it {expected}?")
         for index, row in enumerate(rows):
             if missing := set(keys).difference(row if isinstance(row, dict) else ()):
                 raise ValueError(f"{wanted}: row {index} has no {', '.join(sorted(missing))}; is it {expected}?")
@@ -250,6 +251,10 @@ def coco_entries(content, path, problems, kind="image"):
         raise ValueError(f"{path}: none of its annotations belongs to its {kind}s and categories (the first: {first})")
     if kind == "image" and len(entries) / 10 < len(empty) < len(entries):  # COCO has one in a hundred
         problems["images without an annotation, where every category counts as absent"] += empty
+    boxes_px = [box.box_px for entry in entries for box in entry.boxes if box.box_px]
+    if len(boxes_px) > 4 and all(x2 - x1 > x1 and y2 - y1 > y1 for x1, y1, x2, y2 in boxes_px):
+        text = f"all {len(boxes_px)} are wider than they are far from the left, and higher than far from the top"
+        problems["boxes that may be corners"].append(f"{text}; is bbox x, y, width, height, not x1, y1, x2, y2?")
     if 2 * len(problems.get(NO_AREA, ())) > len(content["annotations"]):  # not the few that COCO itself has
         problems["most boxes, of which bbox has no area"] = problems.pop(NO_AREA)
 

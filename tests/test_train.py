@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -109,6 +110,7 @@ def test_flags_come_from_the_dataclass():
         ({"objectives": "loc,side"}, "--objectives side unknown"),
         ({"adapter": "no/such.bin"}, "--adapter no/such.bin"),
         ({"init_from": "x", "llm": "y"}, "--init-from loads"),
+        ({"init_from": "x", "adapter": "linear"}, "--init-from loads"),
         ({"data": "a.json@b*1.2.3"}, "write FILE or FILE@IMAGES"),
         ({"images": "train2017"}, "--images train2017 without --data"),
         ({"frames": 8}, "--frames is for clips, in stages 3 and 4; stage 1,2"),
@@ -669,7 +671,45 @@ def test_its_last_lines_say_what_to_try_next(parts, tmp_path, capsys, monkeypatc
 def test_a_dry_run_writes_nothing(parts, tmp_path, capsys):
     train.main(TrainConfig(**parts, out=str(tmp_path / "run"), dry_run=True))
     out = capsys.readouterr().out
-    assert "frozen" in out and "«" in out and "patches (4, 4, 32)" in out and not (tmp_path / "run").exists()
+    assert "frozen" in out and re.search(r"adapter +([\d,]+) parameters, \1 trained\n", out) and "«" in out and "patches (4, 4, 32)" in out and not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_shows_an_image_although_most_rows_are_text(parts, tmp_path, capsys):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    write_json(tmp_path / "text.json", [{"id": i, "conversations": turns} for i in range(400)])
+    files = f"{tmp_path}/text.json,{world_of(parts)}/instances_train.json"
+    train.main(TrainConfig(**parts | {"data": files}, stages="2", out=str(tmp_path / "run"), dry_run=True))
+    assert re.search(r"/images/\d+\.png \(\d+, \d+\) px", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("options, file", [({}, "text"), ({"kind": "nfp"}, "text_nfp"), ({"location": "point"}, "text_point")])
+def test_texts_of_the_shapes_world_write_places_as_the_run_does(tmp_path, monkeypatch, options, file):
+    monkeypatch.chdir(tmp_path)
+    write_world("data/shapes", {"train": 2, "val": 2})
+    config = TrainConfig(**options)
+    sources = train.world_sources(config, Processes.start(config))
+    assert [Path(path).name for path, *_ in sources][2] == f"{file}_train.json"
+    place = {"text": r" at \(\d+, \d+, \d+, \d+\)", "text_nfp": r" at \(0\.\d+, ", "text_point": r" at \(\d+, \d+\)"}[file]
+    assert re.search(place, read_json(sources[2][0])[0]["conversations"][0]["value"])
+
+
+def test_layers_of_ones_own_are_merged_before_a_run_is_saved(parts, tmp_path, monkeypatch):
+    """Or the run is refused, with its checkpoint kept: nobody could read it back."""
+    build = train.build_model
+
+    def with_lora(*args):
+        model = build(*args)
+        model.language_model.layers[0].self_attn.q_proj.lora_a = torch.nn.Parameter(torch.zeros(2, 2))
+        return model
+
+    monkeypatch.setattr(train, "build_model", with_lora)
+    with pytest.raises(ValueError, match="1 tensors that are in no LocVLM .*q_proj.lora_a.* merge them"):
+        train.main(TrainConfig(**parts, stages="2", out=str(tmp_path), evaluate=False))
+    assert (tmp_path / "state/2-5").is_dir() and not (tmp_path / "config.json").exists()
+
+
+def test_objectives_may_be_written_with_blanks():
+    assert TrainConfig(objectives="loc, rev").objective_list == ("loc", "rev")
 
 
 def test_a_dry_run_without_data_paints_a_few_shapes_and_leaves_nothing(tmp_path, capsys, monkeypatch):

@@ -217,6 +217,16 @@ def write_side_texts(path, count, wording=None, names=NAMES, seed="0 train", has
     write_json(path, rows, indent=None)
 
 
+def ensure_side_texts(folder, wording):
+    """Return the name of a world's texts about sides for training, their places in this wording; write the file if it is missing."""
+    fmt, usual = wording.fmt, VARIANTS["tiny"].coord_format()
+    differing = [str(getattr(fmt, key)) for key in ("kind", "side", "geometry", "patch") if getattr(fmt, key) != getattr(usual, key)]
+    name = "_".join(["text", *differing, *["point"] * (wording.location == "point"), "train.json"])
+    if not (Path(folder) / name).exists():
+        write_side_texts(Path(folder) / name, int(TEXT_SHARE * SPLITS["train"]), wording)
+    return name
+
+
 def write_world(folder, images=SPLITS, seed=0, names=NAMES):
     """Write a world with so many images per split. No file mentions a shape that is not in `names`.
 

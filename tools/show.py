@@ -7,6 +7,7 @@ data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES*WEIGHT
 tokenizer   folder with tokenizer.model or tokenizer.json, or ORG/NAME on the hub
 template    v1: stage 2; plain: captions of stage 1
 words       what names an object
+objectives  of data.OBJECTIVES, separated by commas
 number      how many images
 """
 
@@ -22,10 +23,11 @@ from tools import command
 
 
 def show(data, images="", tokenizer="tiny/llama", template: Literal["v1", "plain"] = "v1", kind: Literal[KINDS] = "ivb",
-         location: Literal[*REPR] = "box", words: Literal[WORDS] = "name", side=224, number=3,
-         seed=0):  # fmt: skip
+         location: Literal[*REPR] = "box", words: Literal[WORDS] = "name", objectives="loc,neg,rev", side=224,
+         number=3, seed=0):  # fmt: skip
     records, skipped = read_records(parse_sources(data, images))
-    wording, config = Wording(CoordFormat(kind, side), location=location, words=words), CLIPVisionConfig(image_size=side)
+    wording = Wording(CoordFormat(kind, side), tuple(objectives.split(",")), location, words)
+    config = CLIPVisionConfig(image_size=side)
     tokenizer = read_tokenizer(tokenizer)
     examples = Examples(records, tokenizer, LocVLMConfig(config), wording, template=template, seed=seed)
     for index in range(min(number, len(examples.records))):

@@ -37,7 +37,7 @@ from model import VARIANTS, LocVLM
 from tasks import __main__ as benchmarks
 from tasks.words import require_meteor
 from tiny.moving import ensure_clips
-from tiny.shapes import NAMES, SPLITS, TEXT_SHARE, ensure_world, write_side_texts
+from tiny.shapes import NAMES, SPLITS, TEXT_SHARE, ensure_side_texts, ensure_world, write_side_texts
 from tools import command, prefcoco
 from tools.features import features
 from train import TrainConfig, parse_config
@@ -90,12 +90,10 @@ def ensure_worlds():
     for world in (STILL, MOVING, FEW):
         limit_conversations(world, "some")
     limit_conversations(FEW, "silent", r"(?!Yes\b|No\b)")  # as LLaVA's, in which nothing is denied
-    # text_train.json, with its places written as the images' are; or with other words for sides
-    for name, kind, location in (("nfp", "nfp", "box"), ("diga", "diga", "box"), ("point", "ivb", "point"), ("quiz", "ivb", "box")):
-        path, form = STILL / f"text_{name}_train.json", replace(VARIANTS["tiny"], kind=kind).coord_format()
-        if not path.exists():
-            count, wording = int(TEXT_SHARE * SPLITS["train"]), Wording(form, location=location)
-            write_side_texts(path, count, wording, has_quiz=name == "quiz")
+    for kind, location in (("nfp", "box"), ("diga", "box"), ("ivb", "point")):
+        ensure_side_texts(STILL, Wording(replace(VARIANTS["tiny"], kind=kind).coord_format(), location=location))
+    if not (path := STILL / "text_quiz_train.json").exists():  # with other words for sides
+        write_side_texts(path, int(TEXT_SHARE * SPLITS["train"]), has_quiz=True)
 
 
 def limit_conversations(world, name, pattern=""):

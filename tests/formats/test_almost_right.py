@@ -34,6 +34,7 @@ from formats.clips import shape_problem
 from formats.eval_folder import trained_on
 from formats.features import open_features, write_features
 from formats.files import read_config, read_json, write_json
+from formats.images import image_problem
 from formats.journal import open_journal
 from formats.llava_hf import json_files
 from formats.originals import meta_tensors
@@ -412,3 +413,10 @@ def test_a_config_names_what_it_has(tmp_path):
     refused("unknown words 'names'", lambda: LocVLMConfig(words="names"))
     refused("unsupported num_local_experts 64", LlamaConfig.from_dict, {"num_experts": 64})
     refused("unsupported partial_rotary_factor 0.5", LlamaConfig.from_dict, {"rope_parameters": {"partial_rotary_factor": 0.5}})
+
+
+def test_an_image_one_folder_down_is_pointed_at(tmp_path):
+    (tmp_path / "train2017").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "train2017/1.png")
+    assert image_problem(tmp_path / "1.jpg").endswith(f"; {tmp_path} has 'train2017/1.png'")
+    assert image_problem(tmp_path / "2.png").endswith("2.png")

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from conftest import ROOT, TEXT
 from PIL import ImageOps
 
 import evaluate
+import tasks
 from clip_vit import preprocess
 from coords import CoordFormat
 from data import Wording
@@ -272,6 +274,26 @@ def test_a_benchmark_is_asked_from_its_own_files(fake, monkeypatch, capsys):
     expected = [preprocess(part, config.vision_config, config.geometry) for part in (image, ImageOps.mirror(image))]
     assert len(seen) == 2 and all(map(torch.equal, seen, expected)) and not torch.equal(*seen)
     assert tuple(seen[0].shape) == (3, 28, 28), "small before they wait for the model"
+
+
+def test_a_benchmark_that_would_give_wrong_results_is_refused(fake, monkeypatch):
+    task = TASKS["fake"]
+    for changes, words in (
+        ({"judge": lambda item, wording: True}, "the judge of fake returns True; it must set item.correct"),
+        ({"judge": evaluate.judge_hal}, "has the label 'Yes'; it must be yes or no"),
+        ({"read": lambda *given: ([replace(i, id=7) for i in task.read(*given)[0]], {})}, "the id 7 of a question is no text"),
+    ):
+        read = changes.get("read", lambda *given: ([i for i in task.read(*given)[0] if not i.truth.update(label="Yes")], {}))
+        monkeypatch.setitem(TASKS, "fake", replace(task, **changes | {"read": read}))
+        with pytest.raises(ValueError, match=words):
+            main(fake)
+    for name, changes, words in (
+        ("pope", {}, "there is a benchmark pope already"),
+        ("new", {"prompts": "{question}"}, "prompts of new are a text"),
+        ("new", {"files": ""}, "new has no files="),
+    ):
+        with pytest.raises(ValueError, match=f"tasks/mine.py: {words}"):
+            tasks.add("mine", {name: replace(task, **changes)})
 
 
 def test_only_the_first_images_of_a_benchmark_are_asked_about(run, tmp_path):

@@ -1,12 +1,14 @@
 """Each problem of annotations and images is named before training."""
 
 import json
+import re
 
 import pytest
 from conftest import LLAVA, LOCALIZE
 from PIL import Image
 
 from formats.annotations import read_file
+from formats.files import write_json
 from tools import check as check_command
 from tools import show
 from tools.check import check
@@ -60,12 +62,31 @@ def test_the_exit_status_of_check_says_whether_there_are_problems(coco, capsys):
     assert "instances.json: 2 problems" in printed and printed.count("llava.json: no problems") == 2
 
 
+def test_check_names_what_training_would_refuse_or_misread(tmp_path):
+    """No annotations at all; corners in the place of width and height, inside the image all the same."""
+    Image.new("RGB", (400, 400)).save(tmp_path / "1.png")
+    images, categories = [{"id": 1, "file_name": "1.png", "width": 400, "height": 400}], [{"id": 1, "name": "cat"}]
+    boxes = [[10 * i, 20 * i, 10 * i + 30, 20 * i + 40] for i in range(1, 7)]
+    annotations = [{"id": i, "image_id": 1, "category_id": 1, "bbox": bbox} for i, bbox in enumerate(boxes)]
+    for rows, problem in (([], "^nothing to train on"), (annotations, "^note: all 6 .* is bbox x, y, width, height, not x1")):
+        write_json(tmp_path / "x.json", {"images": images, "annotations": rows, "categories": categories})
+        assert any(re.search(problem, text) for text in check(tmp_path / "x.json", tmp_path))
+    for row, bbox in zip(annotations, ([100, 9, 20, 30], [300, 9, 20, 30]), strict=False):
+        row["bbox"] = bbox
+    write_json(tmp_path / "x.json", {"images": images, "annotations": annotations, "categories": categories})
+    assert not any("bbox x, y" in text for text in check(tmp_path / "x.json", tmp_path))
+    write_json(tmp_path / "x.json", {"images": images, "annotations": annotations})
+    assert "it holds the keys images, annotations; is it" in check(tmp_path / "x.json", tmp_path)[0]
+
+
 def test_show_prints_what_carries_loss_and_what_is_skipped(coco, capsys):
     (coco / "localize.json").write_text(json.dumps(LOCALIZE))
     options = ["--images", str(coco), "--words", "description", "--side", "28", "--number", "9"]
     show.main(["--data", f"{coco}/instances.json,{coco}/localize.json", *options])
     printed = capsys.readouterr().out
     assert "1.png  100 x 80 px -> (3, 28, 28)" in printed and "<image x 4>" in printed
+    show.main(["--data", f"{coco}/instances.json", *options, "--objectives", "rev"])
+    assert "It is located" in printed and "It is located" not in capsys.readouterr().out
     assert "«There is a cat that is grey.</s>»" in printed and "skipped: 1 boxes where bbox has no area" in printed
 
 

@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT
 
 from formats.annotations import read_file
-from formats.files import WriteError, read_json, run_command, write_json
+from formats.files import WriteError, read_json, require_file, run_command, write_json
 from formats.journal import open_journal, read_journal, write_line
 from tiny.shapes import write_world
 from tools import command, positive
@@ -85,6 +85,15 @@ def test_ctrl_c_ends_a_program_in_one_line():
     process.send_signal(signal.SIGINT)
     assert process.communicate() == ("", "it: interrupted; the same command continues, or starts again\n")
     assert process.returncode == 130
+
+
+def test_an_error_that_no_line_of_this_code_raises_says_where_it_came_from(tmp_path):
+    """int() and unpacking say nothing of the place; our own messages need none."""
+    with pytest.raises(SystemExit, match=r"^it: invalid literal .*'x' \(tests/tools/test_command.py, line \d+: .*int\(\"x\"\)\)\)$"):
+        run_command("it", lambda: int("x"))
+    with pytest.raises(SystemExit, match="^it: .*is a Git LFS pointer, not the file itself; run `git lfs pull` there$"):
+        (tmp_path / "x.json").write_text("version https://git-lfs.github.com/spec/v1")
+        run_command("it", lambda: read_json(require_file(tmp_path / "x.json", "a file")))
 
 
 def test_output_that_cannot_be_written_is_one_line():
