@@ -73,7 +73,7 @@ PRESETS = {  # to change what has no option, add a recipe here and name it with 
     # found on the shapes world, see LOG.md
     "tiny": {
         1: Recipe(batch=16, lr=3e-3, warmup_ratio=0.1, steps=100),
-        2: Recipe(batch=4, lr=5e-4, warmup_ratio=0.1, steps=500, questions=6, adapter_lr_ratio=10.0),
+        2: Recipe(batch=4, lr=5e-4, warmup_ratio=0.1, steps=400, questions=6, adapter_lr_ratio=5.0),
         3: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=100, questions=6),
         4: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=260, questions=6),
     },
