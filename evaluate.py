@@ -39,7 +39,7 @@ from data import OBJECTIVES, REPR, SIDE_ANSWERS, SIDE_PROMPTS, WORDS, Object, Wo
 from formats.annotations import merge, read_file
 from formats.eval_folder import by_picture, folders_of, read_jobs, run_jobs
 from formats.files import read_json, run_command, sha256, write_whole
-from formats.journal import start_processes
+from formats.journal import join_processes
 from formats.pictures import card, pictures_of, sheet, still
 from formats.weights import weights_sha256
 from model import LocVLM
@@ -516,7 +516,7 @@ def write_page(run):
 
 def main(argv=None):
     args = parse(argv)
-    processes = start_processes()
+    processes = join_processes()
     rank, world, wait = processes
     answerer = Answerer(args, world)
     if args.ask:

@@ -183,7 +183,7 @@ def split_source(text):
 
 
 def unreadable(records):
-    """Look at every image file without decoding it: {image: its problem}. Clips are not opened."""
+    """Look at every image file (see image_size): {image: its problem}. Clips are not opened."""
     sizes = {record.image: record.size for record in records if record.image and not record.is_clip}
     with ThreadPoolExecutor(8) as pool:
         problems = list(pool.map(image_problem, sizes, sizes.values()))

@@ -43,13 +43,11 @@ def find_clips(folder):
     return {path.stem: path for path in files} | {path.name: path for path in files + folders}
 
 
-def shape_problem(path, frame, size):
-    """Return the problem of a clip whose frames have another shape than its annotations say, or None.
-
-    Sizes may differ: annotations may be made on smaller frames.
-    """
+def ratio_problem(path, frame, size):
+    """Return the problem of a clip whose frames have another aspect ratio than its annotations say, or None.
+    Sizes may differ: annotations may be made on smaller frames."""
     if size and all(size) and abs(math.log(frame.width * size[1] / (frame.height * size[0]))) > 0.1:
-        return f"{path} has frames of {frame.width} x {frame.height}, but the annotations say {size[0]} x {size[1]}"
+        return f"{path} has frames of {frame.width} x {frame.height}, not the aspect ratio of the annotations, {size[0]} x {size[1]}"
     return None
 
 

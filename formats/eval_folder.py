@@ -34,6 +34,7 @@ from formats.images import has_image, is_hidden, names_in, split_zip
 from formats.journal import work_in_parts
 from formats.parquet import shards
 from formats.pictures import overlay
+from formats.schema import counted
 
 COMPARED = ("questions", "questions_sha256", "images", "weights_sha256", "data_sha256", "seed", "split", "decoding", "location",
             "template")  # fmt: skip
@@ -69,7 +70,7 @@ def name_of(task, file=None, split=None):
 
 def folders_of(run, into=None):
     """Return where results go: {column of the printed table: folder}. That of ORG/NAME on the hub is runs/NAME/eval."""
-    into = Path(into or Path("runs" if is_name(run) else "", Path(run).name if is_name(run) else run, "eval"))
+    into = Path(into or (Path("runs", Path(run).name) if is_name(run) else Path(run)) / "eval")
     return {"ours": into, **{title: into.with_name(f"{into.name}_{title}") for title in ("blind", "scored")}}
 
 
@@ -131,7 +132,7 @@ def batches(items, size):
 
 
 def answer_all(items, size, make_functions, parts, options, processes, fresh=False):
-    """Answer all items on rank 0 (see journal.work_in_parts). Return (how many were answered now, in how many seconds).
+    """Answer items in all processes; rank 0 gives all of them their answers. Return (how many were answered now, seconds).
 
     make_functions() returns the functions batch -> input, and input -> {id: answer}.
     """
@@ -238,9 +239,8 @@ def run_jobs(args, jobs, wording, answerer, processes):
         items, how = copy.deepcopy(job.items), answering | {"blind": title == "blind"}  # judging changes the items
         parts, options = folders[title] / f"{job.name}.parts", {"questions_sha256": hashes(items)["questions_sha256"], **how}
         functions = partial(answerer.functions, title == "blind", job.rules.choose)
-        is_seen = rank == 0 and title != "blind"  # the first process compares the options
-        files = {split_zip(item.image)[0] or item.image for item in items if item.image} if is_seen else ()
-        options["image_bytes"] = sum(map(file_size, files))
+        paths = {item.image for item in items if item.image} if rank == 0 and title != "blind" else ()  # rank 0 compares them
+        options["image_bytes"] = sum(map(file_size, {split_zip(path)[0] or path for path in paths}))
         count, seconds = answer_all(items, args.batch, functions, parts, options, processes, args.fresh)
         if rank > 0:
             continue
@@ -307,7 +307,7 @@ def print_table(job, folders):
     columns |= {"paper": {name: value / 100 for name, value in paper.items()}} if paper else {}
     note = f" (paper: LocVLM-B{'' if job.rules.files else ' on COCO'})" if paper else ""
     print(f"\n{job.name}: {len(job.items)} questions about {len({item.image for item in job.items})} images{note}")
-    print("".join(f"  skipped: {count} {reason}\n" for reason, count in job.skipped.items()), end="")
+    print(counted(job.skipped, "  "), end="")
     if cut := results.get("ours", {}).get("cut"):
         print(f"  cut: at least {cut} answers, at --max-new-tokens {results['ours']['decoding']['max_new_tokens']}")
     if changed := differences(results.get("ours", {}), results.get("blind", {})):

@@ -15,8 +15,8 @@ import torch
 
 from clip_vit import preprocess
 from formats.annotations import unreadable
-from formats.clips import shape_problem
-from formats.files import read_config, require_file, some, write_json, writing
+from formats.clips import ratio_problem
+from formats.files import read_json, require_file, some, write_json, writing
 from formats.images import open_image
 from formats.journal import require_new, require_same_options, work_in_parts
 from video import encode, read_frames
@@ -39,7 +39,7 @@ class Features:
     """A features folder, opened for reading. Raise ValueError if it was made with another tower, side, geometry or frames."""
 
     def __init__(self, folder, side, geometry, frames=0, tower=None):
-        about = read_config(folder, "features.json")
+        about = read_json(require_file(Path(folder) / "features.json", "a folder of tools.features"))
         tower = {"tower": fingerprint(tower)} if tower else {}
         for key, value in ({"side": side, "geometry": geometry, "frames": frames} | tower).items():
             if about[key] != value:
@@ -58,7 +58,7 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
     """Write the features of all records' images. A killed run continues where it stopped.
 
     skip_bad   an image or clip that cannot be used gets a row of zeros and is listed in features.json; else it ends the run
-    processes  of journal.start_processes
+    processes  of journal.join_processes
     """
     config, device, out, batch = tower.config, next(tower.parameters()).device, Path(out), 1 if frames else batch
     parts, file, rank = out / "features.parts", out / "features.npy", processes[0]
@@ -67,7 +67,7 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
     about = {"tower": fingerprint(tower), "side": config.image_size, "geometry": geometry, "frames": frames}
     about |= {"images": images, "bytes": [file_size(image) for image in images]}
     if (out / "features.json").is_file():
-        require_same_options(about | read_config(out, "features.json"), about, out)
+        require_same_options(about | read_json(out / "features.json"), about, out)
         return print(f"{out} is complete") if rank == 0 else None
     bad = {os.path.abspath(image): problem for image, problem in unreadable(records).items()}
     if bad and not skip_bad:
@@ -84,7 +84,7 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
                 if image in bad:
                     raise ValueError(bad[image])
                 inputs[row] = read_frames(image, frames) if frames else preprocess(open_image(image), config, geometry)
-                if frames and (problem := shape_problem(image, inputs[row][0], sizes[image])):
+                if frames and (problem := ratio_problem(image, inputs[row][0], sizes[image])):
                     raise ValueError(problem)
             except (ValueError, FileNotFoundError) as error:
                 inputs.pop(row, None)

@@ -44,7 +44,7 @@ def naming(path, *errors):
     try:
         yield
     except errors as error:
-        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); replace the file") from None
+        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); replace it") from None
 
 
 def read_config(folder, name="config.json"):
@@ -82,7 +82,7 @@ def normalization(processor, side):
 
 
 def known_fields(cls, config):
-    """Return the values of a HF config that the dataclass `cls` has fields for. Raise ValueError if one should be a number."""
+    """Return the values of a HF config that the dataclass `cls` has fields for. ValueError if one must be a number and is not."""
     known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
     for field in fields(cls):
         value = known.get(field.name, field.default)

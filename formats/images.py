@@ -125,7 +125,7 @@ def open_zip(path):
 
 
 def image_size(path):
-    """Return (width, height) of an image file, decoded only if its end looks wrong. Raise what open_image raises."""
+    """Return (width, height) of an image file; JPEG and PNG of intact end, or in zips, are not decoded. Raises as open_image."""
     with suppress(*PIL_ERRORS, KeyError), image_file(path) as file, Image.open(file) as image:  # KeyError: not in its zip
         file.seek(-12, os.SEEK_END)
         mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
@@ -150,7 +150,7 @@ def image_problem(path, size=(), decode=False):
 
 
 def hint_of(path):
-    """Return a hint at a file of nearly a missing one's name, in the nearest folder that exists or just below it; or nothing."""
+    """Return a hint at a file named almost like a missing one, in its nearest folder that exists or one below; or nothing."""
     folder = next((parent for parent in path.parents if parent.is_dir()), None)
     near = folder and names_by_stem(folder).get(unicodedata.normalize("NFC", path.stem).casefold())
     return f"; {folder} has {near!r}" if near else ""

@@ -36,7 +36,7 @@ def open_journal(path):
         file = open(path, "ab", buffering=0)  # without a buffer that would be written when a full disk ends the run
     for _ in range(50):
         try:
-            with where_locks_exist(path):
+            with locks_optional(path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(path.read_bytes().rfind(b"\n") + 1)
             return file
@@ -46,7 +46,7 @@ def open_journal(path):
 
 
 @contextmanager
-def where_locks_exist(path):
+def locks_optional(path):
     """Continue without a lock on file systems that have none, as Lustre and NFS may be mounted."""
     try:
         yield
@@ -78,13 +78,13 @@ def require_new(path):
 
 
 def work_in_parts(pieces, make_worker, parts, options, processes, *, restarts=False, fresh=False):
-    """Do the pieces {key: piece} that earlier runs have left, in any number of processes, this one every world-th of them.
+    """Do the pieces {key: piece} that earlier runs did not finish; each of `world` processes takes every world-th of them.
 
     make_worker()  returns two functions: prepare, piece -> input, which threads call ahead (images are read there), and work,
                    input -> result, in JSON; called by processes with something to do
     parts          folder with a journal per process, and `options`, all that results depend on (rank 0's count). If it was
                    begun with others, raise ValueError or, with `restarts`, start over; `fresh` starts over anyway
-    processes      of start_processes
+    processes      of join_processes
     Return ([(key, result), ...] of all runs and processes, on rank 0; keys of the pieces done now; seconds that this took).
     """
     rank, world, wait = processes
@@ -95,7 +95,7 @@ def work_in_parts(pieces, make_worker, parts, options, processes, *, restarts=Fa
     wait()  # all have read what is done before any adds to it
     pending = [key for key in pieces if key not in done]
     if rank == 0 and done:
-        print(f"{len(pieces) - len(pending)} of {len(pieces)} parts are done already in {parts}; resuming")
+        print(f"{len(pieces) - len(pending)} of {len(pieces)} pieces are done already in {parts}; resuming")
     mine = pending[rank::world]
     with open_journal(parts / f"part-{rank}.jsonl") as journal:
         (prepare, work), began = make_worker() if mine else (None, None), time.perf_counter()
@@ -125,10 +125,10 @@ def begin(parts, options, restarts, fresh):
         write_json(path, options)
 
 
-def end_with_parent(leaves_interrupt=False):
-    """Let this process end when its parent ends, even if the parent is killed. leaves_interrupt: the parent handles Ctrl-C"""
+def end_with_parent(ignores_interrupt=False):
+    """Let this process end when its parent ends, even if the parent is killed. ignores_interrupt: the parent handles Ctrl-C"""
     parent = os.getppid()
-    if leaves_interrupt:
+    if ignores_interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
@@ -138,7 +138,7 @@ def end_with_parent(leaves_interrupt=False):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def start_processes():
+def join_processes():
     """Join torchrun's other processes for work in parts: (rank, world, a function that waits for all of them)."""
     world = 1 if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))  # initialized: another program calls
     if world == 1:

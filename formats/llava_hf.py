@@ -111,7 +111,7 @@ def write_checkpoint(model, folder, state_dict, notes):
     image_id, vocab_size = getattr(tokenizer, "image_token_id", None) or len(tokenizer), config.text_config.vocab_size
     rows = vocab_size if image_id < vocab_size else 64 * math.ceil((image_id + 1) / 64)
     write_tensors(folder / "model.safetensors", llava_tensors(model, state_dict or model.state_dict(), rows))
-    # `encode` is called for each chunk around an image, which gets a space of its own: so shall others that read the file
+    # our `encode` puts a space before every chunk beside an image; "always" makes other readers do so
     pieces = re.sub(rb'("prepend_scheme":\s*)"first"', rb'\1"always"', tokenizer.path.read_bytes())
     write_whole(folder / tokenizer.path.name, lambda path: path.write_bytes(pieces))
     chat = "".join(read_json(HERE / "chat_template.json"))  # data.encode_prefix and encode_segment, for any number of turns

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from formats.files import read_config, read_json, require_file
-from formats.weights import Stored, open_clip_file, open_file, open_tensors
+from formats.weights import Stored, open_file, open_tensors, openclip_path
 
 NAMES = read_json(Path(__file__).with_name("originals.json"))  # whose names -> {theirs: ours}
 
@@ -69,7 +69,7 @@ def split_halves(stored, head_dim):
 def original_clip(path):
     """Read OpenAI's file or open_clip's, or the folder of one: ({our name: Stored}, what its shapes do not say of a
     CLIPVisionConfig). None for any other folder, such as HF's."""
-    if not (file := Path(path) if Path(path).is_file() else open_clip_file(path)):
+    if not (file := Path(path) if Path(path).is_file() else openclip_path(path)):
         return None
     config = file.with_name("open_clip_config.json")
     if file.name.startswith("open_clip"):

@@ -5,7 +5,7 @@ from itertools import accumulate
 
 from PIL import Image, ImageDraw, ImageOps
 
-from formats.clips import shape_problem
+from formats.clips import ratio_problem
 from formats.files import write_whole
 from formats.images import is_clip, open_image
 from video import frames_of, read_frames
@@ -49,10 +49,10 @@ def still(path, mirrored=False, as_clip=None):
 
 
 def pictures_of(item, frames=0):
-    """Open what a model reads of a question's image or clip: so many frames, or 0: one. Raise ValueError if the annotations say
-    another shape."""
+    """Open what a model reads of a question's image or clip: so many frames, or 0: one still image. Raise ValueError if its aspect
+    ratio is not the annotations'."""
     pictures = frames_of(item.image, frames) if frames else [still(item.image, as_clip=item.is_clip)]
-    if problem := shape_problem(item.image, pictures[0], item.size):
+    if problem := ratio_problem(item.image, pictures[0], item.size):
         raise ValueError(f"{problem}; correct or remove its annotations")
     return [ImageOps.mirror(picture) if item.mirrored else picture for picture in pictures]
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Processes:
-    """Where this process runs, and the dtype of the forward pass. With one process and fp32, every method does nothing."""
+    """Where this process runs, and the dtype of the forward pass. With one process and fp32, no method changes a number."""
     rank: int
     world: int  # number of processes
     device: torch.device
@@ -70,13 +70,13 @@ class Processes:
                 part.reshard()
 
     def wrap(self, model):
-        """Make gradients travel between processes (DDP). FSDP's do already, see `shard`."""
+        """Average gradients over processes (DDP). FSDP does it by itself, see `shard`."""
         if self.world == 1 or self.is_fsdp:
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def accumulate(self, parallel, is_last):
-        """Let DDP's gradients travel once per step. FSDP's travel after each micro-batch: no process holds them whole."""
+        """Let DDP average gradients once per step. FSDP does after each micro-batch: no process holds them whole."""
         return nullcontext() if is_last or self.world == 1 or self.is_fsdp else parallel.no_sync()
 
     def autocast(self):
@@ -86,8 +86,8 @@ class Processes:
 
 def prefetched(make, first, last, workers=2):
     """Yield make(i) for first <= i < last; threads prepare the next ones meanwhile."""
-    # One thread each: OpenMP teams of theirs would take the cores from the step's (a quarter of its time, LOG.md). PyTorch gives
-    # such a count to every thread that has not computed yet. Asking for it settles the caller's
+    # One OpenMP thread each: more slow the step by a quarter (LOG.md). set_num_threads also changes the default of threads that
+    # have not computed yet, so the caller's own count is fixed first, by asking for it
     torch.get_num_threads()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         pending = deque()
@@ -108,18 +108,18 @@ def require_untied(config):
         raise ValueError("fsdp cannot train a LLaMA whose head is its embedding; use --parallel ddp")
 
 
-def shard(model, env):
+def shard(model, processes):
     """Split a model over all processes by layer (FSDP2), and copy rank 0's weights there; other ranks' may be on "meta".
-    Weights, gradients and their sums stay float32; layers compute in env.dtype."""
+    Weights, gradients and their sums stay float32; layers compute in processes.dtype."""
     require_untied(model.config.text_config)
-    weights = model.state_dict() if env.rank == 0 else {}
+    weights = model.state_dict() if processes.rank == 0 else {}
     model.to("meta")
-    mesh = init_device_mesh(env.device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(None if env.dtype == torch.float32 else env.dtype, torch.float32)
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    policy = MixedPrecisionPolicy(None if processes.dtype == torch.float32 else processes.dtype, torch.float32)
     tower = model.vision_tower.encoder["layers"][:-1]  # the last one never runs
     for part in [*tower, *model.language_model.layers, model]:
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    model.to_empty(device=env.device)
+    model.to_empty(device=processes.device)
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 

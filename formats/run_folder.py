@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import LOC_PROMPTS, REPR
 from formats.files import read_json, require_file, sha256, write_json, write_rows, writing
-from formats.journal import read_journal, require_same_options, where_locks_exist
+from formats.journal import locks_optional, read_journal, require_same_options
 
 KEEP = 2  # checkpoints; older ones are deleted
 # options that may change on --resume
@@ -44,7 +44,7 @@ def lock(path):
     import fcntl  # not on Windows
     file = open(path, "a")
     try:  # not flock, as journals: a run that failed may be resumed in the same process
-        with where_locks_exist(path):
+        with locks_optional(path):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ValueError(f"another process trains {path.parent}; wait for it, or end it") from None
@@ -56,7 +56,7 @@ class RunFolder:
 
     def __init__(self, config, rank, world, records=()):
         self.folder, self.state, self.rank, self.resumes = Path(config.out), Path(config.out, "state"), rank, config.resume
-        self.writer = summary_writer() if config.tensorboard and rank == 0 else None
+        self.writer_class = summary_writer() if config.tensorboard and rank == 0 else None
         if rank == 0:
             path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
             files = [file for file, _, _ in config.sources] + [file for file in config.exclude.split(",") if file]
@@ -89,14 +89,14 @@ class RunFolder:
         if first_step:
             state = state_of(model, optimizer)
             dcp.load(state, checkpoint_id=self.state / f"{stage}-{first_step}", process_group=self.group)
-            loaded = {"model_state_dict": state["weights"], "optim_state_dict": state["optimizer"]}
-            set_state_dict(model, optimizer, **loaded, options=LEARNED)
+            weights, moments = state["weights"], state["optimizer"]
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=LEARNED)
         if self.rank == 0:
             path = self.folder / "log.jsonl"  # rows of steps that will be taken again are dropped
             write_rows(path, [row for row in read_journal(path) if (row["stage"], row["step"]) < (stage, first_step)])
             self.log_file = open(path, "a", encoding="utf-8")
             # a resumed run takes steps again: their rows are purged there as well
-            self.events = self.writer and self.writer(self.folder / f"tensorboard/stage-{stage}", purge_step=first_step)
+            self.events = self.writer_class and self.writer_class(self.folder / f"tensorboard/stage-{stage}", purge_step=first_step)
             self.bar = tqdm(total=steps, initial=first_step, desc=f"stage {stage}", mininterval=1.0)
         return first_step
 
@@ -147,9 +147,9 @@ class RunFolder:
         """Wait for the checkpoint being written, rename it, and delete the oldest beyond KEEP."""
         if not self.pending:
             return
-        (path, writing), self.pending = self.pending, None
+        (path, future), self.pending = self.pending, None
         try:
-            writing.result()
+            future.result()
         except (dcp.CheckpointException, OSError) as error:  # a full disk arrives wrapped in the writer's own exception
             shutil.rmtree(path, ignore_errors=True)
             why = str(error).strip().splitlines()[-1]

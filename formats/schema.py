@@ -15,10 +15,17 @@ from typing import NamedTuple
 from coords import fault
 
 EDGE = 2  # px that a box may reach over the edge of its image (annotation tools round); it is cut there
-# How the kinds of problems begin that lose nothing
-NOTES = ("parts of boxes", "annotations that repeat", "entries of the same", "categories ", "images without", "boxes smaller", "boxes that")
+# How kinds of problems begin that lose nothing: they are notes
+NOTES = ("parts of boxes", "annotations that repeat", "entries of the same", "categories ", "images without an", "boxes smaller",
+         "boxes that")
 NO_AREA = "boxes where bbox has no area"
 HARMLESS = (NO_AREA, "images that --exclude", *NOTES)  # these do not stop training; COCO has the first
+
+
+def counted(skipped, lead=""):
+    """Write a line for each kind of problem of {kind: count}: notes lose nothing, the rest was skipped."""
+    named = ((count, kind, "note" if kind.startswith(NOTES) else "skipped") for kind, count in skipped.items() if count)
+    return "".join(f"{lead}{what}: {count} {kind}\n" for count, kind, what in named)
 
 
 class Box(NamedTuple):
@@ -59,10 +66,10 @@ def read_entries(content, path, problems):
     return llava_entries(content, path, problems)
 
 
-# ----- values: a reader returns the value that its docstring names; nothing, or an error, says that it is another
+# ----- values: the docstring of a reader says what is valid, and errors quote it; nothing, or an exception, says invalid
 
 
-def identity(value):
+def id_text(value):
     """a number or a text"""
     value = int(value) if type(value) is float and value.is_integer() else value
     return str(value) if type(value) in (int, str) else None
@@ -98,7 +105,7 @@ def file_name(value):
 
 
 def values(row, where, **readers):
-    """Read values of a row: values(row, "image 3", id=identity, width=number). Raise ValueError that names row and key."""
+    """Read values of a row: values(row, "image 3", id=id_text, width=count). Raise ValueError that names row and key."""
     found = {}
     for key, read in readers.items():
         with suppress(AttributeError, TypeError, ValueError, OverflowError):
@@ -141,17 +148,17 @@ def read_box(bbox, size):
     return box_px
 
 
-def clip_box(bbox, size, skipped, rows):
-    """Return a COCO bbox as box_px, or None for an invalid one, which counts as skipped among `rows`."""
+def try_box(bbox, size, skipped, noun):
+    """Return a COCO bbox as box_px, or None for an invalid one, which is counted as skipped, under `noun`."""
     try:
         return read_box(bbox, size)
     except ValueError as error:
-        skipped[f"{rows} where the box {error}"] += 1
+        skipped[f"{noun} where the box {error}"] += 1
 
 
 # ----- COCO
 
-IMAGE = {"id": identity, "file_name": file_name, "width": count, "height": count}
+IMAGE = {"id": id_text, "file_name": file_name, "width": count, "height": count}
 KINDS = {"image": IMAGE, "video": IMAGE | {"frames": count}}  # how to read the keys that each row needs
 EXPECTED = {"image": "COCO's instances_*.json, or LLaVA's list of rows", "video": "a clips_*.json"}
 
@@ -203,7 +210,7 @@ def category_names(content, path, problems):
     parents = {str(row.get("supercategory")) for row in content["categories"] if row.get("supercategory") != row["name"]}
     names, first_of = {}, {}
     for index, row in enumerate(content["categories"]):
-        i, name = values(row, f"{path}: category {index}", id=identity, name=words)
+        i, name = values(row, f"{path}: category {index}", id=id_text, name=words)
         if names.get(i, name) != name:
             raise ValueError(f"{path}: category {i} is {names[i]} and {name}; give each category an id of its own")
         if name in parents and i not in used:
@@ -224,7 +231,7 @@ def coco_entries(content, path, problems, kind="image"):
 
     Where an annotation is lost, the category that it may have named does not count as absent.
     """
-    ids = {f"{kind}_id": identity, "category_id": identity}
+    ids = {f"{kind}_id": id_text, "category_id": id_text}
     needs = {f"{kind}s": KINDS[kind], "annotations": ids, "categories": {"id", "name"}}
     require_lists(content, needs, path, EXPECTED[kind])
     by_id, names, lost = entries_by_id(content, path, problems, kind), category_names(content, path, problems), set()
@@ -247,14 +254,14 @@ def coco_entries(content, path, problems, kind="image"):
     entries = list(dict.fromkeys(filter(None, by_id.values())))
     empty = [f"{kind} {entry.id} has no annotation" for entry in entries if not entry.boxes]
     if content["annotations"] and len(empty) == len(entries):
-        first = next(iter(problems.values()))[0]
+        first = next(reversed(problems.values()))[0]  # of annotations, which were read last
         raise ValueError(f"{path}: none of its annotations belongs to its {kind}s and categories (the first: {first})")
     if kind == "image" and len(entries) / 10 < len(empty) < len(entries):  # COCO has one in a hundred
         problems["images without an annotation, where every category counts as absent"] += empty
     boxes_px = [box.box_px for entry in entries for box in entry.boxes if box.box_px]
     if len(boxes_px) > 4 and all(x2 - x1 > x1 and y2 - y1 > y1 for x1, y1, x2, y2 in boxes_px):
-        text = f"all {len(boxes_px)} are wider than they are far from the left, and higher than far from the top"
-        problems["boxes that may be corners"].append(f"{text}; is bbox x, y, width, height, not x1, y1, x2, y2?")
+        problem = f"in all {len(boxes_px)}, width > x and height > y; is bbox x, y, width, height, not x1, y1, x2, y2?"
+        problems["boxes that may be corners"].append(problem)
     if 2 * len(problems.get(NO_AREA, ())) > len(content["annotations"]):  # not the few that COCO itself has
         problems["most boxes, of which bbox has no area"] = problems.pop(NO_AREA)
 
@@ -297,7 +304,7 @@ def caption_entries(content, path, problems):
     by_id = entries_by_id(content, path, problems)
     for index, a in enumerate(content["annotations"]):
         where, text = f"annotation {a.get('id', index)}", a["caption"]
-        (owner,) = values(a, f"{path}: {where}", image_id=identity)
+        (owner,) = values(a, f"{path}: {where}", image_id=id_text)
         if owner not in by_id:
             problems["captions of unknown images"].append(f"{where}: no image {owner}")
         elif not isinstance(text, str) or not text.strip():

@@ -58,7 +58,7 @@ def open_tensors(path):
     return tensors
 
 
-def open_clip_file(path):
+def openclip_path(path):
     """Return open_clip's weights in a folder or a model on the hub; None if it has HF's config, or no config of open_clip's."""
     folder = local(path, "config.json", "open_clip_config.json")
     if not (folder / "open_clip_config.json").is_file():
@@ -74,7 +74,7 @@ def find_weights(path):
     source, path = path, Path(path)
     if re.search(r"delta-v\d", path.name):
         raise ValueError(f"{path} holds the difference to LLaMA's weights; add it to them first (FastChat's apply_delta)")
-    if file := path if path.is_file() else open_clip_file(source):
+    if file := path if path.is_file() else openclip_path(source):
         return [file]
     for name in ("model.safetensors", "pytorch_model.bin", "mm_projector.bin", *OPEN_CLIP):
         path = local(source, name, f"{name}.index.json", name.replace(".", "-*-of-*."))
@@ -96,7 +96,7 @@ def weights_sha256(path):
     """Hash what identifies a model: {file name: sha256} of its config and weights. A path may be a single file."""
     if Path(path).is_file():
         return {Path(path).name: sha256(path)}
-    name = "open_clip_config.json" if open_clip_file(path) else "config.json"
+    name = "open_clip_config.json" if openclip_path(path) else "config.json"
     config = require_file(local(path, name) / name, "a model: its config and weights")
     return {file.name: sha256(file) for file in (config, *find_weights(path))}
 

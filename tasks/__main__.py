@@ -14,7 +14,7 @@ from pathlib import Path
 import evaluate
 from formats import eval_folder
 from formats.files import read_json, require_file, run_command, sha256
-from formats.journal import start_processes
+from formats.journal import join_processes
 from formats.parquet import is_parquet
 from model import LocVLMConfig
 from tasks import TASKS
@@ -63,7 +63,7 @@ def parse(argv):
 
 
 def read_answers(path, items):
-    """Read answers to items that anybody wrote: pairs (id, answer). Others are counted; other questions raise ValueError."""
+    """Read answers from a file: pairs (id, answer). Unknown ids are counted; a question of another text raises ValueError."""
     rows, asked = ROWS.read(path), {item.id: item.question for item in items}
     id_key, answer_key = ROWS.keys_in(rows.values())
     print(f"{path}: answers are read from {answer_key!r}, ids from {id_key!r}")
@@ -107,7 +107,7 @@ def main(argv=None):
     task = TASKS.get(args.task) or evaluate.TASKS[args.task]
     if args.judgements:
         require_file(args.judgements, "the judge's replies")
-    processes = start_processes()
+    processes = join_processes()
     rank, world, wait = processes
     answerer = None if args.score and not (Path(args.run) / "config.json").is_file() else evaluate.Answerer(args, world)
     config = answerer.config if answerer else LocVLMConfig()

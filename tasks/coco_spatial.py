@@ -13,7 +13,7 @@ Run        python -m tasks coco-spatial runs/b2 --questions coco_spatial.json --
 from collections import Counter
 
 from evaluate import Item, Task, flip_consistency, judge_spatial, mean, mirror
-from formats.schema import clip_box
+from formats.schema import try_box
 from tasks.files import Rows, find_image, read_rows
 
 PROMPT = "Which side of the {obj_1} is the {obj_2}?"  # of the released code; App. E words it otherwise
@@ -39,7 +39,7 @@ def read_coco_spatial(args, wording):
             continue
         path, count = find_image(args.images, entry["file_name"], "val2014"), Counter(name for name, _ in objects)
         for left, right, (name_1, bbox_1), (name_2, bbox_2) in pairs:
-            boxes_px = [clip_box(bbox, size, skipped, "pairs") for bbox in (bbox_1, bbox_2)]
+            boxes_px = [try_box(bbox, size, skipped, "pairs") for bbox in (bbox_1, bbox_2)]
             if None in boxes_px:
                 continue
             if count[name_1] > 1 or count[name_2] > 1:

@@ -41,7 +41,7 @@ def of_split(rows, key, args):
     splits = Counter(row.get(key) for row in rows)
     if args.split is None and len(splits) > 1 or args.split is not None and args.split not in splits:
         names = ", ".join(f"{name} ({count})" for name, count in splits.items())
-        raise ValueError(f"split {args.split} of {args.questions}, which has {names}; choose one of them with --split")
+        raise ValueError(f"{args.questions} has the splits {names}; choose one of them with --split")
     return [row for row in rows if args.split in (None, row.get(key))]
 
 

@@ -23,7 +23,7 @@ from data import LOC_PROMPTS, REV_PROMPTS, judge_loc, loc_question
 from evaluate import Item, Task, locpred_metrics, paper_rows
 from formats.files import naming, read_json, require_file
 from formats.images import image_size
-from formats.schema import IMAGE, clip_box, entries_by_id, require_lists
+from formats.schema import IMAGE, entries_by_id, require_lists, try_box
 from tasks.files import Rows, find_image, keys_of, of_split, read_rows
 from tasks.words import meteor, require_meteor
 
@@ -107,7 +107,7 @@ def read_split(args):
     for ref in of_split(read_refs(args.questions, args.answers), "split", args):
         path = find_image(args.images, ref["file_name"], "train2014")
         size = tuple(ref["size"] or image_size(path))
-        box_px = clip_box(ref["bbox"], size, skipped, "refs")
+        box_px = try_box(ref["bbox"], size, skipped, "refs")
         if box_px and ref["sentences"] and all(isinstance(text, str) for _, text in ref["sentences"]):
             found.append((ref, path, size, box_px))
         elif box_px:

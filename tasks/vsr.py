@@ -1,4 +1,4 @@
-"""VSR: is a caption right about how two objects lie to each other? Yes and no, about COCO's train2017 and val2017.
+"""VSR: does a caption name the right relation of two objects? Yes and no, about COCO's train2017 and val2017.
 
 Files      test.jsonl of the random split (2,195 captions) or the zero-shot split (1,222), from github.com/cambridgeltl/
            visual-spatial-reasoning, data/splits. Images in one folder, or in train2017 and val2017 under it

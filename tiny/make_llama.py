@@ -12,7 +12,7 @@ questions about it in the chat format of stage 2, packed behind the shared scene
             box; colours
 
 A second, shorter training follows, in which bags come without questions about yes, no or sides. They have errors, as the
-tower's features do, and LLaMA learns which of them to trust. The gate asks about held-out scenes. (In llama.log, copy is
+tower's features do, and LLaMA learns which of them to trust. The exam asks about held-out scenes. (In llama.log, it is "gate", copy is
 "retell" and text is "told".)
 """
 
@@ -38,8 +38,8 @@ FOLDER = Path(__file__).parent / "llama"
 CONFIG, FORMAT = VARIANTS["tiny"].text_config, VARIANTS["tiny"].coord_format()
 GRID, WORDING = FORMAT.grid, data.Wording(FORMAT)  # data.ask_* take a scene as a record, for its size, and a shape as an object
 STEPS, STEPS_AGAIN, BATCH, QUESTIONS = 6800, 700, 8, 6
-# Documents of a form in a step, over BATCH; until which step which forms come in turn; rows and forms of the second training;
-# options of sentencepiece; HF's keys. One easy skill at a time, and nothing else; then all of them together, because a skill
+# {form: its documents in a step / BATCH}; {step: the forms that come in turn until then}; rows and forms of the second training;
+# options of sentencepiece; keys of config.json. One easy skill at a time, and nothing else; then all of them together, because a skill
 # that is not practised is forgotten. All of them from the start teach nothing (LOG.md).
 WEIGHT, SCHEDULE, AGAIN, TOKENIZER, HF_CONFIG = read_json(Path(__file__).with_suffix(".json")).values()
 CYCLES, DECAY = (6050, STEPS), 600  # before each of these steps, learning rates fall to 0 over DECAY steps
@@ -168,7 +168,7 @@ def make_tokenizer(scenes=6000):
 
 
 @torch.no_grad()
-def gate(llama, tokenizer, form, scenes=150):
+def exam(llama, tokenizer, form, scenes=150):
     """Ask about held-out scenes: {kind of question: share answered right}, for LocPred also acc@0.5 of the most likely tokens.
     Answers are teacher-forced: right if every token of the true answer is the most likely one at its place."""
     rng, hits = random.Random("llama held out"), defaultdict(list)
@@ -226,7 +226,7 @@ def learn(llama, tokenizer, steps, draw):
         if step % 500 == 499 or step == steps - 1:
             save(FOLDER, llama, "model.", **HF_CONFIG)
             for form in ("text", "bag"):
-                print(f"gate {form}: {gate(llama, tokenizer, form)}", flush=True)
+                print(f"exam {form}: {exam(llama, tokenizer, form)}", flush=True)
 
 
 def main():

@@ -155,7 +155,7 @@ class Scene:
         return rows
 
     def side_quiz(self, rng):
-        """Draw such rows about a pair's sides, which no conversation has: the right side, the wrong one, and which it is."""
+        """Draw such rows about a pair's sides, which no conversation has: the true side, the false one, and which it is."""
         if len(unique := self.unique()) < 2:
             return []
         (a, b), rows = rng.sample(unique, 2), []

@@ -51,7 +51,7 @@ NAMES = ("dog", "cup", "traffic light", "orange", "dining table", "person", "bic
 def compare(measure, config, sides, threads):
     """Measure every side in a process of its own, with its own peak. Print its figures, then ours divided by theirs.
 
-    measure(side, folder of a model) -> ({name: figure}, answers, which no side may give otherwise)
+    measure(side, folder of a model) -> ({name: figure}, answers, the same on all sides)
     """
     found = {}
     with TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""List every problem of annotation files and their images, before training: one line each; exit status 1 if there are any.
+"""List problems of annotation files and their images, before training, a line each; exit status 1 if there are any.
 
     python -m tools.check --coco instances_train2017.json --images train2017
     python -m tools.check --data chat.json@coco,captions.json@cc3m
@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 
 from formats.annotations import parse_sources, read_file
-from formats.clips import shape_problem
+from formats.clips import ratio_problem
 from formats.images import image_problem, orientation
 from formats.schema import NOTES
 from tools import command
@@ -26,7 +26,7 @@ def check_all(data, images=""):
     for path, folder, _ in parse_sources(data, images):
         problems = check(path, folder)
         count = sum(not problem.startswith("note") for problem in problems)
-        print(*problems[:1000], f"{path}: {count or 'no'} problems", sep="\n")
+        print(*problems[:1000], f"{path}: {count or 'no'} lines of problems", sep="\n")
         total += count
     sys.exit(1 if total else 0)
 
@@ -39,7 +39,8 @@ def check(path, images):
     except (FileNotFoundError, ValueError) as error:
         return [*(text for texts in found.values() for text in texts), str(error)]
     for kind, texts in found.items():
-        is_note, most = kind.startswith(NOTES), 1 if kind.startswith(NOTES) else 50
+        is_note = kind.startswith(NOTES)
+        most = 1 if is_note else 50
         listed += [f"note: {text}" if is_note else text for text in texts[:most]]
         listed += [f"{'note: ' * is_note}{len(texts) - most} more {kind}"] if len(texts) > most else []
     listed += [f"{count} {reason}" for reason, count in skipped.items() if reason.startswith("clips")]
@@ -61,7 +62,7 @@ def check(path, images):
 def clip_problem(path, size):
     """Return the problem of a clip, or None."""
     try:
-        return shape_problem(path, *read_frames(path, 1), size)
+        return ratio_problem(path, *read_frames(path, 1), size)
     except (FileNotFoundError, ValueError) as error:
         return str(error)
 

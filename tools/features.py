@@ -19,19 +19,19 @@ from clip_vit import CLIPVisionTower
 from coords import GEOMETRIES
 from formats.annotations import parse_sources, read_records
 from formats.features import write_features
-from formats.journal import start_processes
+from formats.journal import join_processes
+from formats.schema import counted
 from tools import command, positive
 
 
 def features(data, out, vision, geometry: Literal[GEOMETRIES] = "squash", frames=0, batch: positive = 32, skip_bad=False,
              images=""):  # fmt: skip
     """Write the features of all images or clips of a mixture (formats.features)."""
-    processes = rank, *_ = start_processes()
+    processes = rank, *_ = join_processes()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     tower = CLIPVisionTower.from_pretrained(vision, device=device)
     records, skipped = read_records(parse_sources(data, images))
-    for reason, count in skipped.items() if rank == 0 else ():
-        print(f"skipped: {count} {reason}")
+    print(counted(skipped) if rank == 0 else "", end="")
     write_features(records, out, tower, geometry, frames=frames, batch=batch, skip_bad=skip_bad, processes=processes)
 
 

@@ -2,7 +2,8 @@
 
     python -m tools.keywords llava_instruct_80k.json
 
-Prints shares of turns (Sec. 4.2: 0.37 % and 1.13 % for left and right) and of conversations (App. F: 2.02 % and 6.25 %).
+Divides the conversations with a word by all turns (Sec. 4.2: 0.37 and 1.13 % for left and right) and by all conversations
+(App. F: 2.02 and 6.25 %).
 
 file  LLaVA-format JSON
 """
@@ -29,7 +30,7 @@ def read_talk(path):
 
 
 def keywords(talks):
-    """Count whole phrases, in any case: {phrase: (conversations that contain it, share of conversations, of turns)}."""
+    """Count whole phrases, in any case: {phrase: (conversations with it, these over all conversations, over all turns)}."""
     texts, turns, table = ["\n".join(talk).lower() for talk in talks], sum(map(len, talks)), {}
     for phrase in (pattern.format(side) for pattern in ("{}", "the {}", "{} side", "to the {}") for side in ("left", "right")):
         count = sum(bool(re.search(rf"\b{phrase}\b", text)) for text in texts)
@@ -41,8 +42,8 @@ def print_keywords(file, /):
     talks = read_talk(file)
     print(f"{file}: {len(talks)} conversations, {sum(map(len, talks))} turns")
     print(f"{'phrase':16}{'conversations':>14}{'% of them':>12}{'% of turns':>12}")
-    for phrase, (count, of_talks, of_turns) in keywords(talks).items():
-        print(f"{phrase:16}{count:14d}{100 * of_talks:12.2f}{100 * of_turns:12.3f}")
+    for phrase, (count, per_talk, per_turn) in keywords(talks).items():
+        print(f"{phrase:16}{count:14d}{100 * per_talk:12.2f}{100 * per_turn:12.3f}")
 
 
 main = command(__name__, print_keywords)

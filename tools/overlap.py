@@ -1,4 +1,4 @@
-"""Count the COCO images to train on that benchmarks test.
+"""Count the COCO images of the training data that benchmarks ask about too.
 
     python -m tools.overlap --data instances_train2017.json@train2017 coco_pope_random.json v2_OpenEnded_val2014_questions.json
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from formats.files import read_json, require_file, some, write_json
 from formats.images import is_hidden, open_image
 from formats.journal import require_new
-from formats.schema import IMAGE, identity, require_lists, values
+from formats.schema import IMAGE, id_text, require_lists, values
 from tools import command
 
 PANOPTIC_KEYS = {"annotations": {"file_name", "segments_info"}, "categories": {"id", "name"}}
@@ -40,13 +40,13 @@ def panoptic(json, out, masks=None, stuff=False, check=False):
     for index, image in enumerate(content.get("images", ())):
         key, *_ = values(image, f"{json}: image {index}", **IMAGE)
         listed[key] = image
-    if lacking := [frame["file_name"] for frame in frames if listed and identity(frame.get("image_id")) not in listed]:
+    if lacking := [frame["file_name"] for frame in frames if listed and id_text(frame.get("image_id")) not in listed]:
         raise ValueError(f"{json}: {some(lacking)} have an image_id that its images lack; are they of one version?")
     paths = [Path(masks) / Path(frame["file_name"]).with_suffix(".png") for frame in frames]
     images, annotations, compared, differing = [], [], 0, []
     for number, (frame, path, size, boxes) in enumerate(read_masks(frames, paths), start=1):
         own = {"id": frame.get("image_id", number), "file_name": frame["file_name"], "width": size[0], "height": size[1]}
-        images.append(listed.get(identity(own["id"]), own))
+        images.append(listed.get(id_text(own["id"]), own))
         if size != (images[-1]["width"], images[-1]["height"]):
             raise ValueError(f"{path} is {size}, but {json} lists {images[-1]}; are they of one version?")
         for segment, box in zip(frame["segments_info"], boxes, strict=True):

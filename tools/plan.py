@@ -246,7 +246,7 @@ def main(argv=None):
     if config.vision or config.llm or config.init_from or args.variant in (None, "tiny"):
         model = build_model(config, "meta")
     else:  # a variant's shape, without a tokenizer
-        adapter = {"adapter": config.adapter} if config.adapter in ADAPTERS and config.adapter != "linear" else {}
+        adapter = {"adapter": config.adapter} if config.adapter in ADAPTERS else {}
         with torch.device("meta"):
             model = LocVLM(replace(VARIANTS[args.variant], **config.settings(), **adapter))
     records = build_records(config, Processes.start(config))[0] if config.sources else None

@@ -37,8 +37,8 @@ from evaluate import Answerer, Item
 from formats.annotations import image_ids_of, read_file, read_records, require_usable
 from formats.eval_folder import is_cut, require_images
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json
-from formats.journal import require_new, require_same_options, start_processes, work_in_parts
-from formats.schema import are_numbers
+from formats.journal import join_processes, require_new, require_same_options, work_in_parts
+from formats.schema import are_numbers, counted
 from formats.weights import weights_sha256
 from tools import command, positive
 
@@ -52,7 +52,7 @@ def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_
 
     Write rejected captions, with the reason, to OUT's .rejected.json. Unfinished work lies in OUT.parts.
     """
-    out, processes = Path(out), start_processes()
+    out, processes = Path(out), join_processes()
     parts, rejects = out.with_name(out.name + ".parts"), out.with_name(out.stem + ".rejected.json")
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     records, skipped = read_records([(coco, images, 1.0)], image_ids_of(exclude))
@@ -63,7 +63,7 @@ def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_
     require_usable(records, coco, "the annotations say")  # a damaged one is a rejected row
     options = {}
     if processes[0] == 0:
-        print("".join(f"skipped: {count} {reason}\n" for reason, count in skipped.items()), end="")
+        print(counted(skipped), end="")
         pairs = sum(len(record.objects) for record in records)
         print(f"{len(records)} images with {pairs} unique objects (the paper: 95,899 images and 402,686 pairs)")
         options = {

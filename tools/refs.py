@@ -1,4 +1,4 @@
-"""Make training rows of RefCOCO's refs, as tools.prefcoco does of pseudo-captions: the fine-tuned rows of the paper's Tab. 10.
+"""Make training data from RefCOCO's refs, for the fine-tuned models of the paper's Tab. 10.
 
     python -m tools.refs "refs(unc).p" refs_train.json --split train
 
@@ -18,7 +18,7 @@ from coords import CoordFormat
 from data import Object, Record, Wording
 from formats.files import write_json
 from formats.journal import require_new
-from formats.schema import clip_box
+from formats.schema import counted, try_box
 from tasks.refcoco import read_refs
 from tools import command
 from tools.prefcoco import conversations
@@ -31,7 +31,7 @@ def refs(file, out, /, instances=None, split="train", seed=0):
     for ref in chosen:
         if not ref["size"]:
             raise ValueError(f"{file} states no size of {ref['file_name']}, which a box needs; pass RefCOCO's pickle")
-        if ref["split"] == split and (box_px := clip_box(ref["bbox"], ref["size"], skipped, "refs")):
+        if ref["split"] == split and (box_px := try_box(ref["bbox"], ref["size"], skipped, "refs")):
             about = objects.setdefault((ref["file_name"], tuple(ref["size"])), {})
             for text in filter(None, (" ".join(text.split()).rstrip(". ") for _, text in ref["sentences"])):
                 bare = re.sub("(?i)^(an?|the) ", "", text)
@@ -45,7 +45,7 @@ def refs(file, out, /, instances=None, split="train", seed=0):
         record = Record(Path(image).stem, Path(image), size, alone)
         rows += conversations(record, wording, random.Random(f"{seed} {image}"))
     write_json(out, rows)
-    print("".join(f"skipped: {count} {reason}\n" for reason, count in skipped.items() if count), end="")
+    print(counted(skipped), end="")
     print(f"{out}: {len(rows)} conversations about {len(objects)} images")
 
 

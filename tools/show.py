@@ -17,6 +17,7 @@ from clip_vit import CLIPVisionConfig
 from coords import KINDS, CoordFormat
 from data import REPR, WORDS, Examples, Wording, marked
 from formats.annotations import parse_sources, read_records
+from formats.schema import counted
 from llama import read_tokenizer
 from model import LocVLMConfig
 from tools import command
@@ -35,7 +36,7 @@ def show(data, images="", tokenizer="tiny/llama", template: Literal["v1", "plain
         size = f"{record.size[0]} x {record.size[1]} px" if any(record.size) else "size unknown"
         shape = f"{size} -> {tuple(image.shape)}" if record.image else "text only"
         print(f"--- {record.id}  {record.image}  {shape}, {len(row['input_ids'])} tokens", marked(tokenizer, row), sep="\n")
-    print("".join(f"skipped: {count} {reason}\n" for reason, count in skipped.items()), end="")
+    print(counted(skipped), end="")
 
 
 main = command(__name__, show)

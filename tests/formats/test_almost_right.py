@@ -30,7 +30,7 @@ from data import (
 )
 from evaluate import TASKS, Item
 from formats.annotations import image_ids, note_fractions, parse_sources, read_file, read_records
-from formats.clips import shape_problem
+from formats.clips import ratio_problem
 from formats.eval_folder import trained_on
 from formats.features import open_features, write_features
 from formats.files import read_config, read_json, write_json
@@ -180,8 +180,8 @@ def test_no_frame_of_an_animation_is_copied_unseen(tmp_path):
 
 def test_a_turned_clip_is_named():
     frame = Image.new("RGB", (64, 48))
-    assert shape_problem("a.mp4", frame, (48, 64)) == "a.mp4 has frames of 64 x 48, but the annotations say 48 x 64"
-    assert not any(shape_problem("a.mp4", frame, size) for size in ((640, 480), (128, 97), (0, 0)))
+    assert ratio_problem("a.mp4", frame, (48, 64)) == "a.mp4 has frames of 64 x 48, not the aspect ratio of the annotations, 48 x 64"
+    assert not any(ratio_problem("a.mp4", frame, size) for size in ((640, 480), (128, 97), (0, 0)))
 
 
 def lock_run(config, answers):
@@ -295,7 +295,7 @@ def test_frames_of_another_shape_are_not_asked_about(tmp_path):
         Image.new("RGB", (100, 80)).save(tmp_path / f"clip/{n}.png")
     item = Item("1", tmp_path / "clip", (80, 100), "?", {}, is_clip=True)
     for frames in (0, 2):
-        refused("frames of 100 x 80, but the annotations say 80 x 100", pictures_of, item, frames)
+        refused("frames of 100 x 80, not the aspect ratio of the annotations, 80 x 100", pictures_of, item, frames)
         assert pictures_of(replace(item, size=None), frames)[0].size == (100, 80)
 
 

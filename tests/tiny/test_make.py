@@ -1,4 +1,4 @@
-"""The scripts that trained tiny/llama and tiny/clip still start: their documents, targets, losses and gates."""
+"""The scripts that trained tiny/llama and tiny/clip still start: their documents, targets, losses and exams."""
 
 import random
 
@@ -16,7 +16,7 @@ from tiny.shapes import NAMES, Scene, Shape
 
 @torch.no_grad()
 def test_every_form_of_document_is_learned_from():
-    """The committed LLaMA knows each of them: a loss far below a guess over 800 pieces, and right answers at the gate."""
+    """The committed LLaMA knows each of them: a loss far below a guess over 800 pieces, and right answers in the exam."""
     llama, tokenizer = Llama.from_pretrained(ROOT / "tiny/llama"), Tokenizer(ROOT / "tiny/llama")
     assert {form for forms in make_llama.SCHEDULE.values() for form in forms} == set(make_llama.WEIGHT)
     assert set(make_llama.AGAIN["forms"]) == set(make_llama.AGAIN["rows"])
@@ -26,7 +26,7 @@ def test_every_form_of_document_is_learned_from():
         x = make_llama.embed(llama, rows, batch["input_ids"])
         loss = answer_loss(llama, x, batch["answers"], batch["positions"], batch["segments"])
         assert loss.item() < 3, form
-    right = make_llama.gate(llama, tokenizer, "bag", scenes=6)
+    right = make_llama.exam(llama, tokenizer, "bag", scenes=6)
     assert right["neg"] == right["rev"] == 1 and right["loc acc@0.5"] > 0.5
 
 
@@ -50,7 +50,7 @@ def test_a_linear_map_reads_boxes_from_the_committed_tower():
     with torch.no_grad():
         features, code = tower(images.float()), make_vision.codes(*shapes)[0]
     directions = torch.linalg.lstsq(features.flatten(0, 1), code.flatten(0, 1)).solution.T
-    names, mean_iou = make_vision.gate(tower, directions, *make_vision.paint(80, "test"))
+    names, mean_iou = make_vision.exam(tower, directions, *make_vision.paint(80, "test"))
     assert names > 0.98 and mean_iou > 0.88
 
 
@@ -59,7 +59,7 @@ def test_the_tower_is_trained(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(make_vision, name, value)
     make_vision.main()
     printed = capsys.readouterr().out
-    assert "step 100 loss" in printed and "gate: " in printed
+    assert "step 100 loss" in printed and "exam: " in printed
     CLIPVisionTower.from_pretrained(tmp_path)
 
 

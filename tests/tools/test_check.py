@@ -59,7 +59,7 @@ def test_the_exit_status_of_check_says_whether_there_are_problems(coco, capsys):
             check_command.main([*arguments.format(coco).split(), "--images", str(coco)])
         assert end.value.code == status
     printed = capsys.readouterr().out
-    assert "instances.json: 2 problems" in printed and printed.count("llava.json: no problems") == 2
+    assert "instances.json: 2 lines of problems" in printed and printed.count("llava.json: no lines of problems") == 2
 
 
 def test_check_names_what_training_would_refuse_or_misread(tmp_path):
@@ -68,7 +68,7 @@ def test_check_names_what_training_would_refuse_or_misread(tmp_path):
     images, categories = [{"id": 1, "file_name": "1.png", "width": 400, "height": 400}], [{"id": 1, "name": "cat"}]
     boxes = [[10 * i, 20 * i, 10 * i + 30, 20 * i + 40] for i in range(1, 7)]
     annotations = [{"id": i, "image_id": 1, "category_id": 1, "bbox": bbox} for i, bbox in enumerate(boxes)]
-    for rows, problem in (([], "^nothing to train on"), (annotations, "^note: all 6 .* is bbox x, y, width, height, not x1")):
+    for rows, problem in (([], "^nothing to train on"), (annotations, "^note: in all 6, .* is bbox x, y, width, height, not x1")):
         write_json(tmp_path / "x.json", {"images": images, "annotations": rows, "categories": categories})
         assert any(re.search(problem, text) for text in check(tmp_path / "x.json", tmp_path))
     for row, bbox in zip(annotations, ([100, 9, 20, 30], [300, 9, 20, 30]), strict=False):
