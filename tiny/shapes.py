@@ -22,6 +22,7 @@ from model import VARIANTS
 
 # RGB; ids with gaps, as COCO's; (width, height) in pixels; corners in a square from -1 to 1, y down (round ones: of their box)
 COLOURS, CATEGORY_IDS, SIZES, OUTLINES = read_json(Path(__file__).with_name("shapes.json")).values()
+EXTENTS = {name: [end(axis) for end in (min, max) for axis in zip(*outline, strict=True)] for name, outline in OUTLINES.items()}
 NAMES = tuple(CATEGORY_IDS)
 FIRST_IDS = {"train": 1, "val": 1_000_001}  # of images and clips: those of train and val differ, as COCO's do
 SPLITS = {"train": 4000, "val": 300}  # images
@@ -74,9 +75,9 @@ class Scene:
             if name in ("circle", "ring"):
                 pen.ellipse((x1, y1, x2, y2), fill if name == "circle" else None, outline=fill, width=round((x2 - x1) * 0.17))
                 continue
-            xs, ys = zip(*OUTLINES[name], strict=True)
-            to_x, to_y = (x2 - x1) / (max(xs) - min(xs)), (y2 - y1) / (max(ys) - min(ys))
-            pen.polygon([(x1 + (x - min(xs)) * to_x, y1 + (y - min(ys)) * to_y) for x, y in OUTLINES[name]], fill=fill)
+            left, top, right, bottom = EXTENTS[name]
+            to_x, to_y = (x2 - x1) / (right - left), (y2 - y1) / (bottom - top)
+            pen.polygon([(x1 + (x - left) * to_x, y1 + (y - top) * to_y) for x, y in OUTLINES[name]], fill=fill)
         return image
 
     def render(self, rng, parts=None):
@@ -191,8 +192,8 @@ def draw_scene(rng, names=NAMES):
         for _ in range(100):
             r = rng.uniform(0.14, 0.26) * min(width, height)
             cx, cy = rng.uniform(r + 1, width - r - 1), rng.uniform(r + 1, height - r - 1)
-            xs, ys = zip(*((cx + r * x, cy + r * y) for x, y in OUTLINES[name]), strict=True)
-            box_px = tuple(round(v, 2) for v in (min(xs), min(ys), max(xs), max(ys)))
+            x1, y1, x2, y2 = EXTENTS[name]
+            box_px = tuple(round(v, 2) for v in (cx + r * x1, cy + r * y1, cx + r * x2, cy + r * y2))
             if all(are_apart(box_px, shape.box_px, 2) for shape in shapes):
                 shapes.append(Shape(name, colour, box_px))
                 break
