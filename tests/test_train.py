@@ -685,11 +685,11 @@ def test_a_dry_run_shows_an_image_although_most_rows_are_text(parts, tmp_path, c
 @pytest.mark.parametrize("options, file", [({}, "text"), ({"kind": "nfp"}, "text_nfp"), ({"location": "point"}, "text_point")])
 def test_texts_of_the_shapes_world_write_places_as_the_run_does(tmp_path, monkeypatch, options, file):
     monkeypatch.chdir(tmp_path)
-    write_world("data/shapes", {"train": 2, "val": 2})
+    write_world("data/shapes", {"train": 8, "val": 1})
     config = TrainConfig(**options)
     sources = train.world_sources(config, Processes.start(config))
     assert [Path(path).name for path, *_ in sources][2] == f"{file}_train.json"
-    place = {"text": r" at \(\d+, \d+, \d+, \d+\)", "text_nfp": r" at \(0\.\d+, ", "text_point": r" at \(\d+, \d+\)"}[file]
+    place = {"text": r"\(\d+, \d+, \d+, \d+\)", "text_nfp": r"\(0\.\d+, ", "text_point": r"\(\d+, \d+\)"}[file]
     assert re.search(place, read_json(sources[2][0])[0]["conversations"][0]["value"])
 
 
