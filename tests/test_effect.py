@@ -1,4 +1,4 @@
-"""The paper's effect lasts, where text keeps LLaMA from forgetting the words. A quarter of an hour, on request: LOCVLM_SLOW=1."""
+"""The paper's effect lasts, where text keeps LLaMA from forgetting the words. Ten minutes, on request: LOCVLM_SLOW=1."""
 
 import os
 
@@ -10,9 +10,10 @@ from formats.files import read_json
 from train import PRESETS, TrainConfig
 
 
-@pytest.mark.skipif(os.environ.get("LOCVLM_SLOW") != "1", reason="a quarter of an hour: LOCVLM_SLOW=1")
+@pytest.mark.skipif(os.environ.get("LOCVLM_SLOW") != "1", reason="ten minutes: LOCVLM_SLOW=1")
 def test_the_objectives_alone_bring_sides_into_images_and_keep_them(tmp_path, monkeypatch):
-    """Twice the default's steps, with the same text beside the images: sides are right with the objectives, a guess without."""
+    """Twice the default's steps, with the same text beside the images: sides are right with the objectives, and left and right a
+    guess without. (Above and below need no objectives in some seeds, this one among them: docs/tables.md.)"""
     monkeypatch.chdir(tmp_path)
     train.main(TrainConfig(out="one", stages="1", evaluate=False))
     right = {}
@@ -22,9 +23,9 @@ def test_the_objectives_alone_bring_sides_into_images_and_keep_them(tmp_path, mo
         train.main(TrainConfig(**options, evaluate=False))
         evaluate.main([objectives, "--task", "spatial"])
         metrics = read_json(tmp_path / objectives / "eval/spatial.json")["metrics"]
-        names = ("left/right", "left/right mirrored", "above/below")
+        names = ("left/right", "left/right mirrored", "above/below", "icl left/right")
         right[objectives] = [metrics[name] for name in names]
         count = [metrics[f"{name}, questions"] for name in names]
     assert min(right["loc,neg,rev"]) >= 0.9, right
-    pooled = sum(share * n for share, n in zip(right["none"], count, strict=True)) / sum(count)
-    assert pooled < 0.65, right  # of 288 questions; above/below alone, 78, are right by chance in up to 61 % (two errors)
+    left_right = (0, 1, 3)  # 315 questions
+    assert sum(right["none"][i] * count[i] for i in left_right) / sum(count[i] for i in left_right) < 0.65, right
