@@ -1,10 +1,10 @@
 """Train a LocVLM: stage 1 the adapter, stage 2 the adapter and LLaMA; on clips again, stages 3 and 4 (Sec. 3.1, 3.5, 4.1).
 
     torchrun train.py                                         the shapes world and the tiny model, both stages, then evaluation
-    torchrun train.py --stages 1 --preset llava --vision clip-vit-large-patch14 --llm vicuna-7b-v1.3 \\
-        --data chat.json --images CC3M/images --out runs/b1
+    torchrun --nproc-per-node 8 train.py --stages 1 --preset llava --vision clip-vit-large-patch14 --llm vicuna-7b-v1.3 \\
+        --parallel fsdp --data chat.json --images CC3M/images --out runs/b1
     torchrun --nproc-per-node 8 train.py --stages 2 --preset paper --init-from runs/b1 --parallel fsdp \\
-        --data instances_train2017.json,llava_instruct_80k.json --images train2017 --out runs/b2
+        --data annotations/instances_train2017.json,llava_instruct_80k.json --images train2017 --out runs/b2
     torchrun train.py --stages 4 --init-from runs/default --out runs/video    clips: the moving shapes
 
 A run is a folder: train.json (these options), log.jsonl (one object per step), state/ (checkpoints to --resume from, on any
