@@ -1,8 +1,8 @@
 """Evaluate a model on five tasks on annotated images (Sec. 4; supplement E, H): ask, judge, count.
 
     python evaluate.py runs/default                              the held-out shapes
-    python evaluate.py runs/b2 --task spatial --coco instances_val2017.json --images val2017
-    torchrun --nproc-per-node 8 evaluate.py runs/b2 --coco instances_val2017.json --images val2017 --with-blind
+    python evaluate.py runs/b2 --task spatial --coco annotations/instances_val2017.json --images val2017
+    torchrun --nproc-per-node 8 evaluate.py runs/b2 --coco annotations/instances_val2017.json --images val2017 --with-blind
     python evaluate.py runs/default --ask "What is at location (30, 30, 60, 60) in image?" --image photo.jpg
 
     task      question                                          right if

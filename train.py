@@ -77,8 +77,8 @@ PRESETS = {  # to change what has no option, add a recipe here and name it with 
         3: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=100, questions=6),
         4: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=260, questions=6),
     },
-    # Stage 1 as LLaVA v1, stage 2 of Sec. 4.1, whose warm-up ratio is 0.3. Its batch is 64 conversations, two for each image: 32
-    # images, 29,969 steps. An epoch draws each image once, and `questions` makes it about one pass over them: PRefCOCO has four
+    # Stage 1 as LLaVA v1, stage 2 of Sec. 4.1, with its warm-up ratio of 0.3. Its batch is 64 conversations, two for an image:
+    # 32 images, 29,969 steps. An epoch draws each image once, and `questions` makes it about one pass over them: PRefCOCO has four
     # descriptions per image, each for LocPred and RevLoc, and as many absent objects; a video has about eight questions
     "paper": {
         1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),

@@ -1,6 +1,6 @@
 """List problems of annotation files and their images, before training, a line each; exit status 1 if there are any.
 
-    python -m tools.check --coco instances_train2017.json --images train2017
+    python -m tools.check --coco annotations/instances_train2017.json --images train2017
     python -m tools.check --data chat.json@coco,captions.json@cc3m
 
 Reads the files as training does, decodes every image, and one frame of every clip. Lines that begin with "note" name what is

@@ -1,8 +1,8 @@
 """Make the paper's training data from COCO: PRefCOCO-100K, and from it Localize-Instruct-200K (Sec. 3.4, 4.1; App. B, C).
 
     torchrun --nproc-per-node 8 -m tools.prefcoco caption --model llava-v1.5-7b --vision clip-vit-large-patch14-336 \\
-        --coco instances_train2017.json --images train2017_blurred --out prefcoco.json
-    python -m tools.prefcoco localize --prefcoco prefcoco.json --coco instances_train2017.json --out localize.json
+        --coco annotations/instances_train2017.json --images train2017_blurred --out prefcoco.json
+    python -m tools.prefcoco localize --prefcoco prefcoco.json --coco annotations/instances_train2017.json --out localize.json
 
 caption lets a visual LLM describe objects; localize turns the descriptions into conversations about locations. A killed caption
 run resumes with the same command, on any number of processes, and ends in the same files.

@@ -1,6 +1,6 @@
 """Print training examples as the model reads them: tokens with loss between « and », one line per question.
 
-    python -m tools.show --coco instances_train2017.json --images train2017
+    python -m tools.show --coco annotations/instances_train2017.json --images train2017
     python -m tools.show --data localize.json@train2017,chat.json@coco --words description --number 5
 
 data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES*WEIGHT
