@@ -59,6 +59,7 @@ class RunFolder:
         self.writer_class = summary_writer() if config.tensorboard and rank == 0 else None
         if rank == 0:
             path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
+            options["adapter"] = config.adapter or "linear"  # as older runs note it
             files = [file for file, _, _ in config.sources] + [file for file in config.exclude.split(",") if file]
             recipes = {str(stage): asdict(config.recipe(stage)) for stage in config.stage_list}
             options["recipes"] = {stage: {k: v for k, v in of.items() if k != "compile"} for stage, of in recipes.items()}
