@@ -44,7 +44,8 @@ def check(path, images):
         listed += [f"note: {text}" if is_note else text for text in texts[:most]]
         listed += [f"{'note: ' * is_note}{len(texts) - most} more {kind}"] if len(texts) > most else []
     listed += [f"{count} {reason}" for reason, count in skipped.items() if reason.startswith("clips")]
-    if not any(record.objects or record.captions or record.conversations for record in records):
+    has_data = any(record.objects or record.captions or record.conversations for record in records)
+    if not has_data and all(text.startswith("note") for text in listed):
         listed.append("nothing to train on: no image has a box to ask for, a caption or a conversation")
     for record in records:
         if record.image in opened:

@@ -80,7 +80,7 @@ def test_pope_is_asked_from_all_shards_with_the_images_inside(make_model, tmp_pa
     items = read("pope", path, "--split", "popular")
     assert sorted(facts(items)) == facts(read("pope", write(tmp_path / "pope.json", own), "--images", tmp_path))
     assert {int(item.id) > 2: colour(item.image) for item in items} == {False: 100, True: 101}
-    with pytest.raises(ValueError, match=r"has adversarial \(4\), popular \(4\), random \(4\); choose one of them"):
+    with pytest.raises(ValueError, match=r"has the splits adversarial \(4\), popular \(4\), random \(4\); choose one of them"):
         read("pope", path)
     with pytest.raises(ValueError, match="pope.json has no splits; leave out --split"):
         read("pope", tmp_path / "pope.json", "--images", tmp_path, "--split", "popular")
