@@ -125,7 +125,7 @@ def place_image(x, visual, places):
 def packed_mask(segments, as_blocks=False):
     """Return who may look at whom in packed rows: segments (B, T) -> bool (B, 1, T, T), or FlexAttention's BlockMask.
 
-    A token sees the tokens before it that are in the prefix (segment 0) or in its own segment. Nothing sees padding (-1).
+    A token sees the tokens before it that are in the prefix (segment 0) or in its own segment. Padding is segment -1.
     """
 
     def sees(row, head, query, key):

@@ -39,7 +39,7 @@ from formats.images import are_faces_blurred
 from formats.meter import Meter
 from formats.processes import Processes, prefetched, shard, whole_state_dict
 from formats.run_folder import RunFolder, print_next
-from formats.schema import HARMLESS, NOTES
+from formats.schema import HARMLESS, counted
 from model import ADAPTERS, LocVLM
 from tiny.moving import ensure_clips
 from tiny.shapes import ensure_side_texts, ensure_world, write_world
@@ -329,20 +329,20 @@ def build_records(config, processes):
     if processes.rank == 0:
         if are_faces_blurred(config.sources) is False:
             print("faces are not blurred in all of these images; the paper blurs them first (App. C): python -m tools.blur")
-        counts = (f"; {'note' if reason.startswith(NOTES) else 'skipped'}: {n} {reason}" for reason, n in skipped.items() if n)
-        print(f"{len(records)} images, {sum(len(r.objects) for r in records)} unique objects", *counts, sep="")
+        found = f"{len(records)} images, {sum(len(r.objects) for r in records)} unique objects"
+        print(found, *counted(skipped).splitlines(), sep="; ")
     return records, sources
 
 
 def world_sources(config, processes):
     """Return the sources of the default data, which rank 0 writes if it is missing."""
     if config.is_about_clips:
-        folder, images, kinds = processes.from_first(ensure_clips), "clips", ["clips_train.json"]
+        folder, images, files = processes.from_first(ensure_clips), "clips", ["clips_train.json"]
     else:
         c, folder, images = build_model(config, "meta").config, processes.from_first(ensure_world), "images"
         wording = Wording(c.coord_format(), location=c.location)  # texts hold places, written as the model's
-        kinds = ["instances_train.json", "captions_train.json", processes.from_first(partial(ensure_side_texts, folder, wording))]
-    return [(str(folder / name), str(folder / images), 1.0) for name in (*kinds, "conversations_train.json")]
+        files = ["instances_train.json", "captions_train.json", processes.from_first(partial(ensure_side_texts, folder, wording))]
+    return [(str(folder / file), str(folder / images), 1.0) for file in (*files, "conversations_train.json")]
 
 
 def build_model(config, device="cpu"):
@@ -395,8 +395,8 @@ def dry_run(config, processes):
         for stage in config.stage_list:
             examples, recipe = build_examples(config, stage, records, model), config.recipe(stage)
             print_parts(config, stage, model)
-            drawn = map(examples.order, range(4 * examples.epoch_length))
-            index, epoch = next((place for place in drawn if examples.records[place[0]].image), (0, 0))
+            drawn = map(examples.order, range(4 * examples.epoch_length))  # the first with an image, if there is one
+            index, epoch = next((pair for pair in drawn if examples.records[pair[0]].image), (0, 0))
             record = examples.records[index]
             print(f"  {record.image} {record.size} px\n  {marked(model.tokenizer, examples.text_row(record, epoch))}")
             if config.is_about_clips:

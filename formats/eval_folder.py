@@ -239,7 +239,7 @@ def run_jobs(args, jobs, wording, answerer, processes):
         items, how = copy.deepcopy(job.items), answering | {"blind": title == "blind"}  # judging changes the items
         parts, options = folders[title] / f"{job.name}.parts", {"questions_sha256": hashes(items)["questions_sha256"], **how}
         functions = partial(answerer.functions, title == "blind", job.rules.choose)
-        paths = {item.image for item in items if item.image} if rank == 0 and title != "blind" else ()  # rank 0 compares them
+        paths = {item.image for item in items if item.image} if rank == 0 and title != "blind" else ()  # rank 0's options count
         options["image_bytes"] = sum(map(file_size, {split_zip(path)[0] or path for path in paths}))
         count, seconds = answer_all(items, args.batch, functions, parts, options, processes, args.fresh)
         if rank > 0:

@@ -198,8 +198,8 @@ def run_command(name, main, place="--out"):
 def origin(error):
     """Return " (FILE, line N: SOURCE)", the last line of this code that an error passed, or "" if that line is a raise."""
     root = Path(__file__).resolve().parent.parent
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if root in Path(frame.filename).resolve().parents]
-    own = [frame for frame in own if "site-packages" not in frame.filename]  # a virtual environment inside the checkout
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if root in Path(frame.filename).resolve().parents]
+    own = [frame for frame in frames if "site-packages" not in frame.filename]  # a virtual environment inside the checkout
     if not own or own[-1].line.startswith("raise"):
         return ""
     return f" ({Path(own[-1].filename).resolve().relative_to(root)}, line {own[-1].lineno}: {own[-1].line})"

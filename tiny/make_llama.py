@@ -12,8 +12,8 @@ questions about it in the chat format of stage 2, packed behind the shared scene
             box; colours
 
 A second, shorter training follows, in which bags come without questions about yes, no or sides. They have errors, as the
-tower's features do, and LLaMA learns which of them to trust. The exam asks about held-out scenes. (In llama.log, it is "gate", copy is
-"retell" and text is "told".)
+tower's features do, and LLaMA learns which of them to trust. The exam asks about held-out scenes. (In llama.log,
+it is "gate", copy is "retell" and text is "told".)
 """
 
 import math
@@ -39,8 +39,8 @@ CONFIG, FORMAT = VARIANTS["tiny"].text_config, VARIANTS["tiny"].coord_format()
 GRID, WORDING = FORMAT.grid, data.Wording(FORMAT)  # data.ask_* take a scene as a record, for its size, and a shape as an object
 STEPS, STEPS_AGAIN, BATCH, QUESTIONS = 6800, 700, 8, 6
 # {form: its documents in a step / BATCH}; {step: the forms that come in turn until then}; rows and forms of the second training;
-# options of sentencepiece; keys of config.json. One easy skill at a time, and nothing else; then all of them together, because a skill
-# that is not practised is forgotten. All of them from the start teach nothing (LOG.md).
+# options of sentencepiece; keys of config.json. One easy skill at a time, and nothing else; then all of them together, because a
+# skill that is not practised is forgotten. All of them from the start teach nothing (LOG.md).
 WEIGHT, SCHEDULE, AGAIN, TOKENIZER, HF_CONFIG = read_json(Path(__file__).with_suffix(".json")).values()
 CYCLES, DECAY = (6050, STEPS), 600  # before each of these steps, learning rates fall to 0 over DECAY steps
 LR_MUON, LR_ADAMW = 3e-3, 1.2e-3  # matrices of the blocks; embeddings, head and norms

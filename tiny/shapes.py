@@ -202,7 +202,7 @@ def draw_scene(rng, names=NAMES):
     return replace(scene, shapes=tuple(sorted(shapes, key=scene.bigness, reverse=True)))
 
 
-def write_side_texts(path, count, wording=None, names=NAMES, seed="0 train", has_quiz=False):
+def write_side_texts(path, count=int(TEXT_SHARE * SPLITS["train"]), wording=None, names=NAMES, seed="0 train", has_quiz=False):
     """Write text-only conversations in LLaVA's format: a scene in words and boxes, then one of App. E's questions about it.
     With `has_quiz`, every other one asks as gqa_SPLIT.json does."""
     wording, rows = wording or Wording(VARIANTS["tiny"].coord_format()), []
@@ -219,12 +219,13 @@ def write_side_texts(path, count, wording=None, names=NAMES, seed="0 train", has
 
 
 def ensure_side_texts(folder, wording):
-    """Return the name of a world's texts about sides for training, their places in this wording; write the file if it is missing."""
-    fmt, usual = wording.fmt, VARIANTS["tiny"].coord_format()
-    differing = [str(getattr(fmt, key)) for key in ("kind", "side", "geometry", "patch") if getattr(fmt, key) != getattr(usual, key)]
+    """Return the name of a world's texts about sides, with places in this wording, for training. Write the file if it is missing.
+    Its name says what differs from the tiny model's: text_nfp_train.json."""
+    own, usual = ((fmt.kind, fmt.side, fmt.geometry, fmt.patch) for fmt in (wording.fmt, VARIANTS["tiny"].coord_format()))
+    differing = [str(value) for value, other in zip(own, usual, strict=True) if value != other]
     name = "_".join(["text", *differing, *["point"] * (wording.location == "point"), "train.json"])
     if not (Path(folder) / name).exists():
-        write_side_texts(Path(folder) / name, int(TEXT_SHARE * SPLITS["train"]), wording)
+        write_side_texts(Path(folder) / name, wording=wording)
     return name
 
 

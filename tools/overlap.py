@@ -1,6 +1,7 @@
 """Count the COCO images of the training data that benchmarks ask about too.
 
-    python -m tools.overlap --data annotations/instances_train2017.json@train2017 coco_pope_random.json v2_OpenEnded_val2014_questions.json
+    python -m tools.overlap --data annotations/instances_train2017.json@train2017 \\
+        coco_pope_random.json v2_OpenEnded_val2014_questions.json
 
 benchmarks  files of benchmarks: POPE, VQAv2, RefCOCO's instances.json, ...
 """

@@ -37,7 +37,7 @@ from model import VARIANTS, LocVLM
 from tasks import __main__ as benchmarks
 from tasks.words import require_meteor
 from tiny.moving import ensure_clips
-from tiny.shapes import NAMES, SPLITS, TEXT_SHARE, ensure_side_texts, ensure_world, write_side_texts
+from tiny.shapes import NAMES, SPLITS, ensure_side_texts, ensure_world, write_side_texts
 from tools import command, prefcoco
 from tools.features import features
 from train import TrainConfig, parse_config
@@ -93,7 +93,7 @@ def ensure_worlds():
     for kind, location in (("nfp", "box"), ("diga", "box"), ("ivb", "point")):
         ensure_side_texts(STILL, Wording(replace(VARIANTS["tiny"], kind=kind).coord_format(), location=location))
     if not (path := STILL / "text_quiz_train.json").exists():  # with other words for sides
-        write_side_texts(path, int(TEXT_SHARE * SPLITS["train"]), has_quiz=True)
+        write_side_texts(path, has_quiz=True)
 
 
 def limit_conversations(world, name, pattern=""):
