@@ -34,10 +34,11 @@ from formats.annotations import image_ids_of, note_fractions, parse_sources, rea
 from formats.fast_cpu import keep_freed_memory
 from formats.features import open_features
 from formats.files import run_command, some
+from formats.fsdp import shard, whole_state_dict
 from formats.hub import is_name
 from formats.images import are_faces_blurred
 from formats.meter import Meter
-from formats.processes import Processes, prefetched, shard, whole_state_dict
+from formats.processes import Processes, prefetched
 from formats.run_folder import RunFolder, print_next
 from formats.schema import HARMLESS, counted
 from model import ADAPTERS, LocVLM
@@ -59,7 +60,7 @@ class Recipe:
     questions: int = 1
     frames: int = 8  # per clip, in stages 3 and 4
     max_length: int = 2048  # tokens of a row, image included; at most LLaMA's max_position_embeddings
-    instruct_share: float = 0.34  # of a row's questions, the share that come from conversations: two of six
+    instruct_share: float = 0.34  # of a row's questions, the share that come from conversations
     grad_clip: float = 1.0  # largest gradient norm
     adapter_lr_ratio: float = 1.0  # the adapter's learning rate, over LLaMA's
     compile: bool = True  # on a GPU: compiled layers and FlexAttention, which passes over what packed rows mask
@@ -70,10 +71,9 @@ CLIP_RECIPES = {  # as Video-ChatGPT: Vid-B reads 100 frames, Vid-B+ 8
     4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
 }
 PRESETS = {  # to change what has no option, add a recipe here and name it with --preset
-    # found on the shapes world, see LOG.md
-    "tiny": {
+    "tiny": {  # found on the shapes world, see LOG.md
         1: Recipe(batch=16, lr=3e-3, warmup_ratio=0.1, steps=100),
-        2: Recipe(batch=4, lr=5e-4, warmup_ratio=0.1, steps=400, questions=6, adapter_lr_ratio=5.0),
+        2: Recipe(batch=2, lr=3.5e-4, warmup_ratio=0.1, steps=760, questions=6, instruct_share=0.17, adapter_lr_ratio=5.0),
         3: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=100, questions=6),
         4: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=260, questions=6),
     },

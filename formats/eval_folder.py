@@ -177,11 +177,11 @@ def trained_on(run, files=""):
         visited.add(run)
         if not (notes := read_json(path).get("locvlm", {}).get("trained_with")):
             return None
-        world = Path("data/moving" if notes["stages"] in ("3", "4") else "data/shapes")  # the default data
         own = [path for path, _, _ in parse_sources(notes["data"], notes["images"])]
-        own = own or sorted(map(str, world.glob("*_train.json")))
+        if not own:  # the default data; this file names all images
+            own = ["data/moving/clips_train.json" if notes["stages"] in ("3", "4") else "data/shapes/instances_train.json"]
         excluded = [path for path in notes["exclude"].split(",") if path]
-        if not own or not all(Path(path).is_file() for path in own + excluded):
+        if not all(Path(path).is_file() for path in own + excluded):
             return None
         files, run, of_run = files + own, notes["init_from"], set()
         for path in own:

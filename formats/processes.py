@@ -9,9 +9,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -65,12 +62,12 @@ class Processes:
     def begin_stage(self, model):
         """Let FSDP see which parameters learn now: else it keeps the dtypes of the first stage's gradients (pytorch 186998)."""
         for part in model.modules():
-            if isinstance(part, FSDPModule):
+            if hasattr(part, "unshard"):
                 part.unshard()
                 part.reshard()
 
     def wrap(self, model):
-        """Average gradients over processes (DDP). FSDP does it by itself, see `shard`."""
+        """Average gradients over processes (DDP). FSDP does it by itself, see formats.fsdp."""
         if self.world == 1 or self.is_fsdp:
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -106,23 +103,3 @@ def require_even(batch, world):
 def require_untied(config):
     if config.tie_word_embeddings:
         raise ValueError("fsdp cannot train a LLaMA whose head is its embedding; use --parallel ddp")
-
-
-def shard(model, processes):
-    """Split a model over all processes by layer (FSDP2), and copy rank 0's weights there; other ranks' may be on "meta".
-    Weights, gradients and their sums stay float32; layers compute in processes.dtype."""
-    require_untied(model.config.text_config)
-    weights = model.state_dict() if processes.rank == 0 else {}
-    model.to("meta")
-    mesh = init_device_mesh(processes.device.type, (processes.world,))
-    policy = MixedPrecisionPolicy(None if processes.dtype == torch.float32 else processes.dtype, torch.float32)
-    tower = model.vision_tower.encoder["layers"][:-1]  # the last one never runs
-    for part in [*tower, *model.language_model.layers, model]:
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-    model.to_empty(device=processes.device)
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-
-
-def whole_state_dict(model):
-    """Gather a sharded model's weights on rank 0's CPU. All processes must call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
