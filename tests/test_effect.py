@@ -13,7 +13,7 @@ from train import PRESETS, TrainConfig
 @pytest.mark.skipif(os.environ.get("LOCVLM_SLOW") != "1", reason="ten minutes: LOCVLM_SLOW=1")
 def test_the_objectives_alone_bring_sides_into_images_and_keep_them(tmp_path, monkeypatch):
     """Twice the default's steps, with the same text beside the images: sides are right with the objectives, and left and right a
-    guess without. (Above and below need no objectives in some seeds, this one among them: docs/tables.md.)"""
+    guess without. (Above and below come in part without objectives: docs/tables.md.)"""
     monkeypatch.chdir(tmp_path)
     train.main(TrainConfig(out="one", stages="1", evaluate=False))
     right = {}
