@@ -62,7 +62,7 @@ class Processes:
     def begin_stage(self, model):
         """Let FSDP see which parameters learn now: else it keeps the dtypes of the first stage's gradients (pytorch 186998)."""
         for part in model.modules():
-            if hasattr(part, "unshard"):
+            if hasattr(part, "unshard"):  # FSDP wrapped it
                 part.unshard()
                 part.reshard()
 
