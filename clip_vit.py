@@ -68,7 +68,7 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_shapes(cls, stored):
-        """Derive the config from the tensors' shapes, for files without one, with K = 64 as OpenAI's (open_clip's may differ)."""
+        """Derive the config from the tensors' shapes, for files without one. K is 64, as OpenAI's (open_clip's may differ)."""
         width, _, patch, _ = stored["embeddings.patch_embedding.weight"].shape  # (Dv, 3, patch, patch)
         positions = stored["embeddings.position_embedding.weight"].shape[0] - 1
         return cls(

@@ -7,8 +7,8 @@ A name ends with its frame (box_px, point_px, or xy_px for either):
     _unit  fractions of the MODEL's square input image, floats in [0, 1]
     _bins  the same square in integers 0..n_bins, both ends included: what IVB text holds
 
-`CoordFormat` goes from box_px to text and back, by a geometry (`window`: which part of the image the model's square shows;
-`clip_vit.preprocess` cuts images by the same rectangle) and a representation: fractions of the square to numbers in the text.
+`CoordFormat` takes box_px to text and back. A geometry (`window`, the rectangle by which `clip_vit.preprocess` cuts images)
+turns pixels into fractions of the model's square, and a representation turns fractions into the numbers in the text.
 """
 
 import math

@@ -161,14 +161,14 @@ class Wording:
 
 @dataclass(frozen=True)
 class Objective:
-    """One instruction objective: a task of evaluate.py, conversations of tools.prefcoco, and with --objectives a part of training.
+    """An instruction objective: a task of evaluate.py, rows of tools.prefcoco, and with --objectives a part of training.
 
     task     its name in evaluate.py
     about    what a question is about: "object" (each unique object), "pair" (two of them), "absent" (a category that is not
              in the image)
     ask      (target, record, wording, rng) -> (question, answer); the target is an Object, or two for a pair
-    judge    (item, wording): reads item.answer, item.size, item.truth {answer, name; an object's box_px; a pair's names}; sets
-             item.correct, and item.boxes_px if the answer holds a location. (An evaluate.Item is a question with its answer.)
+    judge    (item, wording): reads item.answer, item.size, item.truth {answer, name; an object's box_px; a pair's names,
+             or judge_rev's}; sets item.correct, and item.boxes_px if the answer holds a location (see evaluate.Item)
     prompts  its question templates, noted in the results
     """
 
@@ -258,7 +258,7 @@ def judge_rev(item, wording):
 def judge_named(item, wording):
     """Right if the answer names first, of the objects asked about, the one that the expected answer names first."""
     named, expected = (first_named(text, item.truth["names"]) for text in (item.answer, item.truth["answer"]))
-    item.correct = named == expected
+    item.correct = named is not None and named == expected
 
 
 OBJECTIVES = {
@@ -400,15 +400,15 @@ def collate(rows):
     segments, positions = padded("segments", -1), padded("positions", 0)
     # A token is predicted from the one before it: the shift is here, and nowhere else. Before a segment's first token
     # stands the prefix, whose last column is that token's position - 1.
-    at, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (A,) each: answer tokens, at column + 1
-    opens = segments[at, columns + 1] != segments[at, columns]
-    before = torch.where(opens, positions[at, columns + 1] - 1, columns)
+    row_of, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (A,) each: answer tokens, at column + 1
+    opens = segments[row_of, columns + 1] != segments[row_of, columns]  # stage 1's captions: no question is before
+    before = torch.where(opens, positions[row_of, columns + 1] - 1, columns)
     return {
         "input_ids": input_ids,
         "placeholders": placeholders(input_ids),
         "positions": positions,
         "segments": segments if bool((segments > 1).any()) else None,
-        "answers": torch.stack([at, before, labels[at, columns + 1]]),
+        "answers": torch.stack([row_of, before, labels[row_of, columns + 1]]),
     }
 
 
@@ -416,7 +416,7 @@ def collate(rows):
 
 
 class Examples:
-    """Records as training rows. What a row holds is a function of (seed, number of the draw) alone, whatever was drawn before.
+    """Records as training rows. What a row holds depends on the seed and its number in the run alone.
 
     Read it from the bottom: `batch` draws with `order` and `row`, which calls `text_row`, which calls `draw_segments`.
 
@@ -452,7 +452,7 @@ class Examples:
         has_boxes = [record for record in records if record.present or record.absent] if is_asked else []
         if has_boxes and not any(targets_of(record, "object", wording, random.Random(0)) for record in has_boxes):
             raise ValueError(
-                f"no box to ask for in {len(has_boxes)} images: boxes are missing, invalid, or share their category with another; "
+                f"no box to ask for in {len(has_boxes)} images: boxes are missing, invalid, or not alone in their category; "
                 "list the problems with `python -m tools.check`, or train without loc and rev: --objectives neg"
             )
         if not self.records:
@@ -516,9 +516,9 @@ class Examples:
             return self.row((index + 1) % len(self.records), draw)
 
     def order(self, sample):
-        """Return (index of the record, draw) for row number `sample` of the run, counted over all epochs. `draw` seeds its
-        text: the epoch, and if the weight is not 1 (the record may come twice), the row's place in it. A record of weight w
-        comes floor(w) or ceil(w) times an epoch, but for rounding of the epoch's length.
+        """Return (index of the record, draw) for row number `sample` of the run, counted over all epochs. `draw` seeds the
+        row's text: it is the epoch and, for a record of weight other than 1, which may come twice, the place in the epoch.
+        A record of weight w comes floor(w) or ceil(w) times an epoch, but for rounding of the epoch's length.
         """
         epoch, place = divmod(sample, self.epoch_length)
         order = self.orders.get(epoch)
@@ -535,7 +535,7 @@ class Examples:
         return index, epoch if self.weights[index] == 1 else f"{epoch} {place}"
 
     def batch(self, samples):
-        """Collate the given draws of the run: (batch, ids of their records)."""
+        """Collate the rows with these numbers in the run: (batch, ids of their records)."""
         rows, images, records = zip(*(self.row(*self.order(sample)) for sample in samples), strict=True)
         vision, images = self.config.vision_config, [image for image in images if image is not None]
         of_features = self.config.frames + vision.num_patches, vision.hidden_size

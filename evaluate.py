@@ -72,7 +72,7 @@ class Item:
 class Task:
     """One measure: this file's five, or a benchmark in tasks/.
 
-    read        (args, wording) -> (items, Counter {reason: questions skipped}); args are the command line's
+    read        (args, wording) -> (items, Counter {reason: rows or questions skipped}); args are the command line's
     judge       (item, wording): sets item.correct, and item.boxes_px if the answer holds locations
     metrics     items -> {name: share or count}
     prompts     templates of the questions
@@ -132,7 +132,7 @@ def objective_items(objective, records, wording, rng):
     for record in records:
         if objective.about == "absent":
             count = min(len(record.absent), max(1, len(record.objects)))
-            targets = [Object(name, None) for name in rng.sample(record.absent, count)]
+            targets = [Object(name, None) for name in rng.sample(record.absent, count)]  # by name, whatever --words says
         else:
             targets = targets_of(record, objective.about, wording, rng)
         for target in targets:
@@ -169,7 +169,7 @@ def negpred_metrics(items):
 
 
 def revloc_metrics(items):
-    return {"name accuracy": mean(item.correct for item in items), "named nothing": mean(item.truth["named"] is None for item in items)}
+    return {"name accuracy": accuracy(items)["accuracy"], "named nothing": mean(i.truth["named"] is None for i in items)}
 
 
 # ----- COCO-Spatial: left and right, above and below
@@ -235,7 +235,7 @@ def spatial_items(records, wording, rng):
             for name, text in texts.items():
                 objects, word = ((one, two), other) if name == setting else ((three, one), side)
                 truth = {"setting": name, "word": word, "boxes_px": [o.box_px for o in objects]}
-                if name == setting:  # do the whole boxes lie in their halves, whichever triplet is drawn?
+                if name == setting:  # has the image a triplet by the strict rule, perhaps not the one drawn above?
                     truth["whole_boxes"] = any(spatial_triplets([record], random.Random(0), axis, strict=True))
                 items.append(item_of(record, f"{setting}:{name}", text, truth))
                 if name == "left/right":

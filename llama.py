@@ -103,10 +103,10 @@ class KVCache:
         return *self.layers[layer], self.length
 
     def spread(self, rows, capacity=None):
-        """Let row i continue what was row rows[i]. A layer is replaced at a time, so that two caches are never alive."""
+        """Let row i continue what was row rows[i]. Layers are replaced one at a time: two whole caches are never alive."""
         for layer in self.layers:
             for which, old in enumerate(layer):
-                new = old.new_empty(len(rows), old.shape[1], capacity or old.shape[2], old.shape[3])
+                new = old.new_empty(len(rows), old.shape[1], capacity or old.shape[2], old.shape[3])  # (rows, G, L, K)
                 for row, source in enumerate(rows):
                     new[row, :, : self.length] = old[source, :, : self.length]
                 layer[which] = new
@@ -277,7 +277,7 @@ class Llama(nn.Module):
         """Compile each block for training. Packed rows on a GPU then use FlexAttention, which a CPU cannot train with."""
         # all layers share one count of graphs: one for each stage, shape of a batch, and kind of mask
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for block in self.layers:  # `body`: what fsdp adds to the calls of a block stays outside
+        for block in self.layers:  # `body` alone: fsdp's hooks around a call of the block stay outside the graph
             block.body = torch.compile(partial(Block.body, block), fullgraph=True, backend=backend)
         self.uses_flex = self.embed_tokens.weight.is_cuda
 
@@ -298,8 +298,8 @@ class Llama(nn.Module):
         """Continue prompts of different lengths together: list of id lists -> list of id lists (without the end token).
 
         temperature  0 takes the most likely token; else multinomial over softmax(logits / temperature)
-        prefix       KVCache that every prompt continues, one row each, or None; its capacity must hold the longest prompt
-                     and max_new_tokens. It is used up
+        prefix       KVCache that prompts continue, a row each, or None; beyond its length, its capacity must hold the longest
+                     prompt and max_new_tokens. It is used up
         on_token     called with (number of the prompt, its ids so far) for each new token
         A row's answer does not depend on the other rows: padding lies between prefix and prompt and is masked, and each
         row samples from its own generator, seeded by `seed` and its key in `keys`: by default its prompt.
@@ -364,7 +364,7 @@ class Llama(nn.Module):
 
     @classmethod
     def from_stored(cls, config, stored, source, dtype=torch.float32, device="cpu"):
-        """Build from {name: Stored}. The tensors say the vocabulary size: LLaVAs added words without changing their config."""
+        """Build from {name: weights.Stored}. The tensors say the vocabulary size: LLaVAs add words and keep their config."""
         stored = dict(stored)
         if "embed_tokens.weight" in stored:
             config = replace(config, vocab_size=stored["embed_tokens.weight"].shape[0])

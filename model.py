@@ -29,7 +29,7 @@ from video import encode, frames_of
 
 
 class LinearAdapter(nn.Module):
-    """Patches (images, P, Dv) -> visual tokens (images, N, D), N = P. LocVLM-B's, and LLaVA v1's, who call it the projector."""
+    """Patches (images, P, Dv), of clips (clips, frames + P, Dv), -> a visual token each. LocVLM-B's and LLaVA v1's."""
 
     def __init__(self, vision_size, text_size):
         super().__init__()
@@ -117,8 +117,8 @@ VARIANTS = {  # the paper's two models, one for a GPU of 24 GB (TinyLlama), and 
 def place_image(x, visual, places):
     """Put visual tokens (images, N, D), in order, at `places` (see data.placeholders) of x (B, T, D); the rest stays."""
     if len(places) != visual.shape[0] * visual.shape[1]:
-        of = f"({visual.shape[0]} images of {visual.shape[1]})"
-        raise ValueError(f"{len(places)} image placeholders but {visual.shape[:2].numel()} visual tokens {of}; correct the adapter's num_tokens")
+        what = f"{len(places)} image placeholders but {visual.shape[:2].numel()} visual tokens"
+        raise ValueError(f"{what} ({visual.shape[0]} images of {visual.shape[1]}); correct the adapter's num_tokens")
     return x.flatten(0, 1).index_copy(0, places, visual.flatten(0, 1).to(x.dtype)).view_as(x)
 
 
@@ -128,11 +128,11 @@ def packed_mask(segments, as_blocks=False):
     A token sees the tokens before it that are in the prefix (segment 0) or in its own segment. Padding is segment -1.
     """
 
-    def sees(row, head, query, key):
+    def sees(row, head, query, key):  # FlexAttention's signature; all heads see alike
         return (key <= query) & ((segments[row, key] == 0) | (segments[row, key] == segments[row, query]))
 
     rows, length = segments.shape
-    if as_blocks:  # FlexAttention passes over blocks of 128 x 128 in which nothing is seen
+    if as_blocks:  # FlexAttention skips blocks of 128 x 128 in which nothing is seen
         return create_block_mask(sees, rows, None, length, length, device=segments.device)
     row, column = (torch.arange(size, device=segments.device) for size in (rows, length))
     return sees(row[:, None, None, None], None, column[:, None], column)
@@ -167,7 +167,7 @@ class LocVLM(nn.Module):
         with torch.no_grad():  # the tower is frozen
             patches = self.vision_tower(pixel_values) if pixel_values.ndim == 4 else pixel_values  # (images, P, Dv)
         visual = self.adapter(patches)  # (images, N, D)
-        x = self.language_model.embed_tokens(input_ids.clamp(min=0))  # (B, T, D)
+        x = self.language_model.embed_tokens(input_ids.clamp(min=0))  # (B, T, D); IMAGE_ID is negative: any row, replaced below
         x = place_image(x, visual, placeholders)  # (B, T, D)
         return answer_loss(self.language_model, x, answers, positions, segments, reduction)
 

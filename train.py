@@ -8,7 +8,7 @@
     torchrun train.py --stages 4 --init-from runs/default --out runs/video    clips: the moving shapes
 
 A run is a folder: train.json (these options), log.jsonl (one object per step), state/ (checkpoints to --resume from, on any
-number of processes that divides the batch), and the model itself (`LocVLM.from_pretrained(run)`). What a step draws depends on the
+number of processes that divides the batch), and the model (`LocVLM.from_pretrained(run)`). What a step draws depends on the
 seed and the step alone, so a resumed run equals an uninterrupted one, and N processes see the batches of one.
 
     B rows of a batch   T tokens of a row   A answer tokens of a batch
@@ -56,17 +56,17 @@ class Recipe:
     lr: float
     warmup_ratio: float
     epochs: float = 0.0
-    steps: int = 0  # instead of epochs
+    steps: int = 0  # instead of epochs; one of the two must be given
     questions: int = 1
     frames: int = 8  # per clip, in stages 3 and 4
     max_length: int = 2048  # tokens of a row, image included; at most LLaMA's max_position_embeddings
     instruct_share: float = 0.34  # of a row's questions, the share that come from conversations
     grad_clip: float = 1.0  # largest gradient norm
     adapter_lr_ratio: float = 1.0  # the adapter's learning rate, over LLaMA's
-    compile: bool = True  # on a GPU: compiled layers and FlexAttention, which passes over what packed rows mask
+    compile: bool = True  # on a GPU: compiled layers and FlexAttention, which skips what packed rows mask
 
 
-CLIP_RECIPES = {  # as Video-ChatGPT: Vid-B reads 100 frames, Vid-B+ 8
+VIDEO_RECIPES = {  # as Video-ChatGPT: Vid-B reads 100 frames, Vid-B+ 8
     3: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8, frames=100),
     4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
 }
@@ -78,17 +78,17 @@ PRESETS = {  # to change what has no option, add a recipe here and name it with 
         4: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=260, questions=6),
     },
     # Stage 1 as LLaVA v1, stage 2 of Sec. 4.1, with its warm-up ratio of 0.3. Its batch is 64 conversations, two for an image:
-    # 32 images, 29,969 steps. An epoch draws each image once, and `questions` makes it about one pass over them: PRefCOCO has four
-    # descriptions per image, each for LocPred and RevLoc, and as many absent objects; a video has about eight questions
+    # 32 images, 29,969 steps. An epoch draws each image once, and `questions` makes it about one pass over them: PRefCOCO has
+    # four descriptions per image, each for LocPred and RevLoc, and as many absent objects; a video has about eight questions
     "paper": {
         1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
         2: Recipe(batch=32, lr=2e-5, warmup_ratio=0.3, epochs=10, questions=16),
-        **CLIP_RECIPES,
+        **VIDEO_RECIPES,
     },
     "llava": {
         1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
         2: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
-        **CLIP_RECIPES,
+        **VIDEO_RECIPES,
     },
 }
 
@@ -196,8 +196,8 @@ def parse_config(cls, argv=None):
     """Build the dataclass `cls` from command-line options, one per field."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(cls):
-        flag, shown = "--" + f.name.replace("_", "-"), "" if f.default in ("", 0) else f" (default: {f.default})"
-        how = {"default": f.default, "dest": f.name, "help": f.metadata["help"] + shown}
+        flag = "--" + f.name.replace("_", "-")
+        how = {"default": f.default, "help": f.metadata["help"] + (f" (default: {f.default})" if f.default else "")}
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
         elif typing.get_origin(f.type) is typing.Literal:
@@ -247,9 +247,9 @@ def train_stage(config, stage, model, examples, run, processes):
     recipe = config.recipe(stage)
     steps = recipe.steps or math.ceil(recipe.epochs * examples.epoch_length / recipe.batch)
     parameters = trainable(model, stage)
-    processes.begin_stage(model)
+    processes.begin_stage(model)  # fsdp must know which parameters learn now
     optimizer = make_optimizer(parameters, recipe.adapter_lr_ratio)
-    first_step = run.begin_stage(stage, steps, model, optimizer)
+    first_step = run.begin_stage(stage, steps, model, optimizer)  # with --resume, loads the newest checkpoint into both
     for layer in model.language_model.layers:
         layer.recompute = config.recompute
     if recipe.compile and processes.device.type == "cuda":
@@ -299,8 +299,8 @@ def stop_run(row, micro_batches, run, processes):
     """Stop at a loss or gradient that is not finite, and say where."""
     ids = [i for _, ids in micro_batches for i in ids]
     raise FloatingPointError(
-        f"loss {row['loss']}, gradient norm {row['grad_norm']} at stage {row['stage']}, step {row['step']}, lr {row['lr']:.3g}, "
-        f"process {processes.rank}, images {ids}; the last checkpoint in {run.folder} is good; lower --lr, or look at these "
+        f"loss {row['loss']}, gradient norm {row['grad_norm']} at stage {row['stage']}, step {row['step']}, lr {row['lr']:.3g}"
+        f", process {processes.rank}, images {ids}; the last checkpoint in {run.folder} is good; lower --lr, or look at these "
         "images with python -m tools.show"
     )
 
@@ -320,14 +320,14 @@ def build_records(config, processes):
     wrong = {reason: count for reason, count in skipped.items() if not reason.startswith(HARMLESS)}
     clips = [record.id for record in records if record.is_clip]
     if clips and not config.is_about_clips:
-        raise ValueError(f"{len(clips)} records are about clips ({some(clips)}), and stages 1 and 2 read images; use --stages 3")
+        raise ValueError(f"{len(clips)} records are about clips ({some(clips)}), stages 1 and 2 read images; use --stages 3")
     if (bad or wrong) and not config.skip_bad:
         examples = [*bad.values()][:3] + [f"{count} {reason}" for reason, count in wrong.items()]
         problem = f"{len(bad)} images and {sum(wrong.values())} annotations cannot be used: {'; '.join(examples)}"
         raise ValueError(f"{problem}; list all with `python -m tools.check`, or skip them with --skip-bad")
     skipped["images that cannot be read"] = len(bad)
     if processes.rank == 0:
-        if are_faces_blurred(config.sources) is False:
+        if are_faces_blurred(config.sources) is False and not config.dry_run:
             print("faces are not blurred in all of these images; the paper blurs them first (App. C): python -m tools.blur")
         found = f"{len(records)} images, {sum(len(r.objects) for r in records)} unique objects"
         print(found, *counted(skipped).splitlines(), sep="; ")
@@ -377,10 +377,10 @@ def build_examples(config, stage, records, model, features=None):
 def print_parts(config, stage, model):
     """Print a stage's recipe, and which parts of the model it trains."""
     print(f"\nstage {stage}: {config.recipe(stage)}")
-    learned = trainable(model, stage)  # also freezes the others, as the stage will
-    for part, _ in model.named_children():
-        counts = [sum(p.numel() for name, p in of if name.startswith(part)) for of in (model.named_parameters(), learned.items())]
-        print(f"  {part:15} {counts[0]:>14,} parameters, " + (f"{counts[1]:,} trained" if counts[1] else "frozen"))
+    trainable(model, stage)  # freezes the others
+    for name, part in model.named_children():
+        count, learned = (sum(p.numel() for p in part.parameters() if p.requires_grad or is_all) for is_all in (True, False))
+        print(f"  {name:15} {count:>14,} parameters, " + (f"{learned:,} trained" if learned else "frozen"))
 
 
 def dry_run(config, processes):
@@ -443,7 +443,7 @@ def main(config):
     records, sources = build_records(config, processes)
     if processes.rank == 0:
         print("loading " + (config.init_from or "the tower and LLaMA"))
-    device = processes.device if not processes.is_fsdp else "meta" if processes.rank > 0 else "cpu"  # fsdp: rank 0 reads
+    device = ("cpu" if processes.rank == 0 else "meta") if processes.is_fsdp else processes.device  # fsdp: rank 0 reads
     model = build_model(config, device)
     if processes.rank == 0:
         note_fractions(records, model.config.geometry)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from clip_vit import preprocess
-from formats.clips import UnseekableError, open_clip
+from formats.clips import UnseekableError, open_frames
 
 RULES = ("segments", "linspace")
 
@@ -36,7 +36,7 @@ def sample(total, count, rule="segments"):
 
 
 def frames_of(clip, count):
-    """Return `count` PIL frames of a path, of a list of frames (as many as that were chosen before), or of one still image."""
+    """Return `count` PIL frames of a path, of a list of frames (all, if it has as many), or of one still image."""
     if isinstance(clip, Image.Image):
         return [clip] * count
     if isinstance(clip, list | tuple):
@@ -55,7 +55,7 @@ def read_frames(path, count, rule="segments"):
 
 def look(path, count, rule="segments", decode_all=False):
     """Open a clip and read frames: (its format, its number of frames, the sampled indices, those frames)."""
-    about, total, read = open_clip(path, decode_all)
+    about, total, read = open_frames(path, decode_all)
     indices = sample(total, count, rule)
     try:
         frames = read(sorted(set(indices)))

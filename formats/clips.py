@@ -51,7 +51,7 @@ def ratio_problem(path, frame, size):
     return None
 
 
-def open_clip(path, decode_all=False):
+def open_frames(path, decode_all=False):
     """Open a clip of any kind, by its name; it may lie in a zip. A still image is a clip of one frame."""
     path, suffix = Path(path), Path(path).suffix.lower()
     if path.is_dir() or suffix not in (*IMAGES, *CLIP_SUFFIXES) and images.names_in(path):

@@ -578,3 +578,6 @@ def test_an_objective_of_your_own_becomes_a_task(monkeypatch):
         item.answer = answer
         entry.judge(item, wording)
         assert item.correct == is_right
+    item.answer, item.truth["answer"] = "Hm.", "The first one."  # neither names an object: nothing to agree about
+    entry.judge(item, wording)
+    assert item.correct is False

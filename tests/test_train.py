@@ -715,7 +715,8 @@ def test_objectives_may_be_written_with_blanks():
 def test_a_dry_run_without_data_paints_a_few_shapes_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(TrainConfig(dry_run=True))
-    assert "16 images" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    out = capsys.readouterr().out
+    assert "16 images" in out and "not blurred" not in out and not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_does_not_complete_a_world_of_an_older_version(tmp_path, capsys, monkeypatch):

@@ -212,7 +212,7 @@ def test_seeking_gives_the_frames_of_decoding_all(tmp_path, suffix, codec, optio
     times = [4 * i for i in range(21)] if suffix == ".mpg" else None  # MPEG-2 knows no rate below 24 a second
     path = make_video(tmp_path / f"c{suffix}", pictures(21, (64, 48)), times, codec=codec, **options)
     _, total, indices, frames = video.look(path, 5)
-    _, counted, read = clips.open_clip(path, decode_all=True)
+    _, counted, read = clips.open_frames(path, decode_all=True)
     every = read(range(counted))
     assert total == counted == 21
     assert all(np.array_equal(np.array(every[i]), np.array(f)) for i, f in zip(indices, frames, strict=True))
@@ -223,7 +223,7 @@ def test_seeking_gives_the_frames_of_decoding_all(tmp_path, suffix, codec, optio
 def test_seeking_gives_the_frames_of_decoding_all_of_a_real_clip(real, name):
     pytest.importorskip("av")
     _, total, indices, frames = video.look(real(f"videos/{name}"), 3)
-    _, counted, read = clips.open_clip(real(f"videos/{name}"), decode_all=True)
+    _, counted, read = clips.open_frames(real(f"videos/{name}"), decode_all=True)
     every = read(indices)
     assert total == counted
     assert all(np.array_equal(np.array(every[i]), np.array(f)) for i, f in zip(indices, frames, strict=True))
