@@ -1,4 +1,4 @@
-"""Evaluate a model on five tasks on annotated images (Sec. 4; supplement E, H): ask, judge, count.
+"""Evaluate a model on five tasks on annotated images (Sec. 4; App. E, H): ask, judge, count.
 
     python evaluate.py runs/default                              the held-out shapes
     python evaluate.py runs/b2 --task spatial --coco annotations/instances_val2017.json --images val2017

@@ -110,7 +110,7 @@ class TrainConfig:
     )
     resume: bool = opt(False, "continue the run from its last checkpoint")
     dry_run: bool = opt(False, "print parts, shapes and an example; train nothing, write no run")
-    evaluate: bool = opt(True, "evaluate after the last stage, if a val split lies beside the data (instances_val.json)")
+    evaluate: bool = opt(True, "evaluate after the last stage, if a val split lies beside the data, as instances_val.json")
     # model
     vision: str = opt("", "CLIP: folder, ORG/NAME[@REVISION] on the Hugging Face hub, or OpenAI's .pt state dict [tiny/clip]")
     llm: str = opt("", "LLaMA, Vicuna or Qwen2: folder (HF's, or Meta's with params.json) or ORG/NAME[@REVISION] [tiny/llama]")

@@ -168,7 +168,7 @@ def hashes(items):
 def trained_on(run, files=""):
     """Return (annotation files, COCO ids) that a run was trained on, or None if unknown.
 
-    files  separated by commas; if empty, those that train.py noted in the run, and in the runs it started from
+    files  separated by commas; if empty, those that train.py noted in the run and in the runs it started from, or its default data
     """
     if files:
         return files.split(","), image_ids_of(files)

@@ -12,6 +12,11 @@ from conftest import ROOT
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import train
+from clip_vit import open_image, preprocess
+from data import IGNORE, collate, encode_prefix, encode_segment, pack
+from formats.annotations import read_file
+from tiny.shapes import write_world
+from train import TrainConfig, build_model
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOREIGN = {"lmms_eval"}  # modules of other projects
@@ -129,3 +134,29 @@ def test_a_command_that_a_program_refuses_is_found(monkeypatch, capsys):
         parse("train", ["--variant", "b"], monkeypatch)
     with pytest.raises(AssertionError, match="no module tools.nothing"):
         module_of(True, "tools.nothing")
+
+
+def test_the_example_that_the_readme_follows(tmp_path):
+    """Its ids, shapes and loss are those of the default model before training, on the first picture of the shapes world."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    write_world(tmp_path, {"train": 1})
+    config = TrainConfig(data=str(tmp_path / "instances_train.json"), images=str(tmp_path / "images"))
+    model, ([record], _) = build_model(config), read_file(config.data, config.images)
+    square = next(o for o in record.objects if o.name == "square")
+    answer = f"It is located at {model.config.coord_format().encode_box(square.box_px, record.size)}"
+    question = re.search(r"What is the location of object described square.*?bbox\?", text)[0]
+    prefix = encode_prefix(model.tokenizer, "v1", model.config.visual_tokens)
+    ids, labels = encode_segment(model.tokenizer, "v1", [(question, answer)])
+    answered = [i for i in labels if i != IGNORE]
+    batch = collate([pack(prefix, [(ids, labels)], 2048)])
+    pixels = preprocess(open_image(record.image), model.config.vision_config, model.config.geometry)[None]
+    loss = model(pixels, **{name: value for name, value in batch.items() if value is not None}).item()
+    for line in (
+        f"{answer}</s>", f"[{', '.join(map(str, ids[:11]))}, ...]",
+        f"[{', '.join(map(str, answered[:10]))}, ..., {answered[-2]}, {answered[-1]}]",
+        f"{len(ids) - len(answered)} ids, the answer {len(answered)} ", f"In all {len(prefix) + len(ids)} ids",
+        f"picture (3, {pixels.shape[2]}, {pixels.shape[3]}) becomes {model.config.visual_tokens} patches", f"loss, {loss:.2f} before",
+    ):  # fmt: skip
+        assert line in text, line
+    box_px = re.search(r"a yellow square at box_px\s\(([\d., ]+)\)", text)[1]
+    assert [float(v) for v in box_px.split(",")] == pytest.approx(square.box_px, abs=0.051)

@@ -4,7 +4,7 @@ A ViT of CLIP's architecture learns the shapes world patch by patch. Its feature
 colour of the shape whose box covers the patch, and the four sides of that box; a patch of background holds nothing, and other
 directions are kept small. So a patch is what a bag of words is to the tiny LLaMA (tiny/make_llama.py), and a linear adapter can
 turn one into the other. LocVLM reads the last layer but one, so that one learns; the last block stays as it was drawn. Training
-on whole images made features without places (LOG.md). The exam at the end reads names and boxes at the centres of shapes.
+on whole images made features without places (LOG.md). The exam at the end ("gate" in clip.log) reads names and boxes at the centres of shapes.
 """
 
 import math

@@ -14,7 +14,7 @@ number      how many images
 from typing import Literal
 
 from clip_vit import CLIPVisionConfig
-from coords import KINDS, CoordFormat
+from coords import GEOMETRIES, KINDS, CoordFormat
 from data import REPR, WORDS, Examples, Wording, marked
 from formats.annotations import parse_sources, read_records
 from formats.schema import counted
@@ -25,9 +25,9 @@ from tools import command
 
 def show(data, images="", tokenizer="tiny/llama", template: Literal["v1", "plain"] = "v1", kind: Literal[KINDS] = "ivb",
          location: Literal[*REPR] = "box", words: Literal[WORDS] = "name", objectives="loc,neg,rev", side=224,
-         number=3, seed=0):  # fmt: skip
+         geometry: Literal[GEOMETRIES] = "squash", number=3, seed=0):  # fmt: skip
     records, skipped = read_records(parse_sources(data, images))
-    wording = Wording(CoordFormat(kind, side), tuple(objectives.split(",")), location, words)
+    wording = Wording(CoordFormat(kind, side, geometry), tuple(objectives.split(",")), location, words)
     config = CLIPVisionConfig(image_size=side)
     tokenizer = read_tokenizer(tokenizer)
     examples = Examples(records, tokenizer, LocVLMConfig(config), wording, template=template, seed=seed)

@@ -2,7 +2,7 @@
 
     python -m tools.tables 11a                 one table: 2, 4, 8, 10, 11a, 11b, 11c or 12
     python -m tools.tables all --seeds 0,1,2   all of these
-    python -m tools.tables curves              Tab. 4's measures after 220, 440, 880 and 1,760 steps, also drawn (curves.svg)
+    python -m tools.tables curves              boxes and sides after 220, 440, 880 and 1,760 steps, also drawn (curves.svg)
 
 tables.json holds settings, measures and the paper's figures. A run that several tables share is trained once, in
 runs/tables/NAME-SEED. NAME-SEED.recipe.json beside it says how it was made. A killed command resumes; a folder that was made by
@@ -51,7 +51,7 @@ def read_tables(path):
     """Read tables.json: words, settings, measures and tables.
 
     words     what {WORDS} stand for in all of its texts; {SEED} is filled in by each run
-    settings  name: (setting whose run it starts from, options of train.py; small steps learn most in little time)
+    settings  name: (setting whose run it starts from, options of train.py; few images a step learn most in little time)
     measures  heading: (task, its score, options of its evaluation; the second is the file of its questions). The score is one
               of SCORES, or a metric of the task; "text" is `sides_in_text`, and needs neither. A fourth entry
               {key of the truth: pattern} keeps only the questions that match
