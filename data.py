@@ -485,9 +485,9 @@ class Examples:
         conversations = conversations[: int(share * self.questions + rng.random())]
         return conversations + asked[: self.questions - len(conversations)]
 
-    def text_row(self, record, draw):
-        """Draw the text of a record: a packed row. draw: the epoch, see `order`."""
-        rng = random.Random(f"{self.seed} {draw} {record.id}")
+    def text_row(self, record, text_seed):
+        """Draw the text of a record: a packed row. text_seed: the epoch, see `order`."""
+        rng = random.Random(f"{self.seed} {text_seed} {record.id}")
         first = "\n" if record.image else self.tokenizer.space
         drawn, prefix = self.draw_segments(record, rng), self.prefix if record.image else self.text_prefix
         segments = [encode_segment(self.tokenizer, self.template, turns, first) for turns in drawn]
@@ -495,13 +495,13 @@ class Examples:
             rng.shuffle(segments)  # a full row drops its last segments; chance decides which, not their kind
         return pack(prefix, segments, self.max_length)
 
-    def row(self, index, draw):
+    def row(self, index, text_seed):
         """Draw record `index`: (packed row, image (3, S, S) or features (P, Dv) or None, record).
 
         An image that turns out damaged stops the run. With skip_bad, the next record takes its place.
         """
         record, fmt = self.records[index], self.wording.fmt
-        row = self.text_row(record, draw)
+        row = self.text_row(record, text_seed)
         if not record.image:
             return row, None, record
         if self.features:
@@ -513,12 +513,12 @@ class Examples:
             if not self.skip_bad or len(self.unreadable | {record.id}) > tolerated:
                 raise ValueError(f"{error}; --skip-bad skips up to one image in a hundred") from None
             self.unreadable.add(record.id)
-            return self.row((index + 1) % len(self.records), draw)
+            return self.row((index + 1) % len(self.records), text_seed)
 
     def order(self, sample):
-        """Return (index of the record, draw) for row number `sample` of the run, counted over all epochs. `draw` seeds the
-        row's text: it is the epoch and, for a record of weight other than 1, which may come twice, the place in the epoch.
-        A record of weight w comes floor(w) or ceil(w) times an epoch, but for rounding of the epoch's length.
+        """Return (index of the record, text_seed) for row number `sample` of the run, counted over all epochs. A record of weight w
+        comes floor(w) or ceil(w) times an epoch, but for rounding of the epoch's length. text_seed is the epoch; where the
+        weight is not 1, so that a record may come twice, with the place in it.
         """
         epoch, place = divmod(sample, self.epoch_length)
         order = self.orders.get(epoch)

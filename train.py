@@ -396,9 +396,9 @@ def dry_run(config, processes):
             examples, recipe = build_examples(config, stage, records, model), config.recipe(stage)
             print_parts(config, stage, model)
             drawn = map(examples.order, range(4 * examples.epoch_length))  # the first with an image, if there is one
-            index, epoch = next((pair for pair in drawn if examples.records[pair[0]].image), (0, 0))
+            index, text_seed = next((pair for pair in drawn if examples.records[pair[0]].image), (0, 0))
             record = examples.records[index]
-            print(f"  {record.image} {record.size} px\n  {marked(model.tokenizer, examples.text_row(record, epoch))}")
+            print(f"  {record.image} {record.size} px\n  {marked(model.tokenizer, examples.text_row(record, text_seed))}")
             if config.is_about_clips:
                 print("  clips are opened when their features are made")
                 continue

@@ -162,7 +162,7 @@ def row_of(config, stage, records, model):
         return made_row(model.config, stage, recipe.questions, length), "full, every token behind the image an answer"
     if records and model.tokenizer:
         examples = build_examples(config, stage, records, model)
-        rows = [examples.text_row(examples.records[index], epoch) for index, epoch in map(examples.order, range(64))]
+        rows = [examples.text_row(examples.records[index], seed) for index, seed in map(examples.order, range(64))]
         return max(rows, key=lambda row: len(row["input_ids"])), "the longest of 64 rows"
     reason = "no tokenizer without --llm" if records else "no --data"
     return made_row(model.config, stage, recipe.questions), f"{reason}: captions as long as CC3M's"
