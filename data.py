@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -230,12 +231,14 @@ def ask_rev(o, record, wording, rng):
     return question, REV_ANSWER.format(category=wording.words_for(o, rng))
 
 
+@cache
 def name_pattern(name):
     """Return a pattern for a category in a text: its name, its plural, and for person what captions call people."""
     plural = re.sub("mouse$", "mice", re.sub("fe$", "ves", re.sub("(?<![aeiou])y$", "ies", name)))  # unchanged, if regular
-    people = rf"|{PEOPLE}(?!['’]s\b)"  # a man's tie is no person
-    names = rf"{re.escape(name)}(?:e?s)?|{re.escape(plural)}{people if name.lower() == 'person' else ''}"
-    return rf"(?i:(?<!\w)(?:{names})(?!\w))"
+    names = rf"(?:{re.escape(name)}(?:s|(?:(?<=[sxzo])|(?<=[cs]h))es)?|{re.escape(plural)})"
+    if name.lower() == "person":  # a man's tie, or boys', is no person
+        names = rf"(?:{names}|{PEOPLE})(?!['’]s\b|(?<=s)['’])"
+    return re.compile(rf"(?i:(?<!\w){names}(?!\w))")
 
 
 def first_named(text, names):
@@ -244,7 +247,7 @@ def first_named(text, names):
     >>> first_named("There is a wine glass on the table", ["glass", "table", "wine glass"])
     'wine glass'
     """
-    found = {name: match for name in names if (match := re.search(name_pattern(name), text))}
+    found = {name: match for name in names if (match := name_pattern(name).search(text))}
     # the earliest match, then the longest; if two categories match the same words, the one spelled like them, else the longer
     return min(found, key=lambda n: ((m := found[n]).start(), -m.end(), m[0].lower() != n.lower(), -len(n), n), default=None)
 
@@ -516,9 +519,9 @@ class Examples:
             return self.row((index + 1) % len(self.records), text_seed)
 
     def order(self, sample):
-        """Return (index of the record, text_seed) for row number `sample` of the run, counted over all epochs. A record of weight w
-        comes floor(w) or ceil(w) times an epoch, but for rounding of the epoch's length. text_seed is the epoch; where the
-        weight is not 1, so that a record may come twice, with the place in it.
+        """Return (index of the record, text_seed) for row number `sample` of the run, counted over all epochs. A record of
+        weight w comes floor(w) or ceil(w) times an epoch, but for rounding of the epoch's length. text_seed is the epoch;
+        where the weight is not 1, so that a record may come twice, with the place in it.
         """
         epoch, place = divmod(sample, self.epoch_length)
         order = self.orders.get(epoch)

@@ -104,10 +104,9 @@ class TrainConfig:
 
     out: str = opt("runs/default", "folder of the run")
     stages: typing.Literal["1", "2", "1,2", "3", "4"] = opt(
-        "1,2",
-        "1: adapter, on captions; 2: adapter and LLaMA, on questions; 3, 4: continue a stage-2 model on clips, 3: adapter, on "
-        "conversations (Vid-B); 4: adapter and LLaMA, on the objectives too (Vid-B+)",
-    )
+        "1,2", "1: adapter, on captions; 2: adapter and LLaMA, on questions; 3, 4: continue a stage-2 model on clips, "
+        "3: adapter, on conversations (Vid-B); 4: adapter and LLaMA, on the objectives too (Vid-B+)",
+    )  # fmt: skip
     resume: bool = opt(False, "continue the run from its last checkpoint")
     dry_run: bool = opt(False, "print parts, shapes and an example; train nothing, write no run")
     evaluate: bool = opt(True, "evaluate after the last stage, if a val split lies beside the data, as instances_val.json")
@@ -128,9 +127,7 @@ class TrainConfig:
     kind: typing.Literal["", *KINDS] = opt("", "how coordinates are written [as in --init-from, else ivb]")
     geometry: typing.Literal["", *GEOMETRIES] = opt("", "how an image becomes a square [as in --init-from, else squash]")
     location: typing.Literal["", *REPR] = opt("", "what a location is [as in --init-from, else box]")
-    words: typing.Literal["", *WORDS] = opt(
-        "", "what names an object: its category, its pseudo-caption, or either [as in --init-from, else name]"
-    )
+    words: typing.Literal["", *WORDS] = opt("", "what names objects: category, caption, either [as in --init-from, else name]")
     questions: int = opt(0, "questions behind each image [preset]")
     # optimisation
     preset: typing.Literal[tuple(PRESETS)] = opt("tiny", "recipe, which the next options change in every stage of the run")
@@ -152,8 +149,7 @@ class TrainConfig:
         if self.init_from and (self.adapter or self.llm):
             raise ValueError("--init-from loads a whole model; leave out --adapter and --llm")
         for name in ("batch", "micro_batch", "questions", "frames", "lr", "steps", "save_every", "seed"):
-            least = int(name == "save_every")
-            if not getattr(self, name) >= least:
+            if not getattr(self, name) >= (least := int(name == "save_every")):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
         if unknown := [name for name in self.objective_list if name not in OBJECTIVES]:
             raise ValueError(f"--objectives {', '.join(unknown)} unknown; choose of {', '.join(OBJECTIVES)}, or none")
@@ -227,10 +223,11 @@ def trainable(model, stage):
 
 
 def make_optimizer(parameters, adapter_lr_ratio=1.0):
-    """AdamW without weight decay, as LLaVA. The `ratio` of a group of parameters multiplies the learning rate."""
-    ratios = {name: adapter_lr_ratio if name.startswith("adapter.") else 1.0 for name in parameters}
-    groups = [{"params": [p for n, p in parameters.items() if ratios[n] == r], "ratio": r} for r in dict.fromkeys(ratios.values())]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    """Return AdamW without weight decay, as LLaVA's, and for each of its groups what multiplies the learning rate."""
+    groups = {}  # ratio: parameters
+    for name, p in parameters.items():
+        groups.setdefault(adapter_lr_ratio if name.startswith("adapter.") else 1.0, []).append(p)
+    return torch.optim.AdamW([{"params": ps} for ps in groups.values()], lr=0.0, weight_decay=0.0, fused=True), list(groups)
 
 
 def micro_batches_of(step, examples, recipe, micro_batch, processes):
@@ -248,7 +245,7 @@ def train_stage(config, stage, model, examples, run, processes):
     steps = recipe.steps or math.ceil(recipe.epochs * examples.epoch_length / recipe.batch)
     parameters = trainable(model, stage)
     processes.begin_stage(model)  # fsdp must know which parameters learn now
-    optimizer = make_optimizer(parameters, recipe.adapter_lr_ratio)
+    optimizer, ratios = make_optimizer(parameters, recipe.adapter_lr_ratio)
     first_step = run.begin_stage(stage, steps, model, optimizer)  # with --resume, loads the newest checkpoint into both
     for layer in model.language_model.layers:
         layer.recompute = config.recompute
@@ -262,8 +259,8 @@ def train_stage(config, stage, model, examples, run, processes):
     # 2 the loop
     for step, micro_batches in enumerate(meter.waiting(prefetched(draw, first_step, steps)), start=first_step):
         lr = lr_at(step, steps, recipe.lr, recipe.warmup_ratio)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["ratio"]
+        for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+            group["lr"] = lr * ratio
 
         # the loss is the mean over all A answer tokens of the step, in whichever micro-batch and process they are
         answers = processes.sum(sum(batch["answers"].shape[1] for batch, _ in micro_batches))
@@ -288,7 +285,7 @@ def train_stage(config, stage, model, examples, run, processes):
 
         # 3 what to keep
         row |= {"answer_tokens": int(answers), **meter.row()}
-        row |= {"faces_blurred": faces_blurred, "unreadable": int(processes.sum(len(examples.unreadable)))}
+        row |= {"faces_blurred": faces_blurred, "unreadable": int(processes.sum(len(examples.unreadable)))}  # by each process
         run.log(row)  # rank 0 writes it
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             run.save(stage, step + 1, model, optimizer)

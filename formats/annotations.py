@@ -93,7 +93,7 @@ def merge(records):
         if first is record:
             continue
         if any(first.size) and any(record.size) and first.size != record.size:
-            sizes = f"{first.size} in one file of --data and {record.size} in another, or further down"
+            sizes = f"{first.size} in one place and {record.size} in another of the annotations"
             raise ValueError(f"{record.image} is {sizes}; correct the file that does not have the size of its pixels")
         record = respelled(record, first)
         present = tuple(dict.fromkeys(first.present + record.present))

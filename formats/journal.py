@@ -65,10 +65,16 @@ def write_line(file, row):
         os.fsync(file.fileno())
 
 
+def changes(before, now, name=""):
+    """List what differs between options, which may hold dicts of options."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [text for key in now for text in changes(before.get(key), now[key], f"{name}.{key}".strip("."))]
+    return [] if before == now else [f"{name} was {before!r:.200}, is {now!r:.200}"]
+
+
 def require_same_options(before, now, where):
     """Raise ValueError if work was begun with other options than it is to be continued with."""
-    changed = [f"{key} was {before.get(key)!r:.200}, is {now[key]!r:.200}" for key in now if before.get(key) != now[key]]
-    if changed:
+    if changed := changes(before, now):
         raise ValueError(f"{where} was made with other options: {'; '.join(changed)}; repeat those, or change --out")
 
 

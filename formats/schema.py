@@ -359,8 +359,10 @@ def llava_row(row, index):
     name = str(row["id"] if isinstance(row.get("id"), str | int) else f"{clip}_{index}" if clip else index)
     size = tuple(row["size"]) if are_numbers(row.get("size"), 2) and min(row["size"]) > 0 else (0, 0)
     entry = Entry(name, file.removesuffix(".pkl") if clip else file, size, bool(clip))  # .pkl: Video-ChatGPT's features
-    mark = "<video>" if clip else "<image>"  # the other one is text
-    texts = [whole(text.replace(mark, "")).strip() for text in texts]
+    if file:
+        texts[0] = re.sub(r"^\s*<(image|video)>|<(image|video)>\s*$", "", texts[0])  # some rows call their clip <image>
+        texts = [text.replace("<video>" if clip else "<image>", "") for text in texts]  # elsewhere, the other one is text
+    texts = [whole(text).strip() for text in texts]
     if "objective" in row:
         entry.boxes, entry.absent = objective_of(row, size)
     elif all(texts[1::2]):

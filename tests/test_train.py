@@ -139,7 +139,8 @@ def test_whatever_is_trainable_is_optimized():
     """The tower too, if `trainable` lets it learn; only the adapter has a rate of its own."""
     names = ("vision_tower.a", "adapter.b", "language_model.c", "mine.d")
     parameters = {name: torch.nn.Parameter(torch.zeros(1)) for name in names}
-    ratios = {id(p): group["ratio"] for group in train.make_optimizer(parameters, 5.0).param_groups for p in group["params"]}
+    optimizer, ratios = train.make_optimizer(parameters, 5.0)
+    ratios = {id(p): ratio for group, ratio in zip(optimizer.param_groups, ratios, strict=True) for p in group["params"]}
     assert [ratios[id(parameters[name])] for name in names] == [1.0, 5.0, 1.0, 1.0]
 
 

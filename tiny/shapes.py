@@ -206,11 +206,12 @@ def write_side_texts(path, count=int(TEXT_SHARE * SPLITS["train"]), wording=None
     """Write text-only conversations in LLaVA's format: a scene in words and boxes, then one of App. E's questions about it.
     With `has_quiz`, every other one asks as gqa_SPLIT.json does."""
     wording, rows = wording or Wording(VARIANTS["tiny"].coord_format()), []
-    for index in range(count):
+    for index in range(count if len(names) > 1 else 0):  # a question needs two shapes
         rng, pairs = random.Random(f"{seed} text {index}"), []
         while not pairs:
             scene = draw_scene(rng, names)
-            pairs = scene.ask_sides(rng) if len(scene.unique()) > 1 else []
+            is_shown = all(wording.can_place(shape.box_px, scene.size) for shape in scene.shapes)  # crop shows a part
+            pairs = scene.ask_sides(rng) if is_shown and len(scene.unique()) > 1 else []
         quiz = [row[:2] for row in scene.side_quiz(rng)] if has_quiz and index % 2 else []
         question, answer = rng.choice(quiz or pairs)
         turns = [{"from": "human", "value": f"{scene.tell(wording, rng)} {question}"}, {"from": "gpt", "value": answer}]

@@ -159,7 +159,7 @@ def clean_caption(caption, category):
     lead = LEAD.match(text)[0]
     text = text.removeprefix(lead)
     where = rf"(?: \(?(?:shown |seen )?{IN_IMAGE}\)?)?((?: (?!{VERBS}|that\b|which\b|who\b)[\w'-]+){{0,8}})"
-    if match := re.match(rf"({name_pattern(category)}){where},? (?:(?:that|which|who) )?({VERBS}.+)", text, re.IGNORECASE):
+    if match := re.match(rf"({name_pattern(category).pattern}){where},? (?:(?:that|which|who) )?({VERBS}.+)", text, re.IGNORECASE):
         return f"{match[1].lower()}{match[2]} that {match[3]}", None
     first, _, rest = text.partition(" ")
     is_proper = lead or rest[:1].isupper() or any(letter.isupper() for letter in first[1:])  # a name or an acronym
@@ -178,7 +178,7 @@ def caption_fault(text, category):
         "cut short": text.endswith(CUT.strip()),
         "too long": len(words) > LONGEST,
         "repeats itself": max(threes.values(), default=0) > 2 or any(len(set(three)) == 1 for three in threes),
-        "names another thing": not re.search(name_pattern(category), text),
+        "names another thing": not name_pattern(category).search(text),
     }
     return next((fault for fault, is_found in faults.items() if is_found), None)
 

@@ -7,7 +7,7 @@ data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES*WEIGHT
 tokenizer   folder with tokenizer.model or tokenizer.json, or ORG/NAME on the hub
 template    v1: stage 2; plain: captions of stage 1
 words       what names an object
-objectives  of data.OBJECTIVES, separated by commas
+objectives  of data.OBJECTIVES, separated by commas, or none
 number      how many images
 """
 
@@ -21,13 +21,14 @@ from formats.schema import counted
 from llama import read_tokenizer
 from model import LocVLMConfig
 from tools import command
+from train import TrainConfig
 
 
 def show(data, images="", tokenizer="tiny/llama", template: Literal["v1", "plain"] = "v1", kind: Literal[KINDS] = "ivb",
          location: Literal[*REPR] = "box", words: Literal[WORDS] = "name", objectives="loc,neg,rev", side=224,
          geometry: Literal[GEOMETRIES] = "squash", number=3, seed=0):  # fmt: skip
     records, skipped = read_records(parse_sources(data, images))
-    wording = Wording(CoordFormat(kind, side, geometry), tuple(objectives.split(",")), location, words)
+    wording = Wording(CoordFormat(kind, side, geometry), TrainConfig(objectives=objectives).objective_list, location, words)
     config = CLIPVisionConfig(image_size=side)
     tokenizer = read_tokenizer(tokenizer)
     examples = Examples(records, tokenizer, LocVLMConfig(config), wording, template=template, seed=seed)

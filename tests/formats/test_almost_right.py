@@ -40,6 +40,7 @@ from formats.llava_hf import json_files
 from formats.originals import meta_tensors
 from formats.pictures import pictures_of
 from formats.run_folder import RunFolder, lock
+from formats.schema import llava_row
 from formats.weights import open_tensors
 from llama import LlamaConfig, read_tokenizer
 from model import LocVLM, LocVLMConfig
@@ -67,7 +68,7 @@ def instances(path, width, height, **changes):
 def test_sizes_of_one_image_agree_in_all_files(coco):
     """Only the first file's size is compared with the pixels, and boxes of the second are in its own."""
     sources = [(instances(coco / f"{side}.json", side, side * 4 // 5), coco, 1.0) for side in (100, 50)]
-    refused(r"1.png is \(100, 80\) in one file of --data and \(50, 40\)", read_records, sources)
+    refused(r"1.png is \(100, 80\) in one place and \(50, 40\) in another", read_records, sources)
     assert len(read_records(sources[:1] * 2)[0]) == 1
 
 
@@ -207,7 +208,7 @@ def test_a_run_is_one_process_one_recipe_and_one_data_set(coco, tmp_path, monkey
     assert RunFolder(resumed, 0, 1).complete() == [(2, 6)]
     longer = {2: replace(PRESETS["tiny"][2], warmup_ratio=0.5)}
     monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | longer)
-    refused("recipes was", RunFolder, resumed, 0, 1)
+    refused(r"recipes\.2\.warmup_ratio was 0.1, is 0.5;", RunFolder, resumed, 0, 1)
     monkeypatch.undo()
     instances(coco / "i.json", 100, 80, annotations=[])
     refused("data_sha256", RunFolder, resumed, 0, 1)
@@ -392,6 +393,7 @@ def test_a_tag_inside_a_text_is_text(tmp_path):
         [record] = read_file(tmp_path / "chat.json", str(tmp_path))[0]
         [[(question, answer)]] = record.conversations
         assert "<video>" in question and answer == "Use <video>."
+        assert ("<image>" in question) == ("work <image>" in content[0]["conversations"][0]["value"])  # text, without an image
     for question in ("<image>\nWhat?", "What?\n<video>"):
         write_json(tmp_path / "chat.json", rows(question))
         refused("contains <(image|video)> but has no", read_file, tmp_path / "chat.json", str(tmp_path))
@@ -420,3 +422,10 @@ def test_an_image_one_folder_down_is_pointed_at(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "train2017/1.png")
     assert image_problem(tmp_path / "1.jpg").endswith(f"; {tmp_path} has 'train2017/1.png'")
     assert image_problem(tmp_path / "2.png").endswith("2.png")
+
+
+def test_a_clip_that_its_row_calls_image(tmp_path):
+    """The tag is no text, whichever it is; inside a question, the other tag is."""
+    turns = [{"from": "human", "value": "<image>\nIs <image> HTML?"}, {"from": "gpt", "value": "No."}]
+    entry = llava_row({"id": "a", "video": "a.mp4", "conversations": turns}, 0)
+    assert entry.turns == (("Is <image> HTML?", "No."),)

@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
@@ -162,6 +163,10 @@ def test_texts_say_where_shapes_are_and_ask_for_a_side(tmp_path):
         assert side == {"Which": "left" if dx < 0 else "right", "Is": "above" if dy < 0 else "below"}[asked.split()[0]]
     records, skipped = read_file(tmp_path / "boxes.json", tmp_path)
     assert len(records) == 60 and not skipped and all(record.image is None for record in records)
+    cropped = Wording(replace(VARIANTS["tiny"], geometry="crop").coord_format(), location="point")
+    write_side_texts(tmp_path / "crop.json", 20, cropped)  # of scenes whose shapes the crop shows
+    write_side_texts(tmp_path / "none.json", 20, names=NAMES[:1])
+    assert [len(json.loads((tmp_path / f"{name}.json").read_text())) for name in ("crop", "none")] == [20, 0]
 
 
 def test_refs_call_a_shape_what_it_is(tmp_path):

@@ -46,7 +46,7 @@ def steps(name, count):
     model, batch = LocVLM(config_of(name)), batch_of(name)
     for layer in model.language_model.layers:
         layer.recompute = recompute
-    optimizer = make_optimizer(trainable(model, stage))
+    optimizer, _ = make_optimizer(trainable(model, stage))
     for _ in range(count):
         model(**batch).backward()
         optimizer.step()

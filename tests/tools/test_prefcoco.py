@@ -182,7 +182,7 @@ def test_a_finished_file_stays_and_other_options_are_refused(run, coco, tmp_path
     caption(**common, **DECODING)
     assert not (tmp_path / "out/pref.json.parts").exists()
     refused("batch was 8, is 3", caption, **common, **DECODING, batch=3)
-    refused("decoding was .*'seed': 1", caption, **common, **{**DECODING, "seed": 1})
+    refused(r"decoding\.seed was 0, is 1", caption, **common, **{**DECODING, "seed": 1})
     (tmp_path / "out/pref.rejected.json").unlink()
     refused("model was None", caption, **common, **DECODING)
 
