@@ -254,7 +254,7 @@ def test_rows_about_images_clips_and_text_are_decided_row_by_row(coco):
             "a": (False, "1.png"), "b": (False, None), "v": (True, "v.mp4")}  # fmt: skip
         assert not skipped
     config = train.parse_config(train.TrainConfig, ["--stages", "2", "--data", f"{coco}/x.json", "--images", str(coco), "--dry-run"])
-    with pytest.raises(ValueError, match=r"1 records are about clips \(v\), and stages 1 and 2 read images"):
+    with pytest.raises(ValueError, match=r"1 records are about clips \(v\), stages 1 and 2 read images"):
         train.build_records(config, train.Processes.start(config))
 
 
