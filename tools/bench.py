@@ -118,7 +118,7 @@ def their_inputs(model, rows, pixels=None):
     rows = [torch.tensor(row) for row in rows]
     ids, mask = (pad_sequence(part, True, padding_side="left") for part in (rows, [torch.ones_like(row) for row in rows]))
     ids = ids.masked_fill(ids == data.IMAGE_ID, model.config.image_token_index)
-    return {"input_ids": ids, "attention_mask": mask} | ({} if pixels is None else {"pixel_values": pixels})  # not None
+    return {"input_ids": ids, "attention_mask": mask} | ({"pixel_values": pixels} if torch.is_tensor(pixels) else {})
 
 
 def their_answers(model, rows, count, pixels=None):
