@@ -165,8 +165,7 @@ class Objective:
     """An instruction objective: a task of evaluate.py, rows of tools.prefcoco, and with --objectives a part of training.
 
     task     its name in evaluate.py
-    about    what a question is about: "object" (each unique object), "pair" (two of them), "absent" (a category that is not
-             in the image)
+    about    what a question is about: "object" (each unique one), "pair" (two of them), "absent" (a category not in the image)
     ask      (target, record, wording, rng) -> (question, answer); the target is an Object, or two for a pair
     judge    (item, wording): reads item.answer, item.size, item.truth {answer, name; an object's box_px; a pair's names,
              or judge_rev's}; sets item.correct, and item.boxes_px if the answer holds a location (see evaluate.Item)

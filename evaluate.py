@@ -502,8 +502,7 @@ def use_default_data(args, config):
 def wording_of(args, config):
     """Return how questions are worded: as the model was trained, unless options say otherwise."""
     location, words = args.location or config.location, args.words or config.words
-    medium = "video" if config.frames else "image"
-    return Wording(config.coord_format(), location=location, words=words, medium=medium)
+    return Wording(config.coord_format(), location=location, words=words, medium="video" if config.frames else "image")
 
 
 def write_page(run):

@@ -149,7 +149,8 @@ class TrainConfig:
         if self.init_from and (self.adapter or self.llm):
             raise ValueError("--init-from loads a whole model; leave out --adapter and --llm")
         for name in ("batch", "micro_batch", "questions", "frames", "lr", "steps", "save_every", "seed"):
-            if not getattr(self, name) >= (least := int(name == "save_every")):
+            least = int(name == "save_every")
+            if not getattr(self, name) >= least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
         if unknown := [name for name in self.objective_list if name not in OBJECTIVES]:
             raise ValueError(f"--objectives {', '.join(unknown)} unknown; choose of {', '.join(OBJECTIVES)}, or none")
@@ -285,7 +286,7 @@ def train_stage(config, stage, model, examples, run, processes):
 
         # 3 what to keep
         row |= {"answer_tokens": int(answers), **meter.row()}
-        row |= {"faces_blurred": faces_blurred, "unreadable": int(processes.sum(len(examples.unreadable)))}  # by each process
+        row |= {"faces_blurred": faces_blurred, "unreadable": int(processes.sum(len(examples.unreadable)))}
         run.log(row)  # rank 0 writes it
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             run.save(stage, step + 1, model, optimizer)
@@ -376,7 +377,8 @@ def print_parts(config, stage, model):
     print(f"\nstage {stage}: {config.recipe(stage)}")
     trainable(model, stage)  # freezes the others
     for name, part in model.named_children():
-        count, learned = (sum(p.numel() for p in part.parameters() if p.requires_grad or is_all) for is_all in (True, False))
+        count = sum(p.numel() for p in part.parameters())
+        learned = sum(p.numel() for p in part.parameters() if p.requires_grad)
         print(f"  {name:15} {count:>14,} parameters, " + (f"{learned:,} trained" if learned else "frozen"))
 
 

@@ -66,9 +66,10 @@ def write_line(file, row):
 
 
 def changes(before, now, name=""):
-    """List what differs between options, which may hold dicts of options."""
+    """List what differs between options, which may hold dicts of options. Of options at the top, those of `now` count."""
     if isinstance(before, dict) and isinstance(now, dict):
-        return [text for key in now for text in changes(before.get(key), now[key], f"{name}.{key}".strip("."))]
+        keys = before | now if name else now
+        return [text for key in keys for text in changes(before.get(key), now.get(key), f"{name}.{key}".strip("."))]
     return [] if before == now else [f"{name} was {before!r:.200}, is {now!r:.200}"]
 
 

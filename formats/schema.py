@@ -316,6 +316,7 @@ def caption_entries(content, path, problems):
 
 # ----- LLaVA
 
+TAG = re.compile(r"^\s*<(image|video)>|<(image|video)>\s*$")  # in a first question; elsewhere it may be text, as in HTML
 OTHER_KEYS = ("videos", "image_path", "image_file", "img", "img_path", "image_url", "video_path")  # of other trainers
 
 
@@ -352,7 +353,7 @@ def llava_row(row, index):
     if file is None:
         if other := next(filter(row.get, OTHER_KEYS), None):
             raise ValueError(f'has "{other}"; call it "image" or "video"')
-        if mark := re.match("<(image|video)>|.*<(image|video)>$", texts[0].strip(), re.DOTALL):  # elsewhere it is text, as in HTML
+        if mark := TAG.search(texts[0]):
             raise ValueError(f'contains <{mark[1] or mark[2]}> but has no "{mark[1] or mark[2]}" key')
     elif leaves_folder(file := file.replace("\\", "/")):  # as Windows writes it
         raise ValueError("names a file that leaves its folder", file)
@@ -360,8 +361,8 @@ def llava_row(row, index):
     size = tuple(row["size"]) if are_numbers(row.get("size"), 2) and min(row["size"]) > 0 else (0, 0)
     entry = Entry(name, file.removesuffix(".pkl") if clip else file, size, bool(clip))  # .pkl: Video-ChatGPT's features
     if file:
-        texts[0] = re.sub(r"^\s*<(image|video)>|<(image|video)>\s*$", "", texts[0])  # some rows call their clip <image>
-        texts = [text.replace("<video>" if clip else "<image>", "") for text in texts]  # elsewhere, the other one is text
+        texts[0] = TAG.sub("", texts[0])  # either one: some rows call their clip <image>
+        texts = [text.replace("<video>" if clip else "<image>", "") for text in texts]
     texts = [whole(text).strip() for text in texts]
     if "objective" in row:
         entry.boxes, entry.absent = objective_of(row, size)

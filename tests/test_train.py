@@ -140,6 +140,7 @@ def test_whatever_is_trainable_is_optimized():
     names = ("vision_tower.a", "adapter.b", "language_model.c", "mine.d")
     parameters = {name: torch.nn.Parameter(torch.zeros(1)) for name in names}
     optimizer, ratios = train.make_optimizer(parameters, 5.0)
+    assert optimizer.param_groups[0].keys() == torch.optim.AdamW([torch.zeros(1)]).param_groups[0].keys(), "as checkpoints hold them"
     ratios = {id(p): ratio for group, ratio in zip(optimizer.param_groups, ratios, strict=True) for p in group["params"]}
     assert [ratios[id(parameters[name])] for name in names] == [1.0, 5.0, 1.0, 1.0]
 

@@ -35,7 +35,7 @@ from formats.eval_folder import trained_on
 from formats.features import open_features, write_features
 from formats.files import read_config, read_json, write_json
 from formats.images import image_problem
-from formats.journal import open_journal
+from formats.journal import changes, open_journal
 from formats.llava_hf import json_files
 from formats.originals import meta_tensors
 from formats.pictures import pictures_of
@@ -209,6 +209,7 @@ def test_a_run_is_one_process_one_recipe_and_one_data_set(coco, tmp_path, monkey
     longer = {2: replace(PRESETS["tiny"][2], warmup_ratio=0.5)}
     monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | longer)
     refused(r"recipes\.2\.warmup_ratio was 0.1, is 0.5;", RunFolder, resumed, 0, 1)
+    assert changes({"a": {"b": 1}, "c": 2}, {"a": {}}) == ["a.b was 1, is None"]
     monkeypatch.undo()
     instances(coco / "i.json", 100, 80, annotations=[])
     refused("data_sha256", RunFolder, resumed, 0, 1)
