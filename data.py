@@ -258,7 +258,7 @@ def judge_rev(item, wording):
 
 
 def judge_named(item, wording):
-    """Right if the answer names first, of the objects asked about, the one that the expected answer names first."""
+    """Right if, of the pair's names, the answer mentions the expected one first. For objectives of your own about pairs."""
     named, expected = (first_named(text, item.truth["names"]) for text in (item.answer, item.truth["answer"]))
     item.correct = named is not None and named == expected
 

@@ -37,7 +37,7 @@ class LinearAdapter(nn.Module):
 
     @staticmethod
     def num_tokens(patches, frames):
-        """Return how many visual tokens an image or a clip becomes; ValueError if not any number of patches and frames fits."""
+        """Return how many visual tokens an image or a clip becomes; ValueError for a number that does not fit."""
         return frames + patches
 
     def forward(self, patches):

@@ -33,7 +33,8 @@ def pack_linears(model, compiled=False):
         torch.ops.mkldnn._reorder_linear_weight(like.new_zeros(8, 8), 8)
     except RuntimeError:  # bfloat16 on a CPU without instructions for it
         return
-    for name, linear in [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]:
+    # a subclass may compute more, as a LoRA of one's own
+    for name, linear in [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]:
         model.set_submodule(name, InferenceLinear(linear, compiled))
 
 

@@ -69,7 +69,8 @@ def read_processor(folder):
 
 def normalization(processor, side):
     """Return the mean and std of an image processor. Raise ValueError if the tower, which reads `side` px, has another side."""
-    size = processor.get("crop_size" if processor.get("do_center_crop", True) else "size")
+    is_cropped = processor.get("do_center_crop", "crop_size" in processor)  # CLIP's are, SigLIP's are not
+    size = processor.get("crop_size" if is_cropped else "size")
     size = size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
     if size not in (None, side):
         sides = f"{size} px, the tower reads {side}"

@@ -113,9 +113,11 @@ def test_the_image_processor_of_a_checkpoint_is_obeyed(tmp_path):
     for changes, hint in (
         ({"crop_size": {"height": 32, "width": 32}}, "makes images of 32 px, the tower reads 28"),
         ({"do_center_crop": False}, "makes images of 32 px"),
+        ({"crop_size": None}, "makes images of 32 px"),  # nothing is cropped, as SigLIP's processor
         ({"image_std": 0.5}, "image_std 0.5, which is not three numbers"),
     ):
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | changes))
+        changed = {key: value for key, value in (processor | changes).items() if value is not None}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=hint):
             CLIPVisionTower.from_pretrained(tmp_path)
 

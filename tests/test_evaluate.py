@@ -563,18 +563,18 @@ def test_an_objective_of_your_own_becomes_a_task(monkeypatch):
     """One entry in data.OBJECTIVES: training draws it, evaluation asks and judges it."""
 
     def ask(pair, record, wording, rng):
-        left, right = sorted(pair, key=lambda o: o.box_px[0] + o.box_px[2])
-        return f"Which is further left, the {pair[0].name} or the {pair[1].name}?", f"The {left.name}."
+        small, large = sorted(pair, key=lambda o: o.box_px[2] - o.box_px[0])
+        return f"Which is narrower, the {pair[0].name} or the {pair[1].name}?", f"The {small.name}."
 
-    entry = data.Objective("further", "pair", ask, data.judge_named)
-    monkeypatch.setitem(data.OBJECTIVES, "side", entry)
+    entry = data.Objective("narrower", "pair", ask, data.judge_named)
+    monkeypatch.setitem(data.OBJECTIVES, "width", entry)
     objects = (Object("cup", (0, 0, 20, 20)), Object("dog", (100, 0, 140, 40)))
     record = Record("1", "x.png", (224, 224), objects, ("cup", "dog"), ("car",))
-    wording = Wording(CoordFormat("ivb"), objectives=("side", "loc"))
+    wording = Wording(CoordFormat("ivb"), objectives=("width", "loc"))
     drawn = data.draw_questions(record, wording, random.Random(0))
-    assert sorted(name for name, *_ in drawn) == ["loc", "loc", "side"]
+    assert sorted(name for name, *_ in drawn) == ["loc", "loc", "width"]
     [item] = evaluate.objective_items(entry, [record], wording, random.Random(0))
-    assert "further left" in item.question and item.truth["answer"] == "The cup."
+    assert "narrower" in item.question and item.truth["answer"] == "The cup."
     for answer, is_right in (("the cup", True), ("The dog.", False)):
         item.answer = answer
         entry.judge(item, wording)

@@ -10,7 +10,8 @@ import torch
 from conftest import GOLDEN, TEXT
 from safetensors.torch import load_file, save_file
 
-from coords import KINDS, CoordFormat
+from coords import CoordFormat
+from formats.fast_cpu import pack_linears
 from llama import KVCache, Llama, LlamaConfig, Tokenizer, rotary, rotate
 from model import VARIANTS
 from tools.plan import BytesAlive
@@ -277,11 +278,23 @@ def test_the_tokenizer_of_llama_is_read_as_it_is(real):
     )
 
 
+def test_a_linear_layer_of_ones_own_is_not_packed():
+    """A subclass may compute more than its product; packing would leave that out in silence."""
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, x = torch.nn.Sequential(Doubled(8, 8), torch.nn.Linear(8, 8)), torch.randn(3, 8)
+    expected = model(x)
+    pack_linears(model)
+    assert torch.allclose(model(x), expected, atol=1e-5) and type(model[0]) is Doubled
+
+
 def test_the_three_forms_cost_what_the_readme_says(real):
     """Digits are single pieces and each number after ', ' costs one more: 15 pieces for the paper's IVB box."""
     tokenizer = Tokenizer(real("llama/tokenizer-llama"))
     box, answers = (10, 120, 30, 145), {}
-    for kind in KINDS:
+    for kind in ("nfp", "ivb", "diga"):
         text = CoordFormat(kind).encode_box(box, (512, 512))
         assert tokenizer.decode(tokenizer.encode(text)) == text
         answers[kind] = len(tokenizer.encode("It is located at " + text))
