@@ -232,12 +232,14 @@ def ask_rev(o, record, wording, rng):
 
 @cache
 def name_pattern(name):
-    """Return a pattern for a category in a text: its name, its plural, and for person what captions call people."""
+    """Return a pattern for a category in a text: its name, its plural, and for person what captions call people.
+
+    A possessive is another thing: a dog's bowl, a man's tie, boys' shoes.
+    """
     plural = re.sub("mouse$", "mice", re.sub("fe$", "ves", re.sub("(?<![aeiou])y$", "ies", name)))  # unchanged, if regular
     names = rf"(?:{re.escape(name)}(?:s|(?:(?<=[sxzo])|(?<=[cs]h))es)?|{re.escape(plural)})"
-    if name.lower() == "person":  # a man's tie, or boys', is no person
-        names = rf"(?:{names}|{PEOPLE})(?!['’]s\b|(?<=s)['’])"
-    return re.compile(rf"(?i:(?<!\w){names}(?!\w))")
+    names = rf"(?:{names}|{PEOPLE})" if name.lower() == "person" else names
+    return re.compile(rf"(?i:(?<!\w){names}(?!\w|['’]s\b|(?<=s)['’] \w))")
 
 
 def first_named(text, names):

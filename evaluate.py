@@ -79,7 +79,7 @@ class Task:
     choose      (model, images, [items of each]) -> [answers of each], if the model does not write them: see tasks/whats_up.py
     files       a benchmark's: what --questions and --answers are
     options     the options that it takes beside them: "split", "short"
-    paper       the paper's rows: [(model, {metric: percent})], if has_paper(items): they are about such questions
+    paper       the paper's rows: [(model, {metric: percent})], shown if has_paper(items): the questions are of that kind
     submission  items -> what the benchmark's own server or script takes, as JSON
     after       (job, items, folder, args) -> (more metrics, who judged), for a second judgement of all answers
     summary     (results of this task, folder) -> text, if several files make one figure
@@ -154,7 +154,7 @@ def accuracy(items):
 
 
 def locpred_metrics(items):
-    """Points have no IoU and no extent: their "acc@0.5" counts what lies in the true box, and three figures are NaN."""
+    """For points, acc@0.5 is the share that lies in the true box; acc@0.75, mean IoU and invalid box are NaN."""
     ious = [item.truth["iou"] for item in items if "iou" in item.truth]
     with_iou = [item for item in items if item.boxes_px and "iou" in item.truth]
     return {
@@ -175,30 +175,20 @@ def revloc_metrics(items):
 # ----- COCO-Spatial: left and right, above and below
 
 
-def halves(record, axis, strict=False):
-    """Sort an image's unique objects into its two halves, by the paper's rule: no centre in the central 20 %.
-
-    axis 0: left and right; 1: above and below. strict: the whole box in its half as well, the paper's other wording.
-    """
-    sides, middle = ([], []), record.size[axis] / 2
-    for o in record.objects:
-        low, high = o.box_px[axis], o.box_px[axis + 2]
-        centre = (low + high) / 2 / record.size[axis]
-        if centre <= 0.4 and not (strict and high > middle):
-            sides[0].append(o)
-        elif centre >= 0.6 and not (strict and low < middle):
-            sides[1].append(o)
-    return sides
-
-
 def spatial_triplets(records, rng, axis, strict=False):
     """Yield one triplet per image, drawn at random from its unique objects (App. E).
 
-    (record, obj_1, obj_2, obj_3, side of obj_1): obj_1 lies in one of two opposite `halves`, obj_2 and obj_3 in the other.
+    (record, obj_1, obj_2, obj_3, side of obj_1): obj_1 lies in one half of the image, obj_2 and obj_3 in the other. By the
+    paper's rule, no centre lies in the central 20 %; strict, its other wording: the whole box lies in its half as well.
+    axis 0: left and right; 1: above and below
     """
     words = (("left", "right"), ("above", "below"))[axis]
     for record in records:
-        sides = halves(record, axis, strict)
+        size, edges = record.size[axis], [(o.box_px[axis], o.box_px[axis + 2], o) for o in record.objects]
+        sides = (
+            [o for low, high, o in edges if (low + high) / 2 / size <= 0.4 and not (strict and high > size / 2)],
+            [o for low, high, o in edges if (low + high) / 2 / size >= 0.6 and not (strict and low < size / 2)],
+        )
         choices = [side for side in (0, 1) if sides[side] and len(sides[1 - side]) >= 2]
         if choices:
             side = rng.choice(choices)
@@ -216,9 +206,9 @@ def side_answer(side, obj_1, obj_2):
 def spatial_items(records, wording, rng):
     """Ask about sides directly and in context (App. E).
 
-    In context, "icl" shows two examples that answer what they ask, in random order. "icl verbatim" shows the paper's, which
-    answer about the other object than they ask for; without an axis in its name, it is about left and right. A direct question
-    about left and right is also asked of the mirrored image.
+    In context, "icl" shows two examples that answer what they ask, in random order. "icl verbatim" shows the paper's, whose
+    answers are swapped; without an axis in its name, it is about left and right. A direct question about left and right is also
+    asked of the mirrored image.
     """
     items, start = [], rng.getstate()
     for axis, setting in enumerate(SIDE_PROMPTS):
@@ -458,7 +448,7 @@ def add_options(parser):
     add("--compile", action="store_true", help="torch.compile the decoder: takes a minute, then faster")
     add("--fresh", action="store_true", help="start over, whatever an earlier run has left")
     add("--trained-on", default="", help="files that name the training images, by commas (default: the run's own)")
-    add("--into", help="folder of the results; the blind ones lie beside it (default: RUN/eval; runs/NAME/eval of ORG/NAME)")
+    add("--into", help="folder of the results, beside the blind ones (default: RUN/eval; of ORG/NAME, runs/ORG--NAME/eval)")
 
 
 def check_options(parser, args, refused=()):

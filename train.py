@@ -19,6 +19,7 @@ import dataclasses
 import math
 import os
 import typing
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -66,10 +67,6 @@ class Recipe:
     compile: bool = True  # on a GPU: compiled layers and FlexAttention, which skips what packed rows mask
 
 
-VIDEO_RECIPES = {  # as Video-ChatGPT: Vid-B reads 100 frames, Vid-B+ 8
-    3: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8, frames=100),
-    4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
-}
 PRESETS = {  # to change what has no option, add a recipe here and name it with --preset
     "tiny": {  # found on the shapes world, see LOG.md
         1: Recipe(batch=16, lr=3e-3, warmup_ratio=0.1, steps=100),
@@ -83,14 +80,12 @@ PRESETS = {  # to change what has no option, add a recipe here and name it with 
     "paper": {
         1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
         2: Recipe(batch=32, lr=2e-5, warmup_ratio=0.3, epochs=10, questions=16),
-        **VIDEO_RECIPES,
-    },
-    "llava": {
-        1: Recipe(batch=128, lr=2e-3, warmup_ratio=0.03, epochs=1),
-        2: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
-        **VIDEO_RECIPES,
+        # as Video-ChatGPT: Vid-B reads 100 frames, Vid-B+ 8
+        3: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8, frames=100),
+        4: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8),
     },
 }
+PRESETS["llava"] = PRESETS["paper"] | {2: Recipe(batch=32, lr=2e-5, warmup_ratio=0.03, epochs=3, questions=8)}
 
 
 def opt(default, help):
@@ -130,7 +125,7 @@ class TrainConfig:
     words: typing.Literal["", *WORDS] = opt("", "what names objects: category, caption, either [as in --init-from, else name]")
     questions: int = opt(0, "questions behind each image [preset]")
     # optimisation
-    preset: typing.Literal[tuple(PRESETS)] = opt("tiny", "recipe, which the next options change in every stage of the run")
+    preset: typing.Literal[tuple(PRESETS)] = opt("tiny", "recipe; --batch, --lr, ... replace its numbers in every stage")
     batch: int = opt(0, "images per step, over all processes [preset]")
     lr: float = opt(0.0, "peak learning rate [preset]")
     steps: int = opt(0, "optimizer steps [preset]")
@@ -327,7 +322,9 @@ def build_records(config, processes):
     if processes.rank == 0:
         if are_faces_blurred(config.sources) is False and not config.dry_run:
             print("faces are not blurred in all of these images; the paper blurs them first (App. C): python -m tools.blur")
-        found = f"{len(records)} images, {sum(len(r.objects) for r in records)} unique objects"
+        count = Counter("clips" if r.is_clip else "images" if r.image else "texts" for r in records)
+        count["unique objects"] = sum(len(r.objects) for r in records)
+        found = ", ".join(f"{number} {kind}" for kind, number in count.items())
         print(found, *counted(skipped).splitlines(), sep="; ")
     return records, sources
 

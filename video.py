@@ -15,24 +15,16 @@ from PIL import Image
 from clip_vit import preprocess
 from formats.clips import UnseekableError, open_frames
 
-RULES = ("segments", "linspace")
 
+def sample(total, count):
+    """Choose `count` of `total` frames, the middles of equal parts: indices in order. Some repeat if there are too few.
 
-def sample(total, count, rule="segments"):
-    """Choose `count` of `total` frames: their indices in order. Some repeat if the clip has too few.
-
-    segments  the middles of `count` equal parts, with Video-ChatGPT's arithmetic
-    linspace  evenly spaced, including the first and the last
-    Halves are rounded to even.
+    The arithmetic is Video-ChatGPT's; halves are rounded to even.
     """
     if total < 1 or count < 1:
         raise ValueError(f"cannot sample {count} frames of {total}; both must be at least 1")
-    if rule == "segments":
-        part = (total - 1) / count
-        return [(round(part * i) + round(part * (i + 1))) // 2 for i in range(count)]
-    if rule == "linspace":
-        return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
-    raise ValueError(f"unknown rule {rule!r}; choose {' or '.join(RULES)}")
+    part = (total - 1) / count
+    return [(round(part * i) + round(part * (i + 1))) // 2 for i in range(count)]
 
 
 def frames_of(clip, count):
@@ -44,23 +36,23 @@ def frames_of(clip, count):
     return read_frames(clip, count)
 
 
-def read_frames(path, count, rule="segments"):
+def read_frames(path, count):
     """Read `count` frames of a clip, chosen by `sample`: list of PIL RGB images, upright, each of its own size.
 
     Of a truncated video file, the frames that can be decoded; of several streams, the largest. Pixels that are not square
     stay so. Raise FileNotFoundError, ImportError if PyAV is needed and missing, or ValueError naming the clip.
     """
-    return look(path, count, rule)[3]
+    return look(path, count)[3]
 
 
-def look(path, count, rule="segments", decode_all=False):
+def look(path, count, decode_all=False):
     """Open a clip and read frames: (its format, its number of frames, the sampled indices, those frames)."""
     about, total, read = open_frames(path, decode_all)
-    indices = sample(total, count, rule)
+    indices = sample(total, count)
     try:
         frames = read(sorted(set(indices)))
     except UnseekableError:  # its packets are not its frames: decode it whole, which needs no seeking
-        return look(path, count, rule, decode_all=True)
+        return look(path, count, decode_all=True)
     return about, total, indices, [frames[i] for i in indices]
 
 

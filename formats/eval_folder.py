@@ -69,8 +69,8 @@ def name_of(task, file=None, split=None):
 
 
 def folders_of(run, into=None):
-    """Return where results go: {column of the printed table: folder}. That of ORG/NAME on the hub is runs/NAME/eval."""
-    into = Path(into or (Path("runs", Path(run).name) if is_name(run) else Path(run)) / "eval")
+    """Return where results go: {column of the printed table: folder}. That of ORG/NAME on the hub is runs/ORG--NAME/eval."""
+    into = Path(into or (Path("runs", str(run).replace("/", "--")) if is_name(run) else Path(run)) / "eval")
     return {"ours": into, **{title: into.with_name(f"{into.name}_{title}") for title in ("blind", "scored")}}
 
 
@@ -217,11 +217,6 @@ def describe(args, config, wording, jobs):
     }
 
 
-def is_cut(text, tokenizer, limit):
-    """Return True if a text has as many tokens as the model may write. Blanks that were stripped from its end are not counted."""
-    return len(tokenizer.encode(text)) >= limit
-
-
 def run_jobs(args, jobs, wording, answerer, processes):
     """Answer the questions of all jobs with an evaluate.Answerer, judge the answers, write and print the results."""
     rank, world, _ = processes
@@ -239,13 +234,14 @@ def run_jobs(args, jobs, wording, answerer, processes):
         items, how = copy.deepcopy(job.items), answering | {"blind": title == "blind"}  # judging changes the items
         parts, options = folders[title] / f"{job.name}.parts", {"questions_sha256": hashes(items)["questions_sha256"], **how}
         functions = partial(answerer.functions, title == "blind", job.rules.choose)
-        paths = {item.image for item in items if item.image} if rank == 0 and title != "blind" else ()  # rank 0's options count
+        # rank 0's options are used, no others
+        paths = {item.image for item in items if item.image} if rank == 0 and title != "blind" else ()
         options["image_bytes"] = sum(map(file_size, {split_zip(path)[0] or path for path in paths}))
         count, seconds = answer_all(items, args.batch, functions, parts, options, processes, args.fresh)
         if rank > 0:
             continue
-        limit = answerer.decoding["max_new_tokens"]
-        cut = 0 if job.rules.choose else sum(is_cut(item.answer, answerer.tokenizer, limit) for item in items)
+        lengths = [len(answerer.tokenizer.encode(item.answer)) for item in items]  # without blanks stripped from the end
+        cut = 0 if job.rules.choose else sum(length >= answerer.decoding["max_new_tokens"] for length in lengths)
         ours, trained = {coco_id(item.image) for item in items} - {None}, "unknown"
         if seen and ours:  # at most so many: some may have been skipped in training
             trained = {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]}

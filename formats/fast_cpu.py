@@ -8,7 +8,7 @@ from torch import nn
 
 
 class InferenceLinear(nn.Module):
-    """A linear layer for CPU inference, without gradients, at the speed of memory: oneDNN's product, weights in its layout.
+    """A linear layer for CPU inference, without gradients: oneDNN's matrix product and weight layout, at the speed of memory.
     `compiled` computes a single row, without bias, as fast as a sum, and keeps the weights in both layouts."""
 
     def __init__(self, linear, compiled):

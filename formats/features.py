@@ -16,7 +16,7 @@ import torch
 from clip_vit import preprocess
 from formats.annotations import unreadable
 from formats.clips import ratio_problem
-from formats.files import read_json, require_file, some, write_json, writing
+from formats.files import read_json, require_file, some, write_json, write_whole, writing
 from formats.images import open_image
 from formats.journal import require_new, require_same_options, work_in_parts
 from video import encode, read_frames
@@ -73,8 +73,8 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
     if bad and not skip_bad:
         some_problems = "; ".join([*bad.values()][:3])
         raise ValueError(f"{len(bad)} of {len(images)} images cannot be used: {some_problems}; --skip-bad skips them")
-    if rank == 0 and not parts.exists():
-        make_array(file, (len(images), frames + config.num_patches, config.hidden_size))
+    if rank == 0 and not (parts.exists() and file.exists()):
+        make_array(file, parts, (len(images), frames + config.num_patches, config.hidden_size))
 
     def read(chosen):
         """Read the images of some rows: (the rows, {row: its input}) without those that cannot be read."""
@@ -113,16 +113,20 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
         print(f"{out}: {len(images)} images or clips, {len(skipped)} of them skipped, {file.stat().st_size / 2**30:.2f} GiB")
 
 
-def make_array(file, shape):
-    """Make a file of zeros, float16, in a new folder. Raise ValueError if the disk is too small for it."""
-    require_new(file.parent)
+def make_array(file, parts, shape):
+    """Make a file of zeros, float16, in a new folder. Raise ValueError if the disk is too small for it.
+
+    parts  folder of the journals in it, made first: where it is, a killed run resumes
+    """
+    if not parts.exists():
+        require_new(file.parent)
     with writing(file.parent):
-        file.parent.mkdir(parents=True)
+        parts.mkdir(parents=True, exist_ok=True)
     size, free = 2 * math.prod(shape) / 2**30, shutil.disk_usage(file.parent).free / 2**30
     if free < size:  # later it would be a bus error: the file is mapped
-        file.parent.rmdir()
+        shutil.rmtree(file.parent)
         raise ValueError(f"{file} needs {size:.1f} GiB, and {free:.1f} are free; choose another --out")
-    np.lib.format.open_memmap(file, "w+", np.float16, shape).flush()
+    write_whole(file, lambda temporary: np.lib.format.open_memmap(temporary, "w+", np.float16, shape).flush())
 
 
 def open_features(config, records, model, processes):

@@ -7,6 +7,7 @@ import sys
 import traceback
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 from formats.hub import local
@@ -25,6 +26,14 @@ def require_file(path, expected):
 
 class WriteError(OSError):
     """Raised if a file cannot be written. run_command adds which option chooses another place."""
+
+
+def package(name, why, install=None):
+    """Import an optional package. Raise ImportError: why it is needed, and how to install it."""
+    try:
+        return import_module(name)
+    except ImportError:
+        raise ImportError(f"{why}: pip install {install or name}") from None
 
 
 @contextmanager
@@ -176,7 +185,7 @@ def run_command(name, main, place="--out"):
     """Run a program's main function. What a user or the system can cause ends it in one line, a closed pipe in silence.
 
     place  the option that chooses where the program writes
-    A ValueError that no `raise` of this code made, such as int("x"), also gets the place in this code that it came from.
+    A ValueError not raised by this code, such as that of int("x"), is followed by file and line.
     """
     try:
         try:

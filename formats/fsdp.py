@@ -1,4 +1,7 @@
-"""FSDP2: weights, gradients and optimizer of a model, split over all processes. Apart, because importing it takes a second."""
+"""FSDP2: weights, gradients and optimizer of a model, split over all processes.
+
+Apart from processes.py, so that evaluate.py, which does not need it, starts a second sooner.
+"""
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict

@@ -1,6 +1,6 @@
 """Checkpoints by the names that people use: ORG/NAME, or ORG/NAME@REVISION, is a folder of the Hugging Face cache.
 
-A file is downloaded when a reader wants it: a tokenizer does not bring its weights, and a config that is refused costs nothing.
+A file is downloaded when a reader wants it: a tokenizer without the weights, and nothing after a config that is refused.
 The library's own settings hold: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, `hf auth login`.
 """
 

@@ -89,10 +89,8 @@ def split_zip(path):
     """Split a path that leads into a zip: (zip, name inside), or (None, None). A zip's one folder need not be named."""
     for parent in Path(path).parents if ".zip" in str(path).lower() else ():
         if parent.suffix.lower() == ".zip" and parent.is_file():
-            name, names = Path(path).relative_to(parent).as_posix(), open_zip(parent).NameToInfo
-            top = next((inside for inside in names if not is_hidden(inside)), "").partition("/")[0]
-            is_inside = name not in names and f"{top}/{name}" in names
-            return parent, f"{top}/{name}" if is_inside else name
+            name, names, top = Path(path).relative_to(parent).as_posix(), open_zip(parent).NameToInfo, top_of(parent)
+            return parent, top + name if name not in names and top + name in names else name
     return None, None
 
 
@@ -101,7 +99,10 @@ def names_in(folder):
     if Path(folder).is_dir():
         return [path.name for path in Path(folder).iterdir() if not is_hidden(path.name)]
     zip_path, member = split_zip(Path(folder) / "_")
-    return zip_folders(zip_path).get(member.removesuffix("_"), []) if zip_path else []
+    if not zip_path:
+        return []
+    folder, folders = member.removesuffix("_"), zip_folders(zip_path)
+    return folders.get(folder) or folders.get(top_of(zip_path) + folder, [])
 
 
 @lru_cache(maxsize=8)
@@ -113,6 +114,13 @@ def zip_folders(path):
         if name and not is_hidden(inside):
             folders.setdefault(folder + slash, []).append(name)
     return folders
+
+
+@lru_cache(maxsize=8)
+def top_of(path):
+    """Return the folder in which a zip has all of its files, as "val2017/", or "" if it has them in several places."""
+    tops = {"".join(name.partition("/")[:2]) for name in open_zip(path).namelist() if not is_hidden(name)}
+    return tops.pop() if len(tops) == 1 and next(iter(tops)).endswith("/") else ""
 
 
 @lru_cache(maxsize=8)

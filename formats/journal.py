@@ -66,7 +66,7 @@ def write_line(file, row):
 
 
 def changes(before, now, name=""):
-    """List what differs between options, which may hold dicts of options. Of options at the top, those of `now` count."""
+    """List what differs between options, which may hold dicts of options. Options at the top that only `before` has are ignored."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = before | now if name else now
         return [text for key in keys for text in changes(before.get(key), now.get(key), f"{name}.{key}".strip("."))]

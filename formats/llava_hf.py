@@ -1,7 +1,7 @@
 """Checkpoints of whole models: read a run of ours, llava-hf's or LLaVA's own; write llava-hf's.
 
 LLaVA-hf has a word for the image and an adapter of two layers. So a saved folder has added vocabulary rows for <image> (the
-mean of the others: never the most likely), and a linear adapter the identity as its second layer, without activation before it.
+mean of the others: never the most likely), and a linear adapter has an identity as its second layer, without activation.
 `read_checkpoint` undoes both. Our settings are in config.json's "locvlm", which others ignore.
 """
 

@@ -8,8 +8,8 @@ import torch
 PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "NVL": 835e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
 
 
-def step_flops(config, stage, rows, length, answers, runs_tower=True):
-    """Count the operations of a forward and backward pass: rows of one image and `length` tokens, `answers` tokens in all.
+def step_flops(config, stage, images, rows, length, answers, runs_tower=True):
+    """Count the operations of a forward and backward pass over images, and rows of `length` tokens with `answers` in all.
 
     Two per weight, token and pass: forward, the gradient that passes through, and the weight's own gradient if it learns.
     Attention counts as if nothing were masked; recomputation does not count.
@@ -24,7 +24,7 @@ def step_flops(config, stage, rows, length, answers, runs_tower=True):
     layers = (passes * 2 * layer + 3 * 4 * length * heads) * t.num_hidden_layers
     head = passes * 2 * t.hidden_size * t.vocab_size * answers
     image = runs_tower * patches * per_patch + config.visual_tokens * adapter
-    return rows * (image + length * layers) + head
+    return images * image + rows * length * layers + head
 
 
 class Meter:
@@ -46,7 +46,8 @@ class Meter:
 
     def count(self, batch):
         """Add the operations of a micro-batch."""
-        size = (*batch["input_ids"].shape, batch["answers"].shape[1])
+        images = 0 if (pixels := batch["pixel_values"]) is None else len(pixels)  # fewer than rows, if some are text alone
+        size = images, *batch["input_ids"].shape, batch["answers"].shape[1]
         self.flops += step_flops(self.config, self.stage, *size, self.runs_tower)
 
     def row(self):

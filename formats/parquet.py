@@ -8,9 +8,9 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from formats.files import naming, require_file, some
+from formats.files import naming, package, require_file, some
 
-COMPARED = 50  # images whose name came before: as a rule all are the same image, for each question has its own copy, or none
+COMPARED = 50  # repeated names whose images are compared; normally a repeat is the same image, once for each question
 NAMES = ("file_name", "image_source", "image_link", "image_id", "id")  # columns that name a row's image: the first that exists
 
 
@@ -34,13 +34,9 @@ def shards(path):
 
 
 def open_parquet(path):
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise ImportError(f"{path} needs a package: pip install pyarrow") from None
-    with naming(path, ArrowException, OSError):
-        return ParquetFile(require_file(path, "a parquet file"))
+    pyarrow, parquet = (package(name, f"{path} needs a package", "pyarrow") for name in ("pyarrow", "pyarrow.parquet"))
+    with naming(path, pyarrow.ArrowException, OSError):
+        return parquet.ParquetFile(require_file(path, "a parquet file"))
 
 
 def has_images(file):

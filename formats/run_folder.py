@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from tqdm import tqdm
 
 from data import LOC_PROMPTS, REPR
-from formats.files import read_json, require_file, sha256, write_json, write_rows, writing
+from formats.files import package, read_json, require_file, sha256, write_json, write_rows, writing
 from formats.journal import locks_optional, read_journal, require_same_options
 
 KEEP = 2  # checkpoints; older ones are deleted
@@ -29,14 +29,6 @@ LEARNED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 def state_of(model, optimizer):
     return dict(zip(("weights", "optimizer"), get_state_dict(model, optimizer, options=LEARNED), strict=True))
-
-
-def summary_writer():
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ImportError("--tensorboard needs its package: pip install tensorboard") from None
-    return SummaryWriter
 
 
 def lock(path):
@@ -56,7 +48,8 @@ class RunFolder:
 
     def __init__(self, config, rank, world, records=()):
         self.folder, self.state, self.rank, self.resumes = Path(config.out), Path(config.out, "state"), rank, config.resume
-        self.writer_class = summary_writer() if config.tensorboard and rank == 0 else None
+        has_writer, why = config.tensorboard and rank == 0, "--tensorboard needs its package"
+        self.writer_class = package("torch.utils.tensorboard", why, "tensorboard").SummaryWriter if has_writer else None
         if rank == 0:
             path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
             options["adapter"] = config.adapter or "linear"  # as older runs note it
@@ -70,7 +63,8 @@ class RunFolder:
                 before = read_json(require_file(path, "the options of a run to resume"))
                 if before.get("records", options["records"]) != options["records"]:
                     was, now = before["records"], options["records"]
-                    raise ValueError(f"{self.folder} was trained on {was}, now there are {now}; `python -m tools.check` lists damaged images")
+                    fix = "`python -m tools.check` lists damaged images"
+                    raise ValueError(f"{self.folder} was trained on {was}, now there are {now}; {fix}")
                 defaults = {f.name: f.default for f in fields(config)}  # the run may predate an option
                 require_same_options(options | defaults | before, options, self.folder)
             elif path.exists():
@@ -80,7 +74,8 @@ class RunFolder:
             self.lock = lock(path)
             for unfinished in self.state.glob("*.tmp"):
                 shutil.rmtree(unfinished)
-        self.group = dist.new_group(backend="gloo") if world > 1 else None  # its own: it talks while training talks
+        # a group of its own: checkpoints are written while training communicates
+        self.group = dist.new_group(backend="gloo") if world > 1 else None
         self.pending, self.bar, self.events = None, tqdm(disable=True), None
 
     def begin_stage(self, stage, steps, model, optimizer):

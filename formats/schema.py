@@ -1,6 +1,6 @@
 """What annotation files must hold. `read_entries` reads any format, for training and for tools.check: a list of Entry.
 
-What is skipped it notes in `problems`, a defaultdict(list): {kind: [the problem of each row]}. A value counts where its meaning
+It notes what it skips in `problems`, a defaultdict(list): {kind: [the problem of each row]}. A value counts where its meaning
 is certain: "12.5" is a number, 7 a name, ids are compared as text. Else ValueError names file, row and key.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from coords import fault
 
 EDGE = 2  # px that a box may reach over the edge of its image (annotation tools round); it is cut there
-# How kinds of problems begin that lose nothing: they are notes
+# problems that begin so lose no data; they are printed as notes
 NOTES = ("parts of boxes", "annotations that repeat", "entries of the same", "categories ", "images without an", "boxes smaller",
          "boxes that")
 NO_AREA = "boxes where bbox has no area"
@@ -66,7 +66,7 @@ def read_entries(content, path, problems):
     return llava_entries(content, path, problems)
 
 
-# ----- values: the docstring of a reader says what is valid, and errors quote it; nothing, or an exception, says invalid
+# ----- values: a reader that raises, or returns nothing, finds a value invalid; the error quotes the reader's docstring
 
 
 def id_text(value):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from formats.files import read_json, require_file
+from formats.files import package, read_json, require_file
 
 
 class JSONTokenizer:
@@ -10,12 +10,9 @@ class JSONTokenizer:
 
     def __init__(self, folder):
         self.path = require_file(Path(folder) / "tokenizer.json", "the tokenizer that belongs to the weights")
+        tokenizers = package("tokenizers", f"{self.path} is read by a package of its own")
         try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ImportError(f"{self.path} is read by a package of its own: pip install tokenizers") from None
-        try:
-            self._model = Tokenizer.from_file(str(self.path))
+            self._model = tokenizers.Tokenizer.from_file(str(self.path))
         except Exception as error:  # the package has no class of its own
             raise ValueError(f"{self.path} cannot be read ({error}); replace the file") from None
         self._model.no_padding()

@@ -25,7 +25,7 @@ from formats.images import is_hidden
 from tasks.files import FOLDER, Rows, find_image
 
 OBJECTS = Rows("ADEChallengeData2016/objectInfo150.txt", {"Idx": str, "Name": str})
-COCO_NAMES = (FOLDER / "coco_names.txt").read_text("utf-8").splitlines()  # and from "motorbike" on, other words for them
+COCO_NAMES = (FOLDER / "coco_names.txt").read_text("utf-8").splitlines()  # COCO's names, then (from "motorbike" on) synonyms
 TAKEN = {*COCO_NAMES, *(name.split()[-1] for name in COCO_NAMES)}  # "hot dog" and "dog"
 
 

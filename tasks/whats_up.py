@@ -13,6 +13,7 @@ Run        python -m tasks whats-up runs/b2 --questions controlled_images_datase
     False
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def choose(model, images, groups):
 
 
 def likeliest(item, log_p):
+    if any(math.isnan(sum(tokens)) for tokens in log_p.values()):
+        raise ValueError(f"question {item.id}: a caption's log-likelihood is not a number; try another --dtype")
     return max(item.question.split("\n")[1:], key=lambda caption: SCORES[item.truth["by"]](log_p[caption]))
 
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -17,6 +19,8 @@ from data import LOC_PROMPTS, REV_PROMPTS, SYSTEM
 from formats.tokenizer_json import JSONTokenizer
 from llama import LlamaConfig, Tokenizer
 from model import LocVLM, LocVLMConfig
+from tiny import shapes
+from tiny.moving import draw_clip
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -37,6 +41,33 @@ def free_port():
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
+
+
+def mask_of(clip, index):
+    """Paint the segments of a frame as COCO's panoptic PNGs encode them: id = R + 256 G + 65536 B, 0 for no segment."""
+    (width, height), scale = clip.scene.size, shapes.SCALE
+    # ids are the same in all frames, grow with the number of the shape, and fill all three bytes of a pixel
+    ids = [70_000 * number + shapes.CATEGORY_IDS[shape.name] for number, shape in enumerate(clip.scene.shapes, start=1)]
+    image = clip.scene.paint("L", 0, clip.parts(index, range(1, len(ids) + 1)))
+    ids = np.array([0, *ids])[np.asarray(image).reshape(height, scale, width, scale).max((1, 3))]  # (H, W): touched at all
+    return Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8))
+
+
+def write_panoptic(folder, indices, seed=0):
+    """Write training clips of tiny.moving as a segmenter would: CLIP.json, and a folder CLIP of one mask per frame beside it."""
+    categories = [{"id": i, "name": name, "isthing": 1} for name, i in shapes.CATEGORY_IDS.items()]
+    for number in indices:
+        clip, into, annotations = draw_clip(random.Random(f"{seed} clip train {number}")), folder / f"{number + 1:012d}", []
+        into.mkdir(parents=True)
+        for index in range(len(clip.tracks[0])):
+            mask, segments = mask_of(clip, index), []
+            mask.save(into / f"{index:02d}.png")
+            _, *counts = zip(*np.unique(np.asarray(mask) @ [1, 256, 65536], return_counts=True), strict=True)  # 0: no segment
+            for (_, shape, (x1, y1, x2, y2)), (i, area) in zip(clip.boxes(index), counts, strict=True):
+                row = {"id": int(i), "category_id": shapes.CATEGORY_IDS[shape.name], "area": int(area), "iscrowd": 0}
+                segments.append(row | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
+            annotations.append({"file_name": f"{index:02d}.png", "segments_info": segments})
+        into.with_suffix(".json").write_text(json.dumps({"annotations": annotations, "categories": categories}))
 
 
 @pytest.fixture

@@ -75,29 +75,17 @@ def test_segments_are_video_chatgpts():
     assert video.sample(1, 3) == [0, 0, 0] and video.sample(10, 1) == [4]
 
 
-def test_a_line_of_frames_holds_both_ends():
-    assert video.sample(300, 8, "linspace") == [0, 43, 85, 128, 171, 214, 256, 299]
-    assert video.sample(6, 3, "linspace") == [0, 2, 5]  # 2.5 goes to the even one
-    assert video.sample(1, 2, "linspace") == [0, 0] and video.sample(9, 1, "linspace") == [0]
-
-
-@pytest.mark.parametrize("rule", video.RULES)
-def test_frames_repeat_where_there_are_too_few(rule):
+def test_frames_repeat_where_there_are_too_few():
     for total in range(1, 12):
-        chosen = video.sample(total, 8, rule)
+        chosen = video.sample(total, 8)
         assert len(chosen) == 8 and chosen == sorted(chosen) and 0 <= chosen[0] and chosen[-1] < total
-    assert (
-        video.sample(3, 8, rule) == {"segments": [0, 0, 0, 1, 1, 1, 2, 2], "linspace": [0, 0, 1, 1, 1, 1, 2, 2]}[rule]
-    )
+    assert video.sample(3, 8) == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize(
-    "total, count, rule, hint",
-    [(0, 8, "segments", "must be at least 1"), (8, 0, "linspace", "must be at least 1"), (8, 8, "random", "choose segments")],
-)
-def test_what_cannot_be_sampled_is_refused(total, count, rule, hint):
-    with pytest.raises(ValueError, match=hint):
-        video.sample(total, count, rule)
+@pytest.mark.parametrize("total, count", [(0, 8), (8, 0)])
+def test_what_cannot_be_sampled_is_refused(total, count):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        video.sample(total, count)
 
 
 # ----- clips that need no PyAV
@@ -129,7 +117,7 @@ def test_what_a_gif_leaves_unchanged_stays(tmp_path):
         image.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0] + [0] * 759)
     small.paste(2, (5, 5, 10, 10))
     full.save(tmp_path / "c.gif", save_all=True, append_images=[small], transparency=0, disposal=1, duration=50)
-    first, second = video.read_frames(tmp_path / "c.gif", 2, "linspace")
+    first, *_, second = video.read_frames(tmp_path / "c.gif", 4)
     assert first.getpixel((7, 7)) == (200, 0, 0) and second.getpixel((7, 7)) == (0, 200, 0)
     assert second.getpixel((1, 1)) == (200, 0, 0)
 
@@ -161,7 +149,7 @@ def test_frames_that_were_chosen_are_not_chosen_again(tmp_path):
 def test_frames_of_a_folder_keep_their_sizes(tmp_path):
     for i, size in enumerate([(30, 20), (7, 51)]):
         Image.new("L", size).save(tmp_path / f"{i}.png")
-    assert [f.size for f in video.read_frames(tmp_path, 2, "linspace")] == [(30, 20), (7, 51)]
+    assert {f.size for f in video.read_frames(tmp_path, 4)} == {(30, 20), (7, 51)}
 
 
 def test_bad_clips_are_refused_by_name(tmp_path):
@@ -177,7 +165,7 @@ def test_bad_clips_are_refused_by_name(tmp_path):
     hints = {"empty": "no image file", "none.mp4": "an empty file", "floats.npy": "float64", "lfs.mp4": "LFS"}
     for name in ("empty", "none.mp4", "text.gif", "floats.npy", "objects.npy", "lfs.mp4", "cut.gif"):
         with pytest.raises(ValueError, match=f"(?s){name}.*{hints.get(name, 'cannot be read')}.*; "):
-            video.read_frames(tmp_path / name, 8, "linspace")
+            video.read_frames(tmp_path / name, 8)
     with pytest.raises(FileNotFoundError, match="expected a clip, a .mp4"):
         video.read_frames(tmp_path / "absent.mp4", 8)
 
@@ -251,8 +239,8 @@ def test_a_clip_whose_packets_lie_is_decoded_whole(tmp_path, monkeypatch):
 def test_frames_are_counted_not_timed(tmp_path):
     """Of a clip with a variable frame rate, every frame counts as one, however long it is shown."""
     path = make_video(tmp_path / "c.mkv", pictures(7, (64, 48)), times=[0, 3, 5, 90, 91, 300, 301])
-    about, total, indices, frames = video.look(path, 7, "linspace")
-    assert total == 7 and [number(f) for f in frames] == list(range(7)) and "3.51 s" in about
+    about, total, indices, frames = video.look(path, 7)
+    assert total == 7 and [number(f) for f in frames] == video.sample(7, 7) and "3.51 s" in about
 
 
 def test_odd_sizes_and_too_few_frames(tmp_path):
@@ -263,9 +251,9 @@ def test_odd_sizes_and_too_few_frames(tmp_path):
 
 def test_the_largest_stream_is_read_not_the_first(tmp_path):
     path = make_video(tmp_path / "c.mp4", pictures(4, (64, 48)), kinds=("small video", "audio", "video"))
-    about, total, _, frames = video.look(path, 4, "linspace")
+    about, total, _, frames = video.look(path, 4)
     assert "stream 3 of 3" in about and total == 4 and frames[0].size == (64, 48)
-    assert [number(f) for f in frames] == [0, 1, 2, 3]
+    assert [number(f) for f in frames] == video.sample(4, 4)
 
 
 def test_the_largest_stream_of_a_real_clip_is_read(real):
@@ -320,7 +308,7 @@ def test_a_clip_that_breaks_off_gives_what_is_there(tmp_path):
     for name, movflags, says in (("c.mkv", "", "mpeg4"), ("c.mp4", "faststart", "30 frames in its header")):
         path = make_video(tmp_path / name, noise, movflags=movflags)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        about, total, _, frames = video.look(path, 4, "linspace")
+        about, total, _, frames = video.look(path, 4)
         assert 5 < total < 25 and len(frames) == 4 and says in about
     path = make_video(tmp_path / "end.mp4", noise)
     path.write_bytes(path.read_bytes()[:-500])
@@ -381,9 +369,9 @@ def test_an_adapter_learns_from_what_the_tower_saw():
 def test_the_command_tells_and_draws(tmp_path, capsys):
     frames = pictures(9)
     frames[0].save(tmp_path / "c.gif", save_all=True, append_images=frames[1:], duration=100)
-    command.main([str(tmp_path / "c.gif"), "--frames", "3", "--rule", "linspace", "--out", str(tmp_path / "sheet.png")])
+    command.main([str(tmp_path / "c.gif"), "--frames", "3", "--out", str(tmp_path / "sheet.png")])
     said = capsys.readouterr().out
-    assert "GIF" in said and "33 x 21, 9 frames" in said and "sampled: 0 4 8" in said
+    assert "GIF" in said and "33 x 21, 9 frames" in said and "sampled: " + " ".join(map(str, video.sample(9, 3))) in said
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.width < 4 * 280
 

@@ -1,6 +1,6 @@
 """The shapes world in motion, written to disk in the formats of clips: `python -m tiny.moving FOLDER`, a minute.
 
-Functions of a seed, as in tiny.shapes. Unlike questions about images, these also ask for sides, of shapes that stay.
+Functions of a seed, as in tiny.shapes. Questions about clips also ask which side a shape is on, if it does not move.
 """
 
 import math
@@ -9,8 +9,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from formats.files import run_command, write_json
@@ -24,7 +22,7 @@ TRAVEL = 0.3  # least distance that a moving shape covers, of the shorter edge: 
 
 @dataclass(frozen=True)
 class Clip:
-    """A scene in time. Boxes are whole pixels, so that annotations, masks and pictures agree exactly."""
+    """A scene in time. Boxes are whole pixels, so that annotations and pictures agree exactly."""
 
     scene: world.Scene  # all its shapes, each with the box where it first appears
     tracks: tuple  # for each of scene.shapes, its box_px in every frame, None where it is absent
@@ -44,7 +42,7 @@ class Clip:
 
     def render(self, rng):
         """Yield the frames, PIL RGB images. A shape keeps its shade; each frame has its own grain. Snow falls in front of the
-        shapes, so that a single frame shows less than the clip. Masks and boxes ignore the snow."""
+        shapes, so that a single frame shows less than the clip. Boxes ignore the snow."""
         (width, height), shades = self.scene.size, [shape.shade(rng) for shape in self.scene.shapes]
         snow = [(rng.uniform(0.02, 0.06), rng.random(), rng.random(), rng.uniform(0.1, 0.3)) for _ in range(FLAKES)]
         for index in range(len(self.tracks[0])):
@@ -54,15 +52,6 @@ class Clip:
                 y = (start * height + fall * height * index) % (height + 2 * r) - r
                 parts.append(("circle", [v * world.SCALE for v in (x - r, y - r, x + r, y + r)], WHITE))
             yield self.scene.render(rng, parts)
-
-    def mask(self, index):
-        """Paint the segments of a frame as COCO's panoptic PNGs encode them: id = R + 256 G + 65536 B, 0 for no segment."""
-        (width, height), shapes = self.scene.size, enumerate(self.scene.shapes, start=1)
-        # ids are the same in all frames, grow with the number of the shape, and fill all three bytes of a pixel
-        ids = np.array([0] + [70_000 * number + world.CATEGORY_IDS[shape.name] for number, shape in shapes])
-        image = self.scene.paint("L", 0, self.parts(index, range(1, len(ids))))
-        ids = ids[np.asarray(image).reshape(height, world.SCALE, width, world.SCALE).max((1, 3))]  # (H, W): touched at all
-        return Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8))
 
     def quiz(self, rng):
         """Draw (question, answer, short answer) rows, as `Scene.quiz`: about the scene, what moves, sides of what stays."""
@@ -115,8 +104,7 @@ def draw_path(box_px, others, size, frames, rng):
 def write_clips(folder, clips=CLIPS, frames=8, seed=0):
     """Write the world in motion with so many clips per split.
 
-    clips/CLIP/00.png ...       frames; for every tenth val clip also clips/CLIP.gif, its colours slightly off
-    panoptic_SPLIT/CLIP.json    for every fourth clip: COCO's panoptic format, with masks panoptic_SPLIT/CLIP/00.png ...
+    clips/CLIP/00.png ...       frames
     conversations_SPLIT.json    [{q, a, video_id}], as Video-ChatGPT's VideoInstruct_Dataset.json
     {q,a}_SPLIT.json            ActivityNet-QA's questions and answers: those of the above that one word answers
     clips_SPLIT.json            COCO's, but of videos, with a frame and a track_id per box. Written last, completes a split
@@ -132,10 +120,6 @@ def write_clips(folder, clips=CLIPS, frames=8, seed=0):
             images, (width, height) = list(clip.render(rng)), clip.scene.size
             videos.append({"id": clip_id, "file_name": clip_id, "width": width, "height": height, "frames": frames})
             into.mkdir(parents=True, exist_ok=True)
-            if split == "val" and index % 10 == 0:
-                images[0].save(f"{into}.gif", save_all=True, append_images=images[1:], duration=125, loop=0)
-            if index % 4 == 0:
-                write_panoptic(Path(folder) / f"panoptic_{split}" / clip_id, clip, categories)
             for i, image in enumerate(images):  # grain does not compress: level 1 is five times faster, and no larger
                 image.save(into / f"{i:02d}.png", compress_level=1)
                 for number, shape, (x1, y1, x2, y2) in clip.boxes(i):
@@ -151,22 +135,6 @@ def write_clips(folder, clips=CLIPS, frames=8, seed=0):
         coco = {"info": info, "videos": videos, "annotations": annotations, "categories": categories}
         for name, content in {"conversations": talks, "q": questions, "a": answers, "clips": coco}.items():
             write_json(Path(folder) / f"{name}_{split}.json", content, indent=None)
-
-
-def write_panoptic(folder, clip, categories):
-    """Write a clip as a segmenter would: one mask per frame, and one JSON beside their folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    annotations = []
-    for index in range(len(clip.tracks[0])):
-        mask, segments = clip.mask(index), []
-        mask.save(folder / f"{index:02d}.png")
-        counts = zip(*np.unique(np.asarray(mask) @ [1, 256, 65536], return_counts=True), strict=True)
-        _, *counts = counts  # the first is of 0, no segment
-        for (_, shape, (x1, y1, x2, y2)), (i, area) in zip(clip.boxes(index), counts, strict=True):
-            row = {"id": int(i), "category_id": world.CATEGORY_IDS[shape.name], "bbox": [x1, y1, x2 - x1, y2 - y1]}
-            segments.append(row | {"area": int(area), "iscrowd": 0})
-        annotations.append({"file_name": f"{index:02d}.png", "segments_info": segments})
-    write_json(folder.with_suffix(".json"), {"annotations": annotations, "categories": categories})
 
 
 def ensure_clips(folder="data/moving"):

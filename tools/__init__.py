@@ -1,4 +1,4 @@
-"""Commands for data, planning and looking, `python -m tools.NAME`. `command` makes a function's parameters the options.
+"""Commands for data, planning and looking, `python -m tools.NAME`. `command` turns a function's parameters into options.
 
 data      annotation files, separated by commas: FILE, or FILE@IMAGES
 images    folder or zip of the images of every FILE without @IMAGES

@@ -3,9 +3,9 @@
     python -m tools.check --coco annotations/instances_train2017.json --images train2017
     python -m tools.check --data chat.json@coco,captions.json@cc3m
 
-Reads the files as training does, decodes every image, and one frame of every clip. Lines that begin with "note" name what is
-read, and may be another thing than was meant. Prints at most 50 lines per kind of problem in annotations, and
-1,000 for each file.
+Reads the files as training does, decodes every image, and one frame of every clip. Lines that begin with "note" are about data
+that is used as it stands, and may be a mistake. Prints at most 50 lines per kind of problem in annotations, and 1,000 for each
+file.
 
 data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES
 """
@@ -33,7 +33,7 @@ def check_all(data, images=""):
 
 def check(path, images):
     """List the problems of one annotation file, in any of the formats."""
-    found, listed, opened = defaultdict(list), [], {None}
+    found, listed, opened = defaultdict(list), [], set()
     try:
         records, skipped = read_file(path, images, found)
     except (FileNotFoundError, ValueError) as error:
@@ -48,10 +48,10 @@ def check(path, images):
     if not has_data and all(text.startswith("note") for text in listed):
         listed.append("nothing to train on: no image has a box to ask for, a caption or a conversation")
     for record in records:
-        if record.image in opened:
-            continue
-        opened.add(record.image)
         image, size = record.image, record.size
+        if not image or (image, size) in opened:  # rows about one image may state other sizes
+            continue
+        opened.add((image, size))
         if problem := clip_problem(image, size) if record.is_clip else image_problem(image, size, decode=True):
             listed.append(f"image {record.id}: {problem}")
         elif not record.is_clip and (turn := orientation(record.image)) != 1:

@@ -212,7 +212,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise PermissionError("only the page that this server sent may ask it")
             self.reply()
         except (ConnectionError, TimeoutError):
-            self.close_connection = True  # the browser went away; a question of its is not answered further
+            self.close_connection = True  # the browser is gone, and its question is not answered further
         except (ValueError, OSError, ImportError, LookupError, ArithmeticError, RecursionError) as error:
             status = {PermissionError: 403, LookupError: 404}.get(type(error), 400)
             self.send_row({"error": str(error)}, status)

@@ -4,19 +4,16 @@
 
 clip    video file, animation, folder of frames, or .npy
 frames  how many to sample; LocVLM-Vid-B+ reads 8
-rule    how to sample; segments is Video-ChatGPT's
 out     PNG to write the frames to
 """
 
-from typing import Literal
-
 from formats.pictures import sheet
 from tools import command
-from video import RULES, look
+from video import look
 
 
-def show_frames(clip, /, frames=8, rule: Literal[RULES] = "segments", out=None):
-    about, total, indices, pictures = look(clip, frames, rule)
+def show_frames(clip, /, frames=8, out=None):
+    about, total, indices, pictures = look(clip, frames)
     print(f"{clip}: {about}, {pictures[0].width} x {pictures[0].height}, {total} frames")
     print("sampled:", *indices)
     if out:

@@ -3,8 +3,8 @@
     python -m tools.panoptic --json panoptic.json --masks PNG_FOLDER --out instances.json
     python -m tools.panoptic --json FOLDER --out clips.json
 
---json is COCO's panoptic file, or that of one video (without images). A folder of such files, CLIP.json with its masks in CLIP/
-beside it, makes a file of clips (the paper's Pseudo-ActNet). Boxes and sizes are those of the masks.
+--json is COCO's panoptic file; one video's, without a list of images, works too. A folder of such files, CLIP.json with its
+masks in CLIP/ beside it, makes a file of clips (the paper's Pseudo-ActNet). Boxes and sizes are those of the masks.
 
 json   panoptic JSON, or a folder of one per clip
 masks  folder of its PNGs
@@ -29,41 +29,42 @@ PANOPTIC_KEYS = {"annotations": {"file_name", "segments_info"}, "categories": {"
 def panoptic(json, out, masks=None, stuff=False, check=False):
     """Write COCO instances, or a clips_*.json if `json` is a folder."""
     require_new(out)
-    if Path(json).is_dir():
-        content = clips_from_panoptic(json, stuff)
-        write_json(out, content)
-        return print(f"{out}: {len(content['annotations'])} boxes in {len(content['videos'])} clips")
-    if not masks:
-        raise ValueError(f"--json {json} without --masks, the folder of its PNGs")
+    is_folder, compared = Path(json).is_dir(), []
+    if is_folder == bool(masks):
+        fix = "leave it out: a folder has its masks beside each JSON" if masks else "pass the folder of its PNGs"
+        raise ValueError(f"--json {json} with --masks {masks}; {fix}")
+    content = clips_from_panoptic(json, stuff, compared) if is_folder else images_from_panoptic(json, masks, stuff, compared)
+    write_json(out, content)
+    counts = [f"{len(content.get(key, ()))} {key}" for key in ("images", "videos", "categories") if content.get(key)]
+    print(f"{out}: {len(content['annotations'])} boxes, {', '.join(counts)}")
+    if check:
+        differing = [f"{path}: segment {i} has bbox {bbox}, its mask {box}" for path, i, bbox, box in compared if bbox != box]
+        print(*differing, f"{len(compared) - len(differing)} of {len(compared)} boxes equal those in {json}", sep="\n")
+        if differing:
+            raise ValueError(f"{len(differing)} boxes differ from their masks; are JSON and masks of one version?")
+
+
+def images_from_panoptic(json, masks, stuff, compared):
+    """Make the content of COCO instances from a panoptic file. compared: see `read_masks`"""
     content, categories = read_panoptic(json, stuff)
-    frames, listed = content["annotations"], {}
+    frames, listed, images, annotations = content["annotations"], {}, [], []
     for index, image in enumerate(content.get("images", ())):
         key, *_ = values(image, f"{json}: image {index}", **IMAGE)
         listed[key] = image
     if lacking := [frame["file_name"] for frame in frames if listed and id_text(frame.get("image_id")) not in listed]:
         raise ValueError(f"{json}: {some(lacking)} have an image_id that its images lack; are they of one version?")
     paths = [Path(masks) / Path(frame["file_name"]).with_suffix(".png") for frame in frames]
-    images, annotations, compared, differing = [], [], 0, []
-    for number, (frame, path, size, boxes) in enumerate(read_masks(frames, paths), start=1):
+    for number, (frame, path, size, boxes) in enumerate(read_masks(frames, paths, compared), start=1):
         own = {"id": frame.get("image_id", number), "file_name": frame["file_name"], "width": size[0], "height": size[1]}
         images.append(listed.get(id_text(own["id"]), own))
         if size != (images[-1]["width"], images[-1]["height"]):
             raise ValueError(f"{path} is {size}, but {json} lists {images[-1]}; are they of one version?")
-        for segment, box in zip(frame["segments_info"], boxes, strict=True):
-            compared += "bbox" in segment
-            if segment.get("bbox", box["bbox"]) != box["bbox"]:
-                differing.append(f"{path.name}: segment {box['id']} has bbox {segment['bbox']}, its mask {box['bbox']}")
-            if box["category_id"] in categories:
-                annotations.append({**box, "id": len(annotations) + 1, "image_id": images[-1]["id"]})
-    write_json(out, {"images": images, "annotations": annotations, "categories": list(categories.values())})
-    print(f"{out}: {len(annotations)} boxes of {len(categories)} categories in {len(images)} images")
-    if check:
-        print(*differing, f"{compared - len(differing)} of {compared} boxes equal those in {json}", sep="\n")
-    if check and differing:
-        raise ValueError(f"{len(differing)} boxes differ from their masks; are JSON and masks of one version?")
+        for box in (box for box in boxes if box["category_id"] in categories):
+            annotations.append({**box, "id": len(annotations) + 1, "image_id": images[-1]["id"]})
+    return {"images": images, "annotations": annotations, "categories": list(categories.values())}
 
 
-def clips_from_panoptic(folder, stuff=False):
+def clips_from_panoptic(folder, stuff, compared):
     """Make the content of a clips_*.json (see formats.annotations.read_file) from a folder of panoptic files."""
     paths = sorted(path for path in Path(folder).glob("*.json") if not is_hidden(path.name))
     if not paths:
@@ -76,7 +77,7 @@ def clips_from_panoptic(folder, stuff=False):
             if (before := categories.setdefault(key, category)["name"]) != category["name"]:
                 raise ValueError(f"{path}: category {key} is {category['name']}, but {before} in an earlier file")
         masks = [path.with_suffix("") / Path(frame["file_name"]).with_suffix(".png").name for frame in frames]
-        for index, (_, _, size, boxes) in enumerate(read_masks(frames, masks)):
+        for index, (_, _, size, boxes) in enumerate(read_masks(frames, masks, compared)):
             sizes.add(size)
             boxes = [{"track_id": box.pop("id"), **box} for box in boxes if box["category_id"] in wanted]
             annotations += [{"video_id": name, "frame": index, **box} for box in boxes]
@@ -98,8 +99,11 @@ def read_panoptic(path, stuff):
     return content, {key: category for key, category in categories.items() if stuff or category.get("isthing", 1)}
 
 
-def read_masks(frames, paths):
-    """Yield (frame, path of its mask, size of the mask, boxes of its segments) for each of a panoptic file's annotations."""
+def read_masks(frames, paths, compared):
+    """Yield (frame, path of its mask, size of the mask, boxes of its segments) for each of a panoptic file's annotations.
+
+    compared  list to which (path, id, bbox in the JSON, bbox of the mask) of each segment with a bbox is added
+    """
     if missing := [path.name for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{len(missing)} masks are not in {paths[0].parent} ({some(missing)}); each frame needs one")
     for frame, path in zip(tqdm(frames, disable=None), paths, strict=True):
@@ -108,6 +112,8 @@ def read_masks(frames, paths):
             boxes = boxes_from_panoptic(frame["segments_info"], mask)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        pairs = zip(frame["segments_info"], boxes, strict=True)
+        compared += [(path, box["id"], segment["bbox"], box["bbox"]) for segment, box in pairs if "bbox" in segment]
         yield frame, path, mask.size, boxes
 
 

@@ -155,7 +155,7 @@ def remedies(fits, micro_batch, parallel, recompute, world, can_shard=True):
 
 
 def row_of(config, stage, records, model):
-    """Return the row to plan for, and what its length is. In stage 1, a full row would be far too much."""
+    """Return the row to plan for, and why it is so long. In stage 1, a full row would be far too much."""
     recipe = config.recipe(stage)
     if stage > 1:
         length = min(recipe.max_length, model.config.text_config.max_position_embeddings)
@@ -183,7 +183,7 @@ def plan_stage(config, stage, model, records, world, room):
     share = recipe.batch // world  # images of a step for each process
     how = (min(config.micro_batch or share, share), config.parallel, config.recompute)
     planned, micro, length, answers = plan_of(*how), how[0], len(row["input_ids"]), sum(i != IGNORE for i in row["labels"])
-    flops = step_flops(model.config, stage, micro, length, micro * answers, runs_tower=not features)
+    flops = step_flops(model.config, stage, micro, micro, length, micro * answers, runs_tower=not features)
     print(f"  {micro} rows of at most {length} tokens ({basis}), {world} processes, {'bf16' if bf16 else 'fp32'}")
     print(f"  each process holds {planned}\n  {flops / 1e12:.2f} TFLOP forward and backward")
     print_beside(model, sum(p.numel() for p in trainable(model, stage).values()), how[1] == "fsdp", world)
@@ -227,7 +227,7 @@ def print_table(world):
     for name, (what, rows) in product("bl", (("question", QUESTIONS), ("image", IMAGES))):
         config, questions = VARIANTS[name], QUESTIONS / rows  # in a row
         length = SYSTEM_TOKENS + config.visual_tokens + round(questions * QUESTION)
-        flops = step_flops(config, 2, 1, length, round(questions * ANSWER))
+        flops = step_flops(config, 2, 1, 1, length, round(questions * ANSWER))
         hours = flops * rows * EPOCHS / (PEAK_FLOPS["A100"] * SHARE_OF_PEAK) / 3600
         print(f"LocVLM-{name.upper()}, stage 2, a row for each {what}: {flops / 1e12:.1f} TFLOP a row, "
               f"{hours:,.0f} A100-hours (estimate)")  # fmt: skip
@@ -243,7 +243,10 @@ def main(argv=None):
     if not (args.variant or args.device_memory or of_train):
         return print_table(args.world_size or 8)
     room, config = args.device_memory and bytes_of(args.device_memory), parse_config(TrainConfig, [*of_train, "--dry-run"])
-    if config.vision or config.llm or config.init_from or args.variant in (None, "tiny"):
+    has_model = config.vision or config.llm or config.init_from
+    if has_model and args.variant:
+        raise ValueError(f"--variant {args.variant} and {has_model} are two shapes of a model; leave out one")
+    if has_model or args.variant in (None, "tiny"):
         model = build_model(config, "meta")
     else:  # a variant's shape, without a tokenizer
         adapter = {"adapter": config.adapter} if config.adapter in ADAPTERS else {}

@@ -122,7 +122,9 @@ def pictures_of(row, allowed):
 
 def truth_text(task, truth, boxes_px):
     """Return the right answer in words: a word, or an object and its place."""
-    keys = ("word", "label", "answer", "answers", "sentences", "name")
+    # of an objective about one object, "answer" is only how the model would word its name or place
+    is_object = "name" in truth and ("box_px" in truth or "names" not in truth)
+    keys = ("word", "label", "name" if is_object else "answer", "answers", "sentences", "name")
     key = next((key for key in keys if truth.get(key)), None)
     values = truth[key] if isinstance(truth.get(key), list) else [truth.get(key, "")]
     text = "no " * (task == "negpred") + " / ".join(dict.fromkeys(map(str, values)))

@@ -17,6 +17,7 @@ from clip_vit import CLIPVisionConfig
 from coords import GEOMETRIES, KINDS, CoordFormat
 from data import REPR, WORDS, Examples, Wording, marked
 from formats.annotations import parse_sources, read_records
+from formats.files import some
 from formats.schema import counted
 from llama import read_tokenizer
 from model import LocVLMConfig
@@ -28,6 +29,8 @@ def show(data, images="", tokenizer="tiny/llama", template: Literal["v1", "plain
          location: Literal[*REPR] = "box", words: Literal[WORDS] = "name", objectives="loc,neg,rev", side=224,
          geometry: Literal[GEOMETRIES] = "squash", number=3, seed=0):  # fmt: skip
     records, skipped = read_records(parse_sources(data, images))
+    if clips := [record.id for record in records if record.is_clip]:
+        raise ValueError(f"{len(clips)} records are about clips ({some(clips)}); train.py --stages 4 --dry-run shows one")
     wording = Wording(CoordFormat(kind, side, geometry), TrainConfig(objectives=objectives).objective_list, location, words)
     config = CLIPVisionConfig(image_size=side)
     tokenizer = read_tokenizer(tokenizer)

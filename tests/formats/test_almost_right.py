@@ -223,6 +223,12 @@ def test_features_are_of_the_pictures_as_they_are(make_model, coco, tmp_path):
     config, processes = TrainConfig(features=str(folder)), SimpleNamespace(rank=0, world=1)
     assert len(open_features(config, records, model, processes)[0]) == 1
     write_features(records, folder, model.vision_tower, "squash")  # is complete
+    for lost in (["features.json"], ["features.json", "features.npy"]):  # a kill after the array was made, or before
+        for name in lost:
+            (folder / name).unlink()
+        (folder / "features.parts").mkdir()
+        write_features(records, folder, model.vision_tower, "squash")
+        assert len(open_features(config, records, model, processes)[0]) == 1
     refused("geometry was 'squash'", write_features, records, folder, model.vision_tower, "pad")
     Image.effect_noise((100, 80), 90).convert("RGB").save(coco / "1.png")
     refused("1.png changed after", open_features, config, records, model, processes)

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from conftest import write_panoptic
 from PIL import Image
 
 from formats.annotations import find_clips, merge, read_file, static_objects
@@ -273,19 +274,28 @@ def test_check_opens_every_clip(moving, tmp_path):
     assert len(problems) == 2 and "are not in" in problems[0] and "cannot be read" in problems[1]
 
 
-def test_masks_make_the_records_that_boxes_make(moving):
+def test_masks_make_the_records_that_boxes_make(moving, tmp_path, capsys):
     """Pseudo-ActNet's way: a folder of panoptic JSONs, through the masks, gives the same objects, present and absent."""
     of_boxes = {r.id: r for r in read_file(moving / "clips_train.json", moving / "clips")[0]}
-    (moving / "panoptic_train/._000000000001.json").write_bytes(b"a Mac was here")
-    panoptic(moving / "panoptic_train", moving / "masks.json")
+    write_panoptic(tmp_path / "masks", (0, 4, 8, 12), seed=1)
+    (tmp_path / "masks/._000000000001.json").write_bytes(b"a Mac was here")
+    panoptic(tmp_path / "masks", moving / "masks.json", check=True)
+    assert "boxes equal" in capsys.readouterr().out
     of_masks, skipped = read_file(moving / "masks.json", moving / "clips")
     assert [r.id for r in of_masks] == [f"{i:012d}" for i in (1, 5, 9, 13)] and not skipped
     assert of_masks == [of_boxes[r.id] for r in of_masks]
+    refused("leave it out", panoptic, tmp_path / "masks", tmp_path / "out.json", masks=tmp_path)
+    path = tmp_path / "masks/000000000005.json"
+    content = read_json(path)
+    content["annotations"][3]["segments_info"][0]["bbox"] = [0, 0, 1, 1]
+    path.write_text(json.dumps(content))
+    refused("1 boxes differ from their masks", panoptic, tmp_path / "masks", tmp_path / "out.json", check=True)
+    assert "000000000005/03.png: segment" in capsys.readouterr().out
 
 
 def test_bad_masks_are_named(tmp_path):
     """Stuff is no object and no negative, unless wanted; a mask that is missing or of another size is named."""
-    refused("no panoptic JSON in .*; each clip needs one", clips_from_panoptic, tmp_path, error=FileNotFoundError)
+    refused("no panoptic JSON in .*; each clip needs one", clips_from_panoptic, tmp_path, False, [], error=FileNotFoundError)
     categories = [{"id": 1, "name": "kite", "isthing": 1}, {"id": 9, "name": "sky", "isthing": 0}]
     segments = [{"id": 7, "category_id": 1}, {"id": 8, "category_id": 9}]
     frames = [{"file_name": f"{i}.jpg", "segments_info": segments} for i in (0, 1)]
@@ -294,25 +304,25 @@ def test_bad_masks_are_named(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({"annotations": frames, "categories": categories, **changes}))
         return tmp_path
 
-    refused("2 masks are not in .*v_a .0.png, 1.png", clips_from_panoptic, write(), error=FileNotFoundError)
+    refused("2 masks are not in .*v_a .0.png, 1.png", clips_from_panoptic, write(), False, [], error=FileNotFoundError)
     (tmp_path / "v_a").mkdir()
     for name, size in (("0", (3, 2)), ("1", (4, 2))):
         mask = Image.new("RGB", size, (7, 0, 0))
         mask.putpixel((2, 1), (8, 0, 0))
         mask.save(tmp_path / f"v_a/{name}.png")
-    refused(r"v_a.json has masks of sizes \[\(3, 2\), \(4, 2\)\]", clips_from_panoptic, tmp_path)
-    content = clips_from_panoptic(write(annotations=frames[:1]))
+    refused(r"v_a.json has masks of sizes \[\(3, 2\), \(4, 2\)\]", clips_from_panoptic, tmp_path, False, [])
+    content = clips_from_panoptic(write(annotations=frames[:1]), False, [])
     assert content["categories"] == categories[:1] and content["annotations"] == [
         {"video_id": "v_a", "frame": 0, "track_id": 7, "category_id": 1, "iscrowd": 0, "area": 5, "bbox": [0, 0, 3, 2]}
     ]
-    content = clips_from_panoptic(tmp_path, stuff=True)
+    content = clips_from_panoptic(tmp_path, True, [])
     assert len(content["categories"]) == len(content["annotations"]) == 2
     refused("0.png: segments .* have no pixel, pixels .8. no segment", clips_from_panoptic,
-            write(annotations=[{**frames[0], "segments_info": segments[:1]}]))  # fmt: skip
-    refused("lacks categories", clips_from_panoptic, write(categories=None))
+            write(annotations=[{**frames[0], "segments_info": segments[:1]}]), False, [])  # fmt: skip
+    refused("lacks categories", clips_from_panoptic, write(categories=None), False, [])
     write(annotations=frames[:1])
     (tmp_path / "v_b").mkdir()
     Image.new("RGB", (3, 2), (7, 0, 0)).save(tmp_path / "v_b/0.png")
     other = [{"id": 1, "name": "dog"}]
     refused("v_b.json: category 1 is dog, but kite in an earlier file", clips_from_panoptic,
-            write("v_b", categories=other, annotations=[{**frames[0], "segments_info": segments[:1]}]))  # fmt: skip
+            write("v_b", categories=other, annotations=[{**frames[0], "segments_info": segments[:1]}]), False, [])  # fmt: skip

@@ -28,7 +28,7 @@ def test_what_reads_like_a_name(tmp_path, monkeypatch):
     assert all(map(is_name, ("openai/clip-vit-large-patch14", "lmsys/vicuna-7b-v1.5@main", "a/b@refs/pr/1", "runs/b2")))
     assert not any(map(is_name, ("runs/b1", "clip", "./a/b", "../a", "/a/b", "a/b/c", "linear", tmp_path / "x", "")))
     assert local("runs/b1", "*") == Path("runs/b1")
-    assert [folders_of(run)["ours"] for run in ("o/m@v1", "runs/b1")] == [Path("runs/m@v1/eval"), Path("runs/b1/eval")]
+    assert [folders_of(run)["ours"] for run in ("o/m@v1", "runs/b1")] == [Path("runs/o--m@v1/eval"), Path("runs/b1/eval")]
 
 
 def test_without_the_library_the_error_says_how_to_get_the_files(monkeypatch):

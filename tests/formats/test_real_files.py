@@ -14,12 +14,13 @@ from clip_vit import CLIPVisionConfig, open_image
 from coords import CoordFormat
 from data import Examples, Wording, draw_questions
 from formats.annotations import image_ids, parse_sources, read_file, read_records, unreadable
-from formats.images import image_problem
+from formats.images import image_problem, is_clip, names_in
 from formats.schema import HARMLESS, read_box
 from model import LocVLMConfig
 from tasks.files import read_rows
 from tools.check import check
 from tools.report import read_lines
+from video import read_frames
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "cup"}]
 IMAGES = [{"id": 1, "file_name": "a.png", "width": 100, "height": 80}, {"id": 2, "file_name": "b.png", "width": 64, "height": 64}]
@@ -359,6 +360,21 @@ def test_a_zip_with_one_folder_is_read_as_that_folder(instances, tmp_path, zip_n
         for image in IMAGES:
             archive.write(tmp_path / image["file_name"], f"train2017/{image['file_name']}")
     assert check(path, tmp_path / zip_name) == [] and open_image(tmp_path / zip_name / "a.png").size == (100, 80)
+
+
+def test_two_folders_of_a_zip_are_not_mixed_up(tmp_path):
+    """With one folder, it need not be named, neither for files nor to list clips; of two, none stands for the other."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "1.png")
+    for name, folders in (("one.zip", ("train",)), ("two.zip", ("train", "val"))):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for folder in folders:
+                archive.write(tmp_path / "1.png", f"{folder}/v_a/1.png")
+                archive.writestr(f"__MACOSX/{folder}/v_a/._1.png", b"a Mac was here")
+    assert open_image(tmp_path / "one.zip/v_a/1.png").size == (8, 8) and names_in(tmp_path / "one.zip/v_a") == ["1.png"]
+    assert is_clip(tmp_path / "one.zip/v_a") and read_frames(tmp_path / "one.zip/v_a", 1)[0].size == (8, 8)
+    assert open_image(tmp_path / "two.zip/val/v_a/1.png").size == (8, 8) and not names_in(tmp_path / "two.zip/v_a")
+    with pytest.raises(FileNotFoundError, match="no image file .*two.zip/v_a/1.png"):
+        open_image(tmp_path / "two.zip/v_a/1.png")
 
 
 def test_a_missing_folder_of_images_is_one_message(instances):

@@ -119,6 +119,10 @@ def test_answers_are_scored_without_a_model_in_any_order(run, tmp_path, monkeypa
     write_rows(tmp_path / "right.jsonl", right)
     main(["locpred", str(tmp_path / "none"), *run[2:], "--score", str(tmp_path / "right.jsonl")])  # as LocVLM-B writes boxes
     result = json.loads((tmp_path / "none/eval_scored/locpred-instances_val.json").read_text())
+    with monkeypatch.context() as patch:  # a folder made for a name on the hub would hide it
+        patch.chdir(tmp_path)
+        main(["locpred", "org/model", *run[2:], "--score", str(tmp_path / "right.jsonl")])
+        assert (tmp_path / "runs/org--model/eval_scored/locpred-instances_val.json").exists() and not Path("org").exists()
     assert result["metrics"]["acc@0.5"] == 1 and "holds no model" in capsys.readouterr().out
     hostile = ["", "9" * 10**6, "(nan, nan, nan, nan)", "(\u0663, \u0664, 5, 6)", "(0, 0, 0, 0)", "x" * 10**6]
     hostile += ["\ud83d\ude00\u2028(", "(1e999, 0, 1, 1)"]

@@ -1,6 +1,7 @@
 """VSR and What's Up: read from their own files, asked, chosen by likelihood, counted by group, pair and set."""
 
 import json
+import math
 from itertools import product
 
 import pytest
@@ -11,7 +12,7 @@ from formats.files import read_json
 from tasks import TASKS
 from tasks.__main__ import main
 from tasks.vsr import GROUP_OF, ask
-from tasks.whats_up import PROMPT
+from tasks.whats_up import PROMPT, likeliest
 
 # ----- VSR
 
@@ -84,6 +85,14 @@ def test_captions_are_chosen_and_counted_by_preposition_pair_and_set(tmp_path):
     assert metrics["rows"] == 8 and metrics["per token, sets"] == 0
     metrics = TASKS["whats-up"].metrics(items[:6])
     assert "likelihood, sets" not in metrics and metrics["likelihood, pairs"] == 0
+
+
+def test_a_likelihood_that_is_no_number_chooses_nothing(tmp_path):
+    """The right caption comes first, and max would take it."""
+    items, _ = read("whats-up", controlled(tmp_path, ("mug", "table")), None, tmp_path / "photos")
+    log_p = dict.fromkeys(items[0].question.split("\n")[1:], [-1.0, math.nan])
+    with pytest.raises(ValueError, match=f"question {items[0].id}: a caption's log-likelihood is not a number"):
+        likeliest(items[0], log_p)
 
 
 def test_captions_of_coco_are_asked_as_yes_and_no(tmp_path):

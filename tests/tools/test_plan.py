@@ -81,7 +81,7 @@ def batch_of(name):
 
 def size_of(name):
     rows, questions = SHAPES[name][5:7]
-    return rows, 256 + 30 * questions, rows * 12 * questions
+    return rows, rows, 256 + 30 * questions, rows * 12 * questions  # an image each
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,21 @@ def test_operations_are_those_that_torch_counts(name):
     assert step_flops(config_of(name), stage, *size_of(name)) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
+def test_a_row_of_text_alone_counts_no_image():
+    """Of two rows, one has an image; with none, collate makes no pixel values."""
+    config, row = VARIANTS["tiny"], ([1] * 60, [1] * 60)
+    rows = [pack([1] + [IMAGE_ID] * config.visual_tokens, [row], 256), pack([1], [row], 256)]
+    counted = []
+    for images in (2, 1, 0):
+        side, pixels = config.vision_config.image_size, [torch.zeros(3, 112, 112)] * images
+        assert side == 112
+        batch = collate(rows) | {"pixel_values": torch.stack(pixels) if images else None}
+        counter = meter.Meter(config, 2, "cpu", True)
+        counter.count(batch)
+        counted.append(counter.flops)
+    assert counted[0] - counted[1] == counted[1] - counted[2] > 0
+
+
 def test_a_7b_model_needs_fsdp_on_80_gb():
     """Sixteen bytes a parameter do not fit into one GPU; split over eight they do, and recomputing takes less again."""
     config, batch = VARIANTS["b"], made_batch(8, 4, length=77, answer=30, before=36)
@@ -202,6 +217,8 @@ def test_a_plan_refuses_what_training_refuses():
         plan_step(tied, 2, batch_of("wide"), "fsdp", 8)
     with pytest.raises(ValueError, match="batch 32 does not divide by 6 processes; use --batch 30"):
         plan.main(["--variant", "tiny", "--stages", "2", "--batch", "32", "--world-size", "6"])
+    with pytest.raises(ValueError, match="--variant l and tiny/clip are two shapes of a model; leave out one"):
+        plan.main(["--variant", "l", "--vision", "tiny/clip"])
 
 
 def test_a_plan_refuses_what_does_not_fit_and_names_the_flag(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ import subprocess
 import pytest
 from PIL import Image
 
-from evaluate import TASKS
+from coords import CoordFormat
+from data import OBJECTIVES, Object, Objective, Record, Wording, judge_named
+from evaluate import TASKS, objective_items
 from tools import report
 
 HOSTILE = [
@@ -116,6 +119,20 @@ def test_a_description_stands_beside_its_references(tmp_path, picture):
     truth = {"sentences": ["left cup", "the cup"], "box_px": [1, 2, 30, 20]}
     write(tmp_path, "refcoco", [row(picture, "There is a cup.", None, truth=truth)])
     assert "left cup / the cup at (1, 2, 30, 20) px" in page_of(tmp_path)
+
+
+def test_the_truth_of_an_objective_is_its_object_not_the_models_text():
+    """As evaluate.py writes it: "answer" is the expected text; of a pair it names the right one."""
+    wording, rng = Wording(CoordFormat("ivb")), random.Random(0)
+    pair = Objective("left", "pair", lambda pair, *_: ("Which?", f"The {pair[0].name}."), judge_named)
+    record = Record("1", None, (64, 32), (Object("cup", (1, 2, 31, 22)), Object("dog", (30, 4, 50, 30))), ("cup", "dog"), ("car",))
+    found = {}
+    for objective in (*OBJECTIVES.values(), pair):
+        item = objective_items(objective, [record], wording, rng)[0]
+        boxes_px = [item.truth["box_px"]] if "box_px" in item.truth else []
+        found[objective.task] = report.truth_text(objective.task, item.truth, boxes_px)
+    assert found.pop("left") in ("The cup.", "The dog.")
+    assert found == {"locpred": "cup at (1, 2, 31, 22) px", "negpred": "no car", "revloc": "cup at (1, 2, 31, 22) px"}
 
 
 def test_the_same_files_give_the_same_bytes_wherever_they_are_written(run, tmp_path):
