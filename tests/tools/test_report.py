@@ -180,6 +180,13 @@ def test_boxes_lie_in_the_pixels_of_the_image(tmp_path, picture):
     assert "cup at (1, 2, 31, 22) px" in page
 
 
+def test_a_gif_is_shown_as_what_was_asked_about(tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.gif")
+    for is_clip, count in ((False, 1), (True, report.FRAMES)):
+        write(tmp_path, "hal", [row(tmp_path / "a.gif", is_clip=is_clip)])
+        assert page_of(tmp_path).count("<img") == count
+
+
 def test_a_mirrored_image_is_shown_mirrored(tmp_path, picture):
     write(tmp_path, "spatial", [row(picture, mirrored=True)])
     mirrored = report.data_uri(Image.open(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT), 10**6)
