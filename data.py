@@ -167,8 +167,9 @@ class Objective:
     task     its name in evaluate.py
     about    what a question is about: "object" (each unique one), "pair" (two of them), "absent" (a category not in the image)
     ask      (target, record, wording, rng) -> (question, answer); the target is an Object, or two for a pair
-    judge    (item, wording): reads item.answer, item.size, item.truth {answer, name; an object's box_px; a pair's names,
-             or judge_rev's}; sets item.correct, and item.boxes_px if the answer holds a location (see evaluate.Item)
+    judge    (item, wording): sets item.correct, and item.boxes_px if the answer holds a location. It reads item.answer,
+             item.size and item.truth: the expected answer and the target's name; an object's box_px; the names of a pair
+             (for judge_rev: of all categories); see evaluate.Item
     prompts  its question templates, noted in the results
     """
 
@@ -232,14 +233,12 @@ def ask_rev(o, record, wording, rng):
 
 @cache
 def name_pattern(name):
-    """Return a pattern for a category in a text: its name, its plural, and for person what captions call people.
-
-    A possessive is another thing: a dog's bowl, a man's tie, boys' shoes.
-    """
+    """Return a pattern for a category in a text: its name, its plural, and for person what captions call people."""
     plural = re.sub("mouse$", "mice", re.sub("fe$", "ves", re.sub("(?<![aeiou])y$", "ies", name)))  # unchanged, if regular
     names = rf"(?:{re.escape(name)}(?:s|(?:(?<=[sxzo])|(?<=[cs]h))es)?|{re.escape(plural)})"
-    names = rf"(?:{names}|{PEOPLE})" if name.lower() == "person" else names
-    return re.compile(rf"(?i:(?<!\w){names}(?!\w|['’]s\b|(?<=s)['’] \w))")
+    if name.lower() == "person":  # a man's tie, or boys', is no person
+        names = rf"(?:{names}|{PEOPLE})(?!['’]s\b|(?<=s)['’])"
+    return re.compile(rf"(?i:(?<!\w){names}(?!\w))")
 
 
 def first_named(text, names):

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from formats import images
-from formats.files import naming, package, require_file, some
+from formats.files import import_package, naming, require_file, some
 from formats.images import ANIMATIONS, CLIP_SUFFIXES, IMAGES, PIL_ERRORS, image_file, open_image, split_zip
 
 FRAMES = {*IMAGES} - {*CLIP_SUFFIXES}
@@ -110,7 +110,7 @@ def open_video(path, decode_all=False):
     """Open a video file with PyAV, without decoding it: its packets' timestamps, sorted, are its frames in display order.
     `read` decodes from the key frame before each requested frame; it raises UnseekableError if decoded timestamps differ from
     the packets'. With `decode_all`, or if the packets say too little, everything is decoded, once to count and once to read."""
-    av = package("av", f"{path} is a video file, which needs PyAV")
+    av = import_package("av", f"{path} is a video file, which needs PyAV")
     with opened(path) as file:
         covers = av.stream.Disposition.attached_pic
         streams = [s for s in file.streams.video if s.codec_context and not s.disposition & covers]

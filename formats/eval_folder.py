@@ -240,8 +240,8 @@ def run_jobs(args, jobs, wording, answerer, processes):
         count, seconds = answer_all(items, args.batch, functions, parts, options, processes, args.fresh)
         if rank > 0:
             continue
-        lengths = [len(answerer.tokenizer.encode(item.answer)) for item in items]  # without blanks stripped from the end
-        cut = 0 if job.rules.choose else sum(length >= answerer.decoding["max_new_tokens"] for length in lengths)
+        written = () if job.rules.choose else (answerer.tokenizer.encode(item.answer) for item in items)
+        cut = sum(len(ids) >= answerer.decoding["max_new_tokens"] for ids in written)  # blanks stripped from the end do not count
         ours, trained = {coco_id(item.image) for item in items} - {None}, "unknown"
         if seen and ours:  # at most so many: some may have been skipped in training
             trained = {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]}

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from clip_vit import preprocess
 from formats.annotations import unreadable
 from formats.clips import ratio_problem
-from formats.files import read_json, require_file, some, write_json, write_whole, writing
+from formats.files import read_json, remove_temporary, require_file, some, write_json, write_whole, writing
 from formats.images import open_image
 from formats.journal import require_new, require_same_options, work_in_parts
 from video import encode, read_frames
@@ -114,17 +115,21 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
 
 
 def make_array(file, parts, shape):
-    """Make a file of zeros, float16, in a new folder. Raise ValueError if the disk is too small for it.
+    """Make a file of zeros, float16. Raise ValueError if its folder exists already, or the disk is too small for it.
 
-    parts  folder of the journals in it, made first: where it is, a killed run resumes
+    parts  folder of the journals beside it, made first: a folder that has it was left by a kill. What it holds is about no file
     """
     if not parts.exists():
         require_new(file.parent)
     with writing(file.parent):
-        parts.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+    remove_temporary(file.parent.iterdir())
     size, free = 2 * math.prod(shape) / 2**30, shutil.disk_usage(file.parent).free / 2**30
     if free < size:  # later it would be a bus error: the file is mapped
-        shutil.rmtree(file.parent)
+        parts.rmdir()
+        with suppress(OSError):  # it holds other files
+            file.parent.rmdir()
         raise ValueError(f"{file} needs {size:.1f} GiB, and {free:.1f} are free; choose another --out")
     write_whole(file, lambda temporary: np.lib.format.open_memmap(temporary, "w+", np.float16, shape).flush())
 

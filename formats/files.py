@@ -28,7 +28,7 @@ class WriteError(OSError):
     """Raised if a file cannot be written. run_command adds which option chooses another place."""
 
 
-def package(name, why, install=None):
+def import_package(name, why, install=None):
     """Import an optional package. Raise ImportError: why it is needed, and how to install it."""
     try:
         return import_module(name)

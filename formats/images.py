@@ -118,9 +118,10 @@ def zip_folders(path):
 
 @lru_cache(maxsize=8)
 def top_of(path):
-    """Return the folder in which a zip has all of its files, as "val2017/", or "" if it has them in several places."""
-    tops = {"".join(name.partition("/")[:2]) for name in open_zip(path).namelist() if not is_hidden(name)}
-    return tops.pop() if len(tops) == 1 and next(iter(tops)).endswith("/") else ""
+    """Return the folder in which a zip has its images and clips, as "val2017/", or "" if it has several."""
+    names = (name for name in open_zip(path).namelist() if name.lower().endswith((*IMAGES, *CLIP_SUFFIXES)) and not is_hidden(name))
+    tops = {name.partition("/")[0] + "/" for name in names if "/" in name}
+    return tops.pop() if len(tops) == 1 else ""
 
 
 @lru_cache(maxsize=8)

@@ -46,8 +46,7 @@ class Meter:
 
     def count(self, batch):
         """Add the operations of a micro-batch."""
-        images = len(batch["pixel_values"]) if torch.is_tensor(batch["pixel_values"]) else 0  # rows of text alone have none
-        size = images, *batch["input_ids"].shape, batch["answers"].shape[1]
+        size = len(batch["pixel_values"]), *batch["input_ids"].shape, batch["answers"].shape[1]
         self.flops += step_flops(self.config, self.stage, *size, self.runs_tower)
 
     def row(self):

@@ -8,7 +8,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from formats.files import naming, package, require_file, some
+from formats.files import import_package, naming, require_file, some
 
 COMPARED = 50  # repeated names whose images are compared; normally a repeat is the same image, once for each question
 NAMES = ("file_name", "image_source", "image_link", "image_id", "id")  # columns that name a row's image: the first that exists
@@ -34,7 +34,7 @@ def shards(path):
 
 
 def open_parquet(path):
-    pyarrow, parquet = (package(name, f"{path} needs a package", "pyarrow") for name in ("pyarrow", "pyarrow.parquet"))
+    pyarrow, parquet = (import_package(name, f"{path} needs a package", "pyarrow") for name in ("pyarrow", "pyarrow.parquet"))
     with naming(path, pyarrow.ArrowException, OSError):
         return parquet.ParquetFile(require_file(path, "a parquet file"))
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from tqdm import tqdm
 
 from data import LOC_PROMPTS, REPR
-from formats.files import package, read_json, require_file, sha256, write_json, write_rows, writing
+from formats.files import import_package, read_json, require_file, sha256, write_json, write_rows, writing
 from formats.journal import locks_optional, read_journal, require_same_options
 
 KEEP = 2  # checkpoints; older ones are deleted
@@ -49,7 +49,7 @@ class RunFolder:
     def __init__(self, config, rank, world, records=()):
         self.folder, self.state, self.rank, self.resumes = Path(config.out), Path(config.out, "state"), rank, config.resume
         has_writer, why = config.tensorboard and rank == 0, "--tensorboard needs its package"
-        self.writer_class = package("torch.utils.tensorboard", why, "tensorboard").SummaryWriter if has_writer else None
+        self.writer_class = import_package("torch.utils.tensorboard", why, "tensorboard").SummaryWriter if has_writer else None
         if rank == 0:
             path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
             options["adapter"] = config.adapter or "linear"  # as older runs note it

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from formats.files import package, read_json, require_file
+from formats.files import import_package, read_json, require_file
 
 
 class JSONTokenizer:
@@ -10,7 +10,7 @@ class JSONTokenizer:
 
     def __init__(self, folder):
         self.path = require_file(Path(folder) / "tokenizer.json", "the tokenizer that belongs to the weights")
-        tokenizers = package("tokenizers", f"{self.path} is read by a package of its own")
+        tokenizers = import_package("tokenizers", f"{self.path} is read by a package of its own")
         try:
             self._model = tokenizers.Tokenizer.from_file(str(self.path))
         except Exception as error:  # the package has no class of its own

@@ -29,6 +29,7 @@ NO_WEIGHTS = {  # files of a folder without weights of its own, and what it is
     "*.pth": "Meta's shards without their params.json; download that too",
     "*-of-*.*": "but no *.index.json; download that too",
 }
+REMAP_BYTES = 2**26  # read from a .bin until it is mapped again, so that pages read do not add up
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,7 @@ def open_file(path):
     """Open one weight file: {name: Stored}."""
     path = require_file(path, "a weight file")
     if path.suffix != ".safetensors":
-        tensors = load_torch(path)
-        return {name: Stored(tuple(t.shape), lambda a, b, t=t: t[a:b] if t.ndim else t, path) for name, t in tensors.items()}
+        return open_torch(path)
     with naming(path, SafetensorError), safe_open(path, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
@@ -113,6 +113,20 @@ def open_file(path):
         with safe_open(path, "pt") as file:  # opened again each time: pages of an open file count as our memory
             return file.get_slice(name)[start:stop] if shapes[name] else file.get_tensor(name)
     return {name: Stored(shape, partial(read_rows, name), path) for name, shape in shapes.items()}
+
+
+def open_torch(path):
+    tensors, bytes_read = load_torch(path), 0
+
+    def read_rows(name, start, stop):
+        nonlocal tensors, bytes_read
+        if bytes_read > REMAP_BYTES:
+            tensors = None  # before it is mapped again
+            tensors, bytes_read = load_torch(path), 0
+        rows = tensors[name][start:stop] if tensors[name].ndim else tensors[name]
+        bytes_read += rows.nbytes
+        return rows
+    return {name: Stored(tuple(tensor.shape), partial(read_rows, name), path) for name, tensor in tensors.items()}
 
 
 def load_torch(path):

@@ -87,7 +87,8 @@ def plain(question):
 
 def score(args, job, wording, about):
     """Judge answers in a file. A run's own rows stay its results; answers made elsewhere go to a folder beside them."""
-    into = args.into or (Path(args.run) / "eval" if Path(args.run).parent.exists() else None)  # else it is ORG/NAME on the hub
+    is_local = Path(args.run).parent.exists() or args.run.startswith("runs/")  # else it is ORG/NAME on the hub
+    into = args.into or (Path(args.run) / "eval" if is_local else None)
     path, folders = Path(args.score), eval_folder.folders_of(args.run, into)
     eval_folder.join(job.items, read_answers(path, job.items), path)
     folder, about = folders["scored"], about | {"scored": {"file": str(path), "sha256": sha256(path)}}

@@ -87,7 +87,7 @@ def test_revloc_takes_the_first_and_longest_name():
     for text, name in (
         ("There are two boys.", "person"), ("a group of children", "person"), ("some kids", "person"), ("a man's tie", "tie"),
         ("There are knives.", "knife"), ("two mice", "mouse"), ("ripe cherries", "cherry"), ("toys", "toy"), ("a wolf", None),
-        ("a person's tie", "tie"), ("a bus's tie", "tie"), ("the 'car' here", "car"), ("the boys' tie", "tie"), ("She cares for a toy.", "toy"), ("two buses", "bus"),
+        ("a person's tie", "tie"), ("the boys' tie", "tie"), ("She cares for a toy.", "toy"), ("two buses", "bus"),
     ):  # fmt: skip
         assert first_named(text, ["person", "tie", "knife", "mouse", "cherry", "toy", "car", "bus"]) == name
 

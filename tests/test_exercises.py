@@ -271,10 +271,10 @@ def test_cv_bench_scores(solve, tmp_path, capsys):
     prompt = "Where is the cup?\n(A) left\n(B) right"
     about = [("ADE20K", "Count"), ("ADE20K", "Relation"), ("ADE20K", "Relation"), ("COCO", "Relation")]
     rows = [
-        {"idx": i, "type": "2D", "prompt": prompt, "answer": "(B)", "filename": f"img/{i}.png", "source": source, "task": task}
+        {"idx": f"q{i}", "type": "2D", "prompt": prompt, "answer": "(B)", "filename": f"img/{i}.png", "source": source, "task": task}
         for i, (source, task) in enumerate(about)
     ]
-    answers = [{"id": str(i), "pred": text} for i, text in enumerate(("(B) right", "A", "Beside it", "B."))]
+    answers = [{"id": f"q{i}", "pred": text} for i, text in enumerate(("(B) right", "A", "Beside it", "B."))]
     for name, content in (("test_2d.jsonl", rows), ("answers.jsonl", answers)):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
     questions, scored = str(tmp_path / "test_2d.jsonl"), str(tmp_path / "answers.jsonl")
@@ -287,5 +287,5 @@ def test_cv_bench_scores(solve, tmp_path, capsys):
     for key, wrong in (("answer", "right"), ("source", "Omni3D")):
         other = [rows[0] | {key: wrong}, *rows[1:]]
         (tmp_path / "test_2d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
-        with pytest.raises(ValueError, match=f"0.*{wrong}"):
+        with pytest.raises(ValueError, match=rf"\bq0\b.*{wrong}"):
             main(words)

@@ -13,7 +13,7 @@ data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES
 import sys
 from collections import defaultdict
 
-from formats.annotations import parse_sources, read_file
+from formats.annotations import merge, parse_sources, read_file
 from formats.clips import ratio_problem
 from formats.images import image_problem, orientation
 from formats.schema import NOTES
@@ -47,11 +47,15 @@ def check(path, images):
     has_data = any(record.objects or record.captions or record.conversations for record in records)
     if not has_data and all(text.startswith("note") for text in listed):
         listed.append("nothing to train on: no image has a box to ask for, a caption or a conversation")
+    try:
+        records = merge(records)  # of the rows about an image, one may state its size
+    except ValueError as error:
+        listed.append(str(error))
     for record in records:
         image, size = record.image, record.size
-        if not image or (image, size) in opened:  # rows about one image may state other sizes
+        if not image or image in opened:
             continue
-        opened.add((image, size))
+        opened.add(image)
         if problem := clip_problem(image, size) if record.is_clip else image_problem(image, size, decode=True):
             listed.append(f"image {record.id}: {problem}")
         elif not record.is_clip and (turn := orientation(record.image)) != 1:

@@ -30,9 +30,10 @@ def panoptic(json, out, masks=None, stuff=False, check=False):
     """Write COCO instances, or a clips_*.json if `json` is a folder."""
     require_new(out)
     is_folder, compared = Path(json).is_dir(), []
-    if is_folder == bool(masks):
-        fix = "leave it out: a folder has its masks beside each JSON" if masks else "pass the folder of its PNGs"
-        raise ValueError(f"--json {json} with --masks {masks}; {fix}")
+    if is_folder and masks:
+        raise ValueError(f"--json {json} is a folder, which has masks beside each JSON; leave out --masks")
+    if not (is_folder or masks):
+        raise ValueError(f"--json {json} without --masks, the folder of its PNGs")
     content = clips_from_panoptic(json, stuff, compared) if is_folder else images_from_panoptic(json, masks, stuff, compared)
     write_json(out, content)
     counts = [f"{len(content.get(key, ()))} {key}" for key in ("images", "videos", "categories") if content.get(key)]

@@ -284,7 +284,7 @@ def test_masks_make_the_records_that_boxes_make(moving, tmp_path, capsys):
     of_masks, skipped = read_file(moving / "masks.json", moving / "clips")
     assert [r.id for r in of_masks] == [f"{i:012d}" for i in (1, 5, 9, 13)] and not skipped
     assert of_masks == [of_boxes[r.id] for r in of_masks]
-    refused("leave it out", panoptic, tmp_path / "masks", tmp_path / "out.json", masks=tmp_path)
+    refused("leave out --masks", panoptic, tmp_path / "masks", tmp_path / "out.json", masks=tmp_path)
     path = tmp_path / "masks/000000000005.json"
     content = read_json(path)
     content["annotations"][3]["segments_info"][0]["bbox"] = [0, 0, 1, 1]

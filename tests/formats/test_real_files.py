@@ -370,6 +370,8 @@ def test_two_folders_of_a_zip_are_not_mixed_up(tmp_path):
             for folder in folders:
                 archive.write(tmp_path / "1.png", f"{folder}/v_a/1.png")
                 archive.writestr(f"__MACOSX/{folder}/v_a/._1.png", b"a Mac was here")
+            archive.writestr("README.txt", "what this is")
+            archive.writestr("annotations/instances.json", "{}")
     assert open_image(tmp_path / "one.zip/v_a/1.png").size == (8, 8) and names_in(tmp_path / "one.zip/v_a") == ["1.png"]
     assert is_clip(tmp_path / "one.zip/v_a") and read_frames(tmp_path / "one.zip/v_a", 1)[0].size == (8, 8)
     assert open_image(tmp_path / "two.zip/val/v_a/1.png").size == (8, 8) and not names_in(tmp_path / "two.zip/v_a")

@@ -56,10 +56,10 @@ def test_check_compares_every_size_that_rows_state(tmp_path):
     """A row without a size does not hide the wrong size of the next row about the same image."""
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
     talk = {"image": "a.png", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cup."}]}
-    for first, second in (({}, {"size": [48, 64]}), ({"size": [64, 48]}, {"size": [48, 64]})):
-        write_json(tmp_path / "rows.json", [{**talk, "id": "1", **first}, {**talk, "id": "2", **second}])
+    for first, words in (({}, "is 64 x 48, but the annotations say 48 x 64"), ({"size": [64, 48]}, "in one place and")):
+        write_json(tmp_path / "rows.json", [{**talk, "id": "1", **first}, {**talk, "id": "2", "size": [48, 64]}])
         [problem] = check(tmp_path / "rows.json", tmp_path)
-        assert "image 2: " in problem and "is 64 x 48, but the annotations say 48 x 64" in problem
+        assert "a.png" in problem and words in problem
 
 
 def test_the_exit_status_of_check_says_whether_there_are_problems(coco, capsys):
