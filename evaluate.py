@@ -41,6 +41,7 @@ from formats.eval_folder import by_picture, folders_of, read_jobs, run_jobs
 from formats.files import read_json, run_command, sha256, write_whole
 from formats.journal import join_processes
 from formats.pictures import card, pictures_of, sheet, still
+from formats.processes import has_bf16, pick_device
 from formats.weights import weights_sha256
 from model import LocVLM
 from tiny.moving import ensure_clips
@@ -345,8 +346,8 @@ class Answerer:
 
     def __init__(self, args, world):
         self.args, gpu = args, os.environ.get("LOCAL_RANK", 0) if world > 1 else 0
-        self.device = f"cuda:{gpu}" if torch.cuda.is_available() else "cpu"
-        self.dtype = DTYPES[args.dtype or ("fp32" if self.device == "cpu" else "bf16")]
+        self.device = pick_device(gpu)
+        self.dtype = DTYPES[args.dtype or ("fp32" if self.device.type == "cpu" else "bf16" if has_bf16() else "fp16")]
         self.decoding = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
         hollow = LocVLM.from_pretrained(args.run, args.vision, device="meta")  # shapes only
         self.config, self.tokenizer = hollow.config, hollow.tokenizer
@@ -387,7 +388,7 @@ class Answerer:
             "vision_sha256": weights_sha256(args.vision) if args.vision else None,
             "dtype": str(self.dtype).removeprefix("torch."), "decoding": self.decoding, "batch": args.batch,
             "compile": args.compile, "images_folder": str(args.images),
-            "device": torch.cuda.get_device_name(self.device) if self.device != "cpu" else platform.machine(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
         }  # fmt: skip
 
 
@@ -444,7 +445,7 @@ def add_options(parser):
     add("--seed", type=int, default=0, help="of questions and sampling (default: 0)")
     add("--max-new-tokens", type=int, default=64, help="longest answer (default: 64; 1024 if a judge reads it)")
     add("--batch", type=int, default=128, help="questions at a time, those about an image together (default: 128)")
-    add("--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp16 on one older than Ampere, fp32 on a CPU)")
     add("--compile", action="store_true", help="torch.compile the decoder: takes a minute, then faster")
     add("--fresh", action="store_true", help="start over, whatever an earlier run has left")
     add("--trained-on", default="", help="files that name the training images, by commas (default: the run's own)")

@@ -135,7 +135,7 @@ class TrainConfig:
     precision: typing.Literal["auto", "fp32", "bf16"] = opt("auto", "of the forward pass; auto: bf16 on GPUs that have it")
     parallel: typing.Literal["ddp", "fsdp"] = opt("ddp", "ddp: a whole model per process; fsdp: weights and optimizer sharded")
     recompute: bool = opt(False, "keep only each decoder layer's input for the backward pass, and compute the layer again")
-    save_every: int = opt(200, "steps between checkpoints")
+    save_every: int = opt(1000, "steps between checkpoints")
     tensorboard: bool = opt(False, "also write loss, rate, gradient norm and TFLOPs for TensorBoard: tensorboard --logdir RUN")
 
     def __post_init__(self):
@@ -438,7 +438,7 @@ def main(config):
     # 2 data and model
     records, sources = build_records(config, processes)
     if processes.rank == 0:
-        print("loading " + (config.init_from or "the tower and LLaMA"))
+        print(f"loading {config.init_from or 'the tower and LLaMA'}; {processes}")
     device = ("cpu" if processes.rank == 0 else "meta") if processes.is_fsdp else processes.device  # fsdp: rank 0 reads
     model = build_model(config, device)
     if processes.rank == 0:
@@ -473,6 +473,7 @@ def main(config):
         dist.barrier()
         dist.destroy_process_group()
         os.environ["WORLD_SIZE"] = "1"
+    torch.backends.cuda.enable_math_sdp(True)  # no fused kernel answers with a mask and grouped heads on every GPU
     if processes.rank == 0:
         if config.evaluate:
             evaluate_held_out(config, sources)

@@ -6,10 +6,27 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def pick_device(number=0):
+    """Return GPU `number`, or the CPU of a machine without GPUs. Raise ValueError for GPUs whose driver this PyTorch cannot use."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(number))
+    if torch.version.cuda and DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        fix = "install a PyTorch for the driver's CUDA (nvidia-smi shows it), or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        raise ValueError(f"PyTorch for CUDA {torch.version.cuda} cannot use this machine's NVIDIA driver; {fix}")
+    return torch.device("cpu")
+
+
+def has_bf16():
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @dataclass(frozen=True)
@@ -24,9 +41,9 @@ class Processes:
     @classmethod
     def start(cls, config):
         """Read torchrun's environment and join the other processes. Raise ValueError if they cannot share the batch evenly."""
-        cuda, env = torch.cuda.is_available(), os.environ
-        world, rank, local = int(env.get("WORLD_SIZE", 1)), int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        env = os.environ
+        world, rank, device = int(env.get("WORLD_SIZE", 1)), int(env.get("RANK", 0)), pick_device(env.get("LOCAL_RANK", 0))
+        cuda = device.type == "cuda"
         if cuda:
             env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # rows of many lengths leave no gaps
             torch.cuda.set_device(device)  # before anything asks CUDA: fsdp gathers on the current device
@@ -37,9 +54,12 @@ class Processes:
         if (world > 1 or is_fsdp) and not dist.is_initialized() and not config.dry_run:
             # an hour: reading a million annotations or writing 27 GB keeps the others waiting
             dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(hours=1))
-        has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16)
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16())
         return cls(rank, world, device, torch.bfloat16 if bf16 else torch.float32, is_fsdp)
+
+    def __str__(self):
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return f"{self.world} x {name}, {str(self.dtype).removeprefix('torch.')}, {'fsdp' if self.is_fsdp else 'ddp'}"
 
     def from_first(self, make):
         """Return make() of rank 0 to all processes."""

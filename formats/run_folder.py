@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -75,7 +76,7 @@ class RunFolder:
             for unfinished in self.state.glob("*.tmp"):
                 shutil.rmtree(unfinished)
         # a group of its own: checkpoints are written while training communicates
-        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if world > 1 else None
         self.pending, self.bar, self.events = None, tqdm(disable=True), None
 
     def begin_stage(self, stage, steps, model, optimizer):
@@ -130,7 +131,9 @@ class RunFolder:
         self.finish()
         path = self.state / f"{stage}-{step}.tmp"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.pending = path, dcp.async_save(state_of(model, optimizer), checkpoint_id=path, process_group=self.group)
+        # a writer of our own: the default one waits for the GPU after each 10 MB, though all of it is on the CPU by then
+        how = {"checkpoint_id": path, "storage_writer": dcp.FileSystemWriter(path), "process_group": self.group}
+        self.pending = path, dcp.async_save(state_of(model, optimizer), **how)
 
     def close(self):
         """Finish, and leave the bar's line to what is printed next."""

@@ -239,13 +239,15 @@ def test_a_batch_mixes_rows_with_and_without_an_image(coco, tokenizer):
 
 
 def test_rows_are_padded_to_few_lengths_beside_a_gpu(tokenizer, monkeypatch):
-    """cuDNN's attention builds a graph for each length. The answers stay where they are."""
+    """To 128 if a row is packed, as FlexAttention likes it, else to 32. The answers stay where they are."""
     rows = [pack([1], [([5, 6, 7], [IGNORE, 6, 7])], 200), pack([1, 2], [([5] * 150, [5] * 150)], 200)]
     plain = collate(rows)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     padded = collate(rows)
-    assert padded["input_ids"].shape == padded["positions"].shape == (2, 256) and torch.equal(padded["answers"], plain["answers"])
+    assert padded["input_ids"].shape == padded["positions"].shape == (2, 160) and torch.equal(padded["answers"], plain["answers"])
     assert torch.equal(padded["input_ids"][:, :152], plain["input_ids"]) and not padded["input_ids"][:, 152:].any()
+    packed = pack([1], [([5, 6, 7], [IGNORE, 6, 7])] * 2, 200)
+    assert collate(rows[:1])["input_ids"].shape == (1, 32) and collate([packed])["input_ids"].shape == (1, 128)
 
 
 def test_weights_say_how_often_an_epoch_draws_an_image(tokenizer):

@@ -169,6 +169,13 @@ def test_bf16_and_both_engines_have_the_losses_of_fp32(name, parallel, processes
     assert losses(trained(name, steps, tmp_path / "run", processes=processes)) == pytest.approx(exact[name], rel=5e-3)
 
 
+@pytest.mark.parametrize("processes", [pytest.param(n, marks=gpu("losses of compiled layers under fsdp", n)) for n in (1, 2)])
+def test_compiled_layers_under_fsdp_have_the_losses_of_fp32(processes, world, exact, tmp_path):
+    """As README's commands for a 7B run: FlexAttention on packed rows of many lengths."""
+    steps = {**world, "batch": 4, "questions": 4, "steps": 6, "precision": "bf16", "parallel": "fsdp", "compile": True}
+    assert losses(trained("b", steps, tmp_path / "run", processes=processes)) == pytest.approx(exact["b"], rel=1e-2)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @gpu("whether the tower and attention take no image at all")
 def test_a_batch_of_text_rows_alone_trains(parallel, world, tmp_path):

@@ -27,7 +27,7 @@ from clip_vit import CLIPVisionTower
 from formats import run_folder
 from formats.fast_cpu import keep_freed_memory
 from formats.files import read_json, write_json
-from formats.processes import Processes
+from formats.processes import Processes, pick_device
 from formats.weights import write_tensors
 from llama import Llama
 from model import LocVLM
@@ -216,6 +216,20 @@ def test_one_process_looks_at_the_images_and_tells_the_others(monkeypatch):
     device = torch.device("cpu")
     first, second = (Processes(rank, 2, device, torch.float32, False) for rank in (0, 1))
     assert first.from_first(lambda: 7) == second.from_first(lambda: 1 / 0) == 7 and len(told) == 2
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_no_reason_to_train_7b_on_a_cpu(monkeypatch, tmp_path):
+    """A PyTorch for a newer CUDA than the driver's warns, and sees no GPU. Without a driver, or if GPUs are hidden, it is the CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("formats.processes.DRIVER", tmp_path / "version")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert pick_device(3) == torch.device("cpu")
+    (tmp_path / "version").write_text("NVRM version: 535")
+    with pytest.raises(ValueError, match="PyTorch for CUDA 13.0 cannot use this machine's NVIDIA driver; install a PyTorch for"):
+        pick_device()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert pick_device() == torch.device("cpu")
 
 
 def test_freed_memory_is_not_kept_beside_a_gpu(monkeypatch):

@@ -13,13 +13,12 @@ skip_bad  skip and count images that cannot be read, or have another size than t
 import os
 from typing import Literal
 
-import torch
-
 from clip_vit import CLIPVisionTower
 from coords import GEOMETRIES
 from formats.annotations import parse_sources, read_records
 from formats.features import write_features
 from formats.journal import join_processes
+from formats.processes import pick_device
 from formats.schema import counted
 from tools import command, positive
 
@@ -28,8 +27,7 @@ def features(data, out, vision, geometry: Literal[GEOMETRIES] = "squash", frames
              images=""):  # fmt: skip
     """Write the features of all images or clips of a mixture (formats.features)."""
     processes = rank, *_ = join_processes()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    tower = CLIPVisionTower.from_pretrained(vision, device=device)
+    tower = CLIPVisionTower.from_pretrained(vision, device=pick_device(os.environ.get("LOCAL_RANK", 0)))
     records, skipped = read_records(parse_sources(data, images))
     print(counted(skipped) if rank == 0 else "", end="")
     write_features(records, out, tower, geometry, frames=frames, batch=batch, skip_bad=skip_bad, processes=processes)
