@@ -195,6 +195,11 @@ def run_command(name, main, place="--out"):
     except KeyboardInterrupt as error:
         print(f"{name}: interrupted; {str(error) or 'the same command continues, or starts again'}", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which this file does not import
+            raise
+        what = ". ".join(str(error).split(". ")[:2])
+        sys.exit(f"{name}: {what}; lower --batch, or in training --micro-batch (see python -m tools.plan)")
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         try:
             sys.stdout.flush()

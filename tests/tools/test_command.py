@@ -18,6 +18,7 @@ import sys
 from typing import Literal
 
 import pytest
+import torch
 from conftest import ROOT
 
 from formats.annotations import read_file
@@ -68,6 +69,18 @@ def program(main):
     text = f"import os, sys, time\nfrom formats.files import run_command\nrun_command('it', lambda: {main})"
     words = [sys.executable, "-c", text]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_gpu_without_memory_ends_a_program_in_one_line():
+    """Other RuntimeErrors are bugs, and keep their traceback."""
+    def fail(error):
+        raise error
+
+    text = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.15 GiB"
+    with pytest.raises(SystemExit, match="it: CUDA out of memory. Tried to allocate 20.00 GiB; lower --batch, or in"):
+        run_command("it", lambda: fail(torch.OutOfMemoryError(text)))
+    with pytest.raises(RuntimeError, match="shape"):
+        run_command("it", lambda: fail(RuntimeError("shape")))
 
 
 @pytest.mark.parametrize("main", ["[print('a' * 99) for _ in range(9999)]", "[print('a'), time.sleep(1), sys.exit(0)]"])
