@@ -393,8 +393,9 @@ def collate(rows):
     answers               long (3, A): for each of A answer tokens its row, the column that predicts it, and its id
     The lookups run here, on the CPU, so that a GPU never waits for them.
     """
+    is_packed = any(max(row["segments"]) > 1 for row in rows)
     # on a GPU, compiled kernels are made for each length; FlexAttention, for packed rows, is fastest in blocks of 128
-    multiple = (128 if any(max(row["segments"]) > 1 for row in rows) else 32) if torch.cuda.is_available() else 1
+    multiple = (128 if is_packed else 32) if torch.cuda.is_available() else 1
     longest = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
 
     def padded(key, fill):
@@ -411,7 +412,7 @@ def collate(rows):
         "input_ids": input_ids,
         "placeholders": placeholders(input_ids),
         "positions": positions,
-        "segments": segments if bool((segments > 1).any()) else None,
+        "segments": segments if is_packed else None,
         "answers": torch.stack([row_of, before, labels[row_of, columns + 1]]),
     }
 

@@ -275,7 +275,7 @@ class Llama(nn.Module):
 
     def compile_layers(self, backend="inductor"):
         """Compile each block for training. Packed rows on a GPU then use FlexAttention, which a CPU cannot train with."""
-        # all layers share one count of graphs: for each stage and kind of mask, one for the first shape of a batch, one for others
+        # all layers share one count of graphs: for each stage and kind of mask, one for the first length, one for all others
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in self.layers:  # `body` alone: fsdp's hooks around a call of the block stay outside the graph
             block.body = torch.compile(partial(Block.body, block), fullgraph=True, backend=backend)

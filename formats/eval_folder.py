@@ -38,6 +38,7 @@ from formats.schema import counted
 
 COMPARED = ("questions", "questions_sha256", "images", "weights_sha256", "data_sha256", "seed", "split", "decoding", "location",
             "template")  # fmt: skip
+# what a row keeps of an evaluate.Item
 ROW_KEYS = ("id", "image", "size", "question", "answer", "correct", "boxes_px", "mirrored", "is_clip", "truth")
 ids_in = cache(image_ids)  # a training file may be a gigabyte, and several evaluations in one process need it
 
@@ -217,6 +218,11 @@ def describe(args, config, wording, jobs):
     }
 
 
+def is_cut(text, tokenizer, limit):
+    """Return True if a text has as many tokens as the model may write. Blanks that were stripped from its end are not counted."""
+    return len(tokenizer.encode(text)) >= limit
+
+
 def run_jobs(args, jobs, wording, answerer, processes):
     """Answer the questions of all jobs with an evaluate.Answerer, judge the answers, write and print the results."""
     rank, world, _ = processes
@@ -240,8 +246,8 @@ def run_jobs(args, jobs, wording, answerer, processes):
         count, seconds = answer_all(items, args.batch, functions, parts, options, processes, args.fresh)
         if rank > 0:
             continue
-        written = () if job.rules.choose else (answerer.tokenizer.encode(item.answer) for item in items)
-        cut = sum(len(ids) >= answerer.decoding["max_new_tokens"] for ids in written)  # blanks stripped from the end do not count
+        limit = answerer.decoding["max_new_tokens"]
+        cut = 0 if job.rules.choose else sum(is_cut(item.answer, answerer.tokenizer, limit) for item in items)
         ours, trained = {coco_id(item.image) for item in items} - {None}, "unknown"
         if seen and ours:  # at most so many: some may have been skipped in training
             trained = {"images": len(ours & seen[1]), "of": len(ours), "files": seen[0]}

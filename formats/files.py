@@ -1,4 +1,4 @@
-"""Small files: read JSON, write a file whole or not at all, hash; and how a command ends."""
+"""Small files: read JSON, write a file whole or not at all, hash; optional packages; how a command ends."""
 
 import hashlib
 import json

@@ -89,8 +89,9 @@ def split_zip(path):
     """Split a path that leads into a zip: (zip, name inside), or (None, None). A zip's one folder need not be named."""
     for parent in Path(path).parents if ".zip" in str(path).lower() else ():
         if parent.suffix.lower() == ".zip" and parent.is_file():
-            name, names, top = Path(path).relative_to(parent).as_posix(), open_zip(parent).NameToInfo, top_of(parent)
-            return parent, top + name if name not in names and top + name in names else name
+            name, names = Path(path).relative_to(parent).as_posix(), open_zip(parent).NameToInfo
+            is_inside = name not in names and top_of(parent) + name in names
+            return parent, top_of(parent) + name if is_inside else name
     return None, None
 
 
@@ -119,8 +120,8 @@ def zip_folders(path):
 @lru_cache(maxsize=8)
 def top_of(path):
     """Return the folder in which a zip has its images and clips, as "val2017/", or "" if it has several."""
-    names = (name for name in open_zip(path).namelist() if name.lower().endswith((*IMAGES, *CLIP_SUFFIXES)) and not is_hidden(name))
-    tops = {name.partition("/")[0] + "/" for name in names if "/" in name}
+    names = (name for name in open_zip(path).namelist() if name.lower().endswith((*IMAGES, *CLIP_SUFFIXES)))
+    tops = {name.partition("/")[0] + "/" for name in names if "/" in name and not is_hidden(name)}
     return tops.pop() if len(tops) == 1 else ""
 
 

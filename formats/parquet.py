@@ -34,7 +34,8 @@ def shards(path):
 
 
 def open_parquet(path):
-    pyarrow, parquet = (import_package(name, f"{path} needs a package", "pyarrow") for name in ("pyarrow", "pyarrow.parquet"))
+    why = f"{path} needs a package"
+    pyarrow, parquet = import_package("pyarrow", why), import_package("pyarrow.parquet", why, "pyarrow")
     with naming(path, pyarrow.ArrowException, OSError):
         return parquet.ParquetFile(require_file(path, "a parquet file"))
 

@@ -16,7 +16,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def pick_device(number=0):
-    """Return GPU `number`, or the CPU of a machine without GPUs. Raise ValueError for GPUs whose driver this PyTorch cannot use."""
+    """Return GPU `number`, or the CPU of a machine without GPUs. Raise ValueError if PyTorch cannot use the GPUs' driver."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(number))
     if torch.version.cuda and DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):

@@ -49,8 +49,10 @@ class RunFolder:
 
     def __init__(self, config, rank, world, records=()):
         self.folder, self.state, self.rank, self.resumes = Path(config.out), Path(config.out, "state"), rank, config.resume
-        has_writer, why = config.tensorboard and rank == 0, "--tensorboard needs its package"
-        self.writer_class = import_package("torch.utils.tensorboard", why, "tensorboard").SummaryWriter if has_writer else None
+        self.writer_class = None
+        if config.tensorboard and rank == 0:
+            module = import_package("torch.utils.tensorboard", "--tensorboard needs its package", "tensorboard")
+            self.writer_class = module.SummaryWriter
         if rank == 0:
             path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
             options["adapter"] = config.adapter or "linear"  # as older runs note it

@@ -36,7 +36,7 @@ def panoptic(json, out, masks=None, stuff=False, check=False):
         raise ValueError(f"--json {json} without --masks, the folder of its PNGs")
     content = clips_from_panoptic(json, stuff, compared) if is_folder else images_from_panoptic(json, masks, stuff, compared)
     write_json(out, content)
-    counts = [f"{len(content.get(key, ()))} {key}" for key in ("images", "videos", "categories") if content.get(key)]
+    counts = [f"{len(rows)} {key}" for key, rows in content.items() if key != "annotations"]
     print(f"{out}: {len(content['annotations'])} boxes, {', '.join(counts)}")
     if check:
         differing = [f"{path}: segment {i} has bbox {bbox}, its mask {box}" for path, i, bbox, box in compared if bbox != box]

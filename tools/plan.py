@@ -243,10 +243,10 @@ def main(argv=None):
     if not (args.variant or args.device_memory or of_train):
         return print_table(args.world_size or 8)
     room, config = args.device_memory and bytes_of(args.device_memory), parse_config(TrainConfig, [*of_train, "--dry-run"])
-    has_model = config.vision or config.llm or config.init_from
-    if has_model and args.variant:
-        raise ValueError(f"--variant {args.variant} and {has_model} are two shapes of a model; leave out one")
-    if has_model or args.variant in (None, "tiny"):
+    checkpoint = config.vision or config.llm or config.init_from
+    if checkpoint and args.variant:
+        raise ValueError(f"--variant {args.variant} and {checkpoint} are two shapes of a model; leave out one")
+    if checkpoint or args.variant in (None, "tiny"):
         model = build_model(config, "meta")
     else:  # a variant's shape, without a tokenizer
         adapter = {"adapter": config.adapter} if config.adapter in ADAPTERS else {}

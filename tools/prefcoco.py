@@ -35,7 +35,7 @@ from coords import GEOMETRIES, KINDS, CoordFormat
 from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, name_pattern, targets_of
 from evaluate import Answerer, Item
 from formats.annotations import image_ids_of, read_file, read_records, require_usable
-from formats.eval_folder import require_images
+from formats.eval_folder import is_cut, require_images
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json
 from formats.journal import join_processes, require_new, require_same_options, work_in_parts
 from formats.schema import are_numbers, counted
@@ -110,8 +110,7 @@ def captioner(model, vision, decoding, world):
         records, opened = ready
         answers = answer(opened)
         for name, text in answers.items():
-            is_whole = len(answerer.tokenizer.encode(text)) < decoding["max_new_tokens"] or text.rstrip().endswith(ends)
-            if not is_whole:
+            if is_cut(text, answerer.tokenizer, decoding["max_new_tokens"]) and not text.rstrip().endswith(ends):
                 answers[name] += CUT
         return [[answers.get(f"{record.id}-{o.name}") for o in record.objects] for record in records]
 

@@ -113,8 +113,8 @@ def pictures_of(row, allowed):
     """Return a row's image, or frames of its clip: (frames, error). A frame: (width, height, data URI)."""
     path = row.get("image")
     try:
-        as_clip = path and row.get("is_clip", is_clip(path))  # older rows do not say it
-        frames = read_frames(path, FRAMES) if as_clip else [open_image(path)] if path else []
+        as_clip = row["is_clip"] if "is_clip" in row else bool(path) and is_clip(path)  # older rows do not say it
+        frames = (read_frames(path, FRAMES) if as_clip else [open_image(path)]) if path else []
     except (OSError, ValueError, TypeError, ImportError) as error:
         return [], str(error)
     frames = [ImageOps.mirror(frame) if row.get("mirrored") else frame for frame in frames]
