@@ -18,9 +18,9 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from coords import resized
+from coords import resized, window
 from formats.files import known_fields, normalization, read_config, read_processor
-from formats.images import open_image  # noqa: F401 (the first arrow above)
+from formats.images import open_image, to_rgb  # noqa: F401 (open_image: the first arrow above)
 from formats.originals import original_clip
 from formats.weights import build, open_tensors, sort_tensors
 
@@ -63,8 +63,8 @@ class CLIPVisionConfig:
             "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
             "image_size": 224, "patch_size": 32,
         }  # fmt: skip
-        known = {**defaults, **known_fields(cls, config)}
-        return cls(**{**known, **normalization(processor or {}, known["image_size"])})
+        fields = {**defaults, **known_fields(cls, config)}
+        return cls(**{**fields, **normalization(processor or {}, fields["image_size"])})
 
     @classmethod
     def from_shapes(cls, stored):
@@ -87,11 +87,11 @@ def preprocess(image, config, geometry="squash"):
     The square shows the rectangle `coords.window`, so boxes follow. Resampling is bicubic. `pad` fills with the mean colour,
     as LLaVA-1.5; `crop` resizes the shorter edge and cuts out the middle, as CLIPImageProcessor.
     """
-    side, image = config.image_size, image.convert("RGB")
+    side, image = config.image_size, to_rgb(image)
+    left, top, longer, _ = window(image.size, geometry, side)
     if geometry == "pad":
-        longer = max(image.size)
         square = Image.new("RGB", (longer, longer), mean_colour(config))
-        square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
+        square.paste(image, (-left, -top))
         image = square
     if geometry == "crop":
         image = image.resize(resized(image.size, side), Image.Resampling.BICUBIC)

@@ -47,6 +47,8 @@ def window(size, geometry, side):
     ((0, 0, 640, 480), (0, -80, 640, 640), (80.0, 0.0, 480.0, 480.0))
     """
     width, height = size
+    if geometry not in GEOMETRIES:
+        raise ValueError(f"unknown geometry {geometry!r}; choose one of {GEOMETRIES}")
     if geometry == "squash":
         return 0, 0, width, height
     if geometry == "pad":
@@ -59,7 +61,7 @@ def window(size, geometry, side):
 
 
 def fault(xy_px, size):
-    """Return the problem of a box or point in an image of (width, height), or None. Tolerance: 1e-6 of the image."""
+    """Return the problem of a box or point in an image of (width, height), or None. Tolerance: 1e-6 of its longer side."""
     width, height = size
     if not all(math.isfinite(v) for v in xy_px):
         return "not finite"
@@ -162,6 +164,8 @@ class CoordFormat:
     kind      a key of REPRESENTATIONS
     side      of the model's square image in pixels, a multiple of `patch`; also the number of bins
     geometry  "squash", "pad" or "crop", see `window`
+    patch     side of the tower's patches in pixels: DIGA's anchor cells, 16 x 16 of them at 224 px
+    Its attribute `representation`, made from these, turns fractions into numbers and back.
 
     The paper's example, a cat in an image of 512 x 512:
 
@@ -179,16 +183,10 @@ class CoordFormat:
     def __post_init__(self):
         if self.kind not in REPRESENTATIONS:
             raise ValueError(f"unknown coordinate kind {self.kind!r}; choose one of {KINDS}")
-        if self.geometry not in GEOMETRIES:
-            raise ValueError(f"unknown geometry {self.geometry!r}; choose one of {GEOMETRIES}")
         if not isinstance(self.side, int) or self.patch < 1 or self.side < self.patch or self.side % self.patch:
             raise ValueError(f"side {self.side} is not a multiple of the patch size {self.patch}; use 224 or 336")
+        window((1, 1), self.geometry, self.side)  # raises if the geometry is unknown
         object.__setattr__(self, "representation", REPRESENTATIONS[self.kind](self.side, self.patch))
-
-    @property
-    def grid(self):
-        """Anchor cells along each axis: CLIP's patches, 16 at 224 px and 24 at 336 px."""
-        return self.side // self.patch
 
     def unit_from_px(self, xy_px, size):
         """Map a box or point from original pixels to fractions of the model's square (outside [0, 1] where crop cuts)."""

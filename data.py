@@ -54,14 +54,11 @@ REV_PROMPTS = (
     "Provide a caption for object at {loc}?",
     "What is at location {loc} in image?",
 )
-REPR = {"box": "(x1,y1,x2,y2) bbox", "point": "(cx,cy) point"}
+LOCATIONS = {"box": "(x1,y1,x2,y2) bbox", "point": "(cx,cy) point"}  # what a location is; fills {repr} above
 WORDS = ("name", "description", "mixed")  # what names an object; mixed: half and half
 LOC_ANSWER = "It is located at {loc}"
 NEG_ANSWER = "There is no such object in the image"
 REV_ANSWER = "There is a {category}."
-BABY = r"baby(?! (?:elephant|giraffe|zebra|bear|cow|sheep|horse|bird|cat|dog)s?\b)"  # a baby elephant is no person
-KINDS_OF_PEOPLE = rf"man|woman|boy|girl|child|kid|{BABY}|lady|guy|player|rider|skier|surfer|skateboarder|snowboarder"
-PEOPLE = rf"(?:people|men|women|children|babies|ladies|(?:{KINDS_OF_PEOPLE})s?)"
 # App. E words left and right; the question and answers about above and below are ours
 SIDE_PROMPTS = {
     "left/right": "Which side of {obj_1} is {obj_2} located?",
@@ -134,6 +131,11 @@ class Wording:
     neg_ratio: float = 1.0  # absent objects asked for, per object that is present
     medium: str = "image"  # or "video": what evaluate.ask_presence calls a clip
 
+    def __post_init__(self):
+        for name, choices in ("location", LOCATIONS), ("words", WORDS):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {tuple(choices)}")
+
     def place(self, box_px, size):
         """Write a location as text: the box, or its centre."""
         if self.location == "box":
@@ -168,8 +170,8 @@ class Objective:
     about    what a question is about: "object" (each unique one), "pair" (two of them), "absent" (a category not in the image)
     ask      (target, record, wording, rng) -> (question, answer); the target is an Object, or two for a pair
     judge    (item, wording): sets item.correct, and item.boxes_px if the answer holds a location. It reads item.answer,
-             item.size and item.truth: the expected answer and the target's name; an object's box_px; the names of a pair
-             (for judge_rev: of all categories); see evaluate.Item
+             item.size and item.truth, which has the keys "answer" (the expected one) and "name", about an object "box_px",
+             about a pair "names" (for judge_rev: all categories); see evaluate.Item
     prompts  its question templates, noted in the results
     """
 
@@ -185,7 +187,7 @@ class Objective:
 
 
 def loc_question(words, wording, rng):
-    return rng.choice(LOC_PROMPTS).format(category=words, repr=REPR[wording.location])
+    return rng.choice(LOC_PROMPTS).format(category=words, repr=LOCATIONS[wording.location])
 
 
 def ask_loc(o, record, wording, rng):
@@ -194,8 +196,8 @@ def ask_loc(o, record, wording, rng):
     return question, LOC_ANSWER.format(loc=wording.place(o.box_px, record.size))
 
 
-def located(item, wording):
-    """Return the first location in an answer, as a list of at most one box_px; a point becomes a box of 2 px each way."""
+def first_location(item, wording):
+    """Return the first location in an answer, as a list of at most one box_px. A point becomes a box of 2 px each way, to draw."""
     if wording.location == "box":
         return wording.fmt.decode_boxes(item.answer, item.size)[:1]
     points_px = wording.fmt.decode_points(item.answer, item.size)[:1]
@@ -204,7 +206,7 @@ def located(item, wording):
 
 def judge_loc(item, wording):
     """Right if the first box reaches IoU 0.5 with the true one; a point, if it lies in the true box."""
-    item.boxes_px = located(item, wording)
+    item.boxes_px = first_location(item, wording)
     if wording.location == "point":
         x1, y1, x2, y2 = item.truth["box_px"]
         points_px = wording.fmt.decode_points(item.answer, item.size)[:1]
@@ -221,7 +223,7 @@ def ask_neg(o, record, wording, rng):
 
 def judge_neg(item, wording):
     """Right if the answer says that there is no such object."""
-    item.boxes_px = located(item, wording)
+    item.boxes_px = first_location(item, wording)
     item.correct = "no such object" in item.answer.lower()
 
 
@@ -229,6 +231,11 @@ def ask_rev(o, record, wording, rng):
     """RevLoc: what is at this location?"""
     question = rng.choice(REV_PROMPTS).format(loc=wording.place(o.box_px, record.size))
     return question, REV_ANSWER.format(category=wording.words_for(o, rng))
+
+
+BABY = r"baby(?! (?:elephant|giraffe|zebra|bear|cow|sheep|horse|bird|cat|dog)s?\b)"  # a baby elephant is no person
+KINDS_OF_PEOPLE = rf"man|woman|boy|girl|child|kid|{BABY}|lady|guy|player|rider|skier|surfer|skateboarder|snowboarder"
+PEOPLE = rf"(?:people|men|women|children|babies|ladies|(?:{KINDS_OF_PEOPLE})s?)"
 
 
 @cache
@@ -323,8 +330,8 @@ def encode_prefix(tokenizer, template, visual_tokens):
     Without an image (visual_tokens 0), the question brings that space.
     """
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    before = tokenizer.encode(f"{SYSTEM} {USER}" + " " * (visual_tokens > 0)) if template == "v1" else []
-    return bos + before + [IMAGE_ID] * visual_tokens
+    before = {"plain": "", "v1": f"{SYSTEM} {USER}" + " " * (visual_tokens > 0)}[template]
+    return bos + tokenizer.encode(before) + [IMAGE_ID] * visual_tokens
 
 
 def encode_question(tokenizer, question, before="\n"):
@@ -446,18 +453,17 @@ class Examples:
         for o in (o for record in records for o in record.objects if o.description):
             self.descriptions.setdefault(o.name, []).append(o.description)
         fitting = [self.drop_long(record) for record in records]
-        too_long = [len(r.conversations) - len(f.conversations) for r, f in zip(records, fitting, strict=True)]
-        self.left_out = sum(too_long)
+        self.left_out = sum(len(r.conversations) - len(f.conversations) for r, f in zip(records, fitting, strict=True))
         if self.left_out and not skip_bad:
-            first = next(record.id for record, count in zip(records, too_long, strict=True) if count)
+            first = next(r.id for r, f in zip(records, fitting, strict=True) if f is not r)
             problem = f"{self.left_out} conversations (the first is about image {first}) are too long"
             raise ValueError(f"{problem}: question and image exceed {max_length} tokens; skip them with --skip-bad")
         self.records = [record for record in fitting if self.draw_segments(record, random.Random(0))]
-        is_asked = {OBJECTIVES[name].about for name in wording.objectives} & {"object", "pair"} and template != "plain"
-        has_boxes = [record for record in records if record.present or record.absent] if is_asked else []
-        if has_boxes and not any(targets_of(record, "object", wording, random.Random(0)) for record in has_boxes):
+        asks_for_boxes = template != "plain" and any(OBJECTIVES[name].about != "absent" for name in wording.objectives)
+        annotated = [record for record in records if record.present or record.absent] if asks_for_boxes else []
+        if annotated and not any(targets_of(record, "object", wording, random.Random(0)) for record in annotated):
             raise ValueError(
-                f"no box to ask for in {len(has_boxes)} images: boxes are missing, invalid, or not alone in their category; "
+                f"no box to ask for in {len(annotated)} images: boxes are missing, invalid, or not alone in their category; "
                 "list the problems with `python -m tools.check`, or train without loc and rev: --objectives neg"
             )
         if not self.records:
@@ -465,6 +471,7 @@ class Examples:
             raise ValueError(f"none of {len(records)} images has what this stage needs: {needs}")
         self.weights = np.array([record.weight for record in self.records])
         self.epoch_length = max(1, round(self.weights.sum()))  # rows per epoch
+        self.is_weighted = bool((self.weights != 1).any())
         self.orders = {}  # epoch -> its order
 
     def drop_long(self, record):
@@ -484,11 +491,11 @@ class Examples:
             captions = record.captions or [turns[0][1] for turns in record.conversations]
             chosen = rng.sample(captions, min(self.questions, len(captions))) if record.image else []
             return [(("", caption),) for caption in chosen]
-        asked = [((q, a),) for _, _, q, a in draw_questions(record, self.wording, rng, self.descriptions)]
+        drawn = [((q, a),) for _, _, q, a in draw_questions(record, self.wording, rng, self.descriptions)]
         conversations = rng.sample(record.conversations, len(record.conversations))
-        share = self.instruct_share if asked else 1.0
+        share = self.instruct_share if drawn else 1.0
         conversations = conversations[: int(share * self.questions + rng.random())]
-        return conversations + asked[: self.questions - len(conversations)]
+        return conversations + drawn[: self.questions - len(conversations)]
 
     def text_row(self, record, text_seed):
         """Draw the text of a record: a packed row. text_seed: the epoch, see `order`."""
@@ -521,23 +528,23 @@ class Examples:
             return self.row((index + 1) % len(self.records), text_seed)
 
     def order(self, sample):
-        """Return (index of the record, text_seed) for row number `sample` of the run, counted over all epochs. A record of
-        weight w comes floor(w) or ceil(w) times an epoch, but for rounding of the epoch's length. text_seed is the epoch;
-        where the weight is not 1, so that a record may come twice, with the place in it.
+        """Return (index of the record, text_seed) for row number `sample` of the run, counted over all epochs.
+
+        A record of weight w is drawn floor(w) or ceil(w) times an epoch; rounding the epoch to whole rows may change this by
+        one. text_seed makes the text of each epoch new. With weights, a record may come twice: then each row's text is new.
         """
         epoch, place = divmod(sample, self.epoch_length)
         order = self.orders.get(epoch)
         if order is None:
             rng = np.random.default_rng([self.seed, epoch])
             order = rng.permutation(len(self.records))
-            if (self.weights != 1).any():
+            if self.is_weighted:
                 # systematic resampling: records laid end to end, as long as their weights, with evenly spaced marks on them
                 ends = self.weights[order].cumsum()
                 marks = (np.arange(self.epoch_length) + rng.random()) * ends[-1] / self.epoch_length
                 order = rng.permutation(order[np.searchsorted(ends, marks, side="right").clip(max=len(ends) - 1)])
             self.orders = {epoch: order}  # another prefetching thread may replace it: read only the local name below
-        index = int(order[place])
-        return index, epoch if self.weights[index] == 1 else f"{epoch} {place}"
+        return int(order[place]), f"{epoch} {place}" if self.is_weighted else epoch
 
     def batch(self, samples):
         """Collate the rows with these numbers in the run: (batch, ids of their records)."""

@@ -35,7 +35,7 @@ from PIL import Image
 
 from clip_vit import mean_colour, preprocess
 from coords import fault
-from data import OBJECTIVES, REPR, SIDE_ANSWERS, SIDE_PROMPTS, WORDS, Object, Wording, article, judge_rev, targets_of
+from data import LOCATIONS, OBJECTIVES, SIDE_ANSWERS, SIDE_PROMPTS, WORDS, Object, Wording, article, targets_of
 from formats.annotations import merge, read_file
 from formats.eval_folder import by_picture, folders_of, read_jobs, run_jobs
 from formats.files import read_json, run_command, sha256, write_whole
@@ -50,7 +50,7 @@ from video import frames_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-HAL_PROMPT = "Is there {a/an object} in the {image/video}?"  # noted in results; ask_presence writes the question
+HAL_PROMPT = "Is there {object} in the {medium}?"
 
 
 @dataclass
@@ -144,7 +144,7 @@ def objective_items(objective, records, wording, rng):
                 truth["names"] = [o.name for o in objects]
             if objective.about == "object":
                 truth["box_px"] = target.box_px
-            if objective.judge is judge_rev:  # any category of the data may be named
+            if objective.judge is OBJECTIVES["rev"].judge:  # any category of the data may be named
                 truth["names"] = sorted(record.present + record.absent)
             items.append(item_of(record, truth["name"], question, truth))
     return items
@@ -216,13 +216,13 @@ def spatial_items(records, wording, rng):
         rng.setstate(start)  # so that --limit does not change the questions about above and below
         for record, one, two, three, side in spatial_triplets(records, rng, axis):
             other = OPPOSITE[side]  # where two and three are, seen from one
-            first, second, asked = (side_question(setting, *pair) for pair in ((one, two), (two, one), (three, one)))
+            first, second, third = (side_question(setting, *pair) for pair in ((one, two), (two, one), (three, one)))
             to_first, to_second = side_answer(other, one, two), side_answer(side, two, one)
             examples = [f"Q: {first} A: {to_first}", f"Q: {second} A: {to_second}"]
             rng.shuffle(examples)
-            as_printed = f"Q: {first} A: {to_second} Q: {second} A: {to_first} Q: {asked}"  # in the paper: answers are swapped
+            as_printed = f"Q: {first} A: {to_second} Q: {second} A: {to_first} Q: {third}"  # in the paper: answers are swapped
             verbatim = "icl verbatim" + f" {setting}" * (setting != "left/right")
-            texts = {setting: first, f"icl {setting}": " ".join([*examples, f"Q: {asked}"]), verbatim: as_printed}
+            texts = {setting: first, f"icl {setting}": " ".join([*examples, f"Q: {third}"]), verbatim: as_printed}
             for name, text in texts.items():
                 objects, word = ((one, two), other) if name == setting else ((three, one), side)
                 truth = {"setting": name, "word": word, "boxes_px": [o.box_px for o in objects]}
@@ -277,7 +277,7 @@ def spatial_metrics(items):
 
 
 def ask_presence(name, medium="image"):
-    return f"Is there {article(name)} in the {medium}?"
+    return HAL_PROMPT.format(object=article(name), medium=medium)
 
 
 def hal_items(records, wording, rng):
@@ -392,7 +392,7 @@ class Answerer:
         }  # fmt: skip
 
 
-def locations(text, fmt, size):
+def boxes_to_draw(text, fmt, size):
     """Return the boxes in a text, and its points as boxes of 3 px each way, in original pixels."""
     points_px = fmt.decode_points(text, size)
     return fmt.decode_boxes(text, size) + [(x - 3, y - 3, x + 3, y + 3) for x, y in points_px]
@@ -416,7 +416,7 @@ def ask(model, image_path, question, out, **decoding):
     [[answer]] = model.generate([frames if model.config.frames else image], [[question]], on_text=show, **decoding)
     print(answer.removeprefix(printed))
     texts = (question, "lime"), (answer, "blue")
-    boxes = [(box_px, colour) for text, colour in texts for box_px in locations(text, fmt, image.size)]
+    boxes = [(box_px, colour) for text, colour in texts for box_px in boxes_to_draw(text, fmt, image.size)]
     if len(frames) > 1:
         sheet(frames, out, boxes, [f"frame {i}" for i in range(1, len(frames) + 1)])
     else:
@@ -435,7 +435,7 @@ def add_options(parser):
     add("--vision", help="folder of the CLIP tower, for an original LLaVA that lacks it")
     add("--coco", help="instances_*.json (default: the held-out shapes, written to data/shapes if missing)")
     add("--images", help="folder or zip of the images or clips")
-    add("--location", choices=REPR, help="what a location is (default: as trained)")
+    add("--location", choices=LOCATIONS, help="what a location is (default: as trained)")
     add("--words", choices=WORDS, help="what names an object (default: as trained)")
     add("--limit", type=int, help="use only the first LIMIT images")
     either = parser.add_mutually_exclusive_group().add_argument
@@ -466,7 +466,7 @@ def check_options(parser, args, refused=()):
     for is_wrong, message in refused:
         if is_wrong:
             parser.error(message)
-    args.is_default_data, args.annotated = not args.coco, None
+    args.is_default_data, args.annotated = not args.coco, None  # no options: whose images, and what read_items has read
     return args
 
 
@@ -478,9 +478,15 @@ def parse(argv):
     parser.add_argument("--image", help="image file or clip to ask about")
     parser.add_argument("--out", help="where --ask draws (default: ask.png in the folder of the results)")
     args = parser.parse_args(argv)
+    of_tasks = ("coco", "location", "words", "limit", "blind", "with_blind")
+    ignored = [f"--{name.replace('_', '-')}" for name in of_tasks if getattr(args, name)] + ["--task"] * (args.task != "all")
     is_one = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    refused = [(bool(args.ask) != bool(args.image), "--ask and --image belong together")]
-    return check_options(parser, args, [*refused, (args.ask and not is_one, "--ask runs in one process only")])
+    return check_options(parser, args, [
+        (bool(args.ask) != bool(args.image), "--ask and --image belong together"),
+        (args.ask and ignored, f"--ask asks one question about one image; leave out {', '.join(ignored)}"),
+        (args.out and not args.ask, "--out is the picture that --ask draws; the folder of the results is --into"),
+        (args.ask and not is_one, "--ask runs in one process only"),
+    ])  # fmt: skip
 
 
 def use_default_data(args, config):

@@ -83,10 +83,10 @@ class LlamaConfig:
             needs += ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         if absent := [key for key in needs if not isinstance(rope.get(key), int | float)]:
             raise ValueError(f"rope_scaling {rope} lacks the number {absent[0]}; correct config.json")
-        known = known_fields(cls, config) | {"model_type": "qwen2" if config.get("model_type") == "qwen2" else "llama"}
-        known["rope_scaling"] = None if rope_type == "default" else {**rope, "rope_type": rope_type}
-        known["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
-        return cls(**known)
+        fields = known_fields(cls, config) | {"model_type": "qwen2" if config.get("model_type") == "qwen2" else "llama"}
+        fields["rope_scaling"] = None if rope_type == "default" else {**rope, "rope_type": rope_type}
+        fields["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
+        return cls(**fields)
 
 
 class KVCache:
@@ -98,12 +98,11 @@ class KVCache:
         self.layers = [[torch.empty(shape, device=device, dtype=dtype) for _ in ("keys", "values")] for _ in layers]
         self.length = 0
 
-    def of_layer(self, layer):
-        """Return what a block needs: its keys and values (B, G, L, K), and how many positions are filled."""
-        return *self.layers[layer], self.length
+    def take_rows(self, rows, capacity=None):
+        """Replace the rows by copies of rows[0], rows[1], ..., with room for `capacity` positions (by default, as before).
 
-    def spread(self, rows, capacity=None):
-        """Let row i continue what was row rows[i]. Layers are replaced one at a time: two whole caches are never alive."""
+        Layer by layer, so that two whole caches are never alive.
+        """
         for layer in self.layers:
             for which, old in enumerate(layer):
                 new = old.new_empty(len(rows), old.shape[1], capacity or old.shape[2], old.shape[3])  # (rows, G, L, K)
@@ -119,7 +118,7 @@ def recomputed(function, *inputs):
     """Call a function, drop what it computes on the way, and compute that again in the backward pass.
 
     For elementwise work: quick to repeat, while its results would take as much memory as those of a matrix product. (The
-    matrix product that ends MLP.gated is not run again: the checkpoint stops once that product's input is back.)
+    matrix product that ends MLP.gated is not run again: it is inside only so that its input is not kept.)
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
@@ -165,7 +164,7 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """x (B, T, D) -> (B, T, D). cache: the result of `KVCache.of_layer`, to which new keys and values are added, or None."""
+    """x (B, T, D) -> (B, T, D). cache: (keys, values, positions filled) of this layer, or None."""
 
     def __init__(self, config):
         super().__init__()
@@ -268,7 +267,7 @@ class Llama(nn.Module):
         cos, sin = rotary(positions, self.config, x.dtype)  # (B, 1, T, K)
         is_one_token = self.one_token_layers and x.shape[1] == 1 and (len(x) == 1 or x.is_cuda)  # see for_inference
         for layer, block in enumerate(self.one_token_layers if is_one_token else self.layers):
-            x = block(x, cos, sin, mask, None if cache is None else cache.of_layer(layer))
+            x = block(x, cos, sin, mask, cache and (*cache.layers[layer], cache.length))
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
@@ -328,7 +327,7 @@ class Llama(nn.Module):
         mask = (seen[:, None, None, : past + longest] & is_causal) | is_self  # (B, 1, T, past + T)
         positions = (query_slots[:, 0] - pads[:, None]).clamp(min=0)  # (B, T)
 
-        answers, prompt_of = [[] for _ in prompts], list(range(len(prompts)))  # number of the prompt that each row continues
+        new_ids, prompt_of = [[] for _ in prompts], list(range(len(prompts)))  # number of the prompt that each row continues
         running = set(prompt_of)
         for step in range(max_new_tokens):
             x = self.hidden(self.embed_tokens(ids), positions, mask, cache)  # (B, T, D), then (B, 1, D)
@@ -337,20 +336,20 @@ class Llama(nn.Module):
                 if token == eos_token_id:
                     running.discard(number)
                 if number in running:
-                    answers[number].append(token)
+                    new_ids[number].append(token)
                     if on_token:
-                        on_token(number, answers[number])
+                        on_token(number, new_ids[number])
             if not running:
                 break
             if 2 * len(running) <= len(prompt_of):  # half are done: continue with the others alone
                 keep = [row for row, number in enumerate(prompt_of) if number in running]
-                cache.spread(keep)
+                cache.take_rows(keep)
                 pads, seen = pads[keep], seen[keep]
                 prompt_of, chosen = [prompt_of[row] for row in keep], [chosen[row] for row in keep]
             ids = torch.tensor(chosen, device=device)[:, None]  # (B, 1)
             positions = (past + longest + step - pads)[:, None]
             mask = seen[:, None, None, : past + longest + step + 1]
-        return answers
+        return new_ids
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
@@ -380,6 +379,8 @@ class Llama(nn.Module):
 
 def chooser(keys, temperature, seed):
     """Return the function (logits (B, V), number of the prompt of each row) -> B token ids: greedy, or sampling."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature} must be 0 or more")
     if temperature == 0:
         return lambda logits, prompt_of: logits.argmax(-1).tolist()
     generators = [torch.Generator().manual_seed(seed ^ zlib.crc32(str(key).encode())) for key in keys]

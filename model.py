@@ -19,11 +19,11 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower, open_image, preprocess
 from coords import CoordFormat
-from data import IGNORE, REPR, WORDS, collate, encode_prefix, encode_question, encode_segment, pack, placeholders
+from data import IGNORE, Wording, collate, encode_prefix, encode_question, encode_segment, pack, placeholders
 from formats.fast_cpu import pack_linears
 from formats.llava_hf import read_adapter, read_checkpoint, write_checkpoint
 from llama import KVCache, Llama, LlamaConfig, read_tokenizer
-from video import encode, frames_of
+from video import encode_clip, frames_of
 
 # ----- adapters: from what the tower sees to what LLaMA reads
 
@@ -75,10 +75,9 @@ class LocVLMConfig:
     frames: int = 0  # frames per clip; 0: the model reads images
 
     def __post_init__(self):
-        for name, choices in (("adapter", ADAPTERS), ("location", REPR), ("words", WORDS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {tuple(choices)}")
-        _ = self.coord_format(), self.visual_tokens  # raise if kind, geometry, or what the adapter needs is invalid
+        if self.adapter not in ADAPTERS:
+            raise ValueError(f"unknown adapter {self.adapter!r}; choose one of {tuple(ADAPTERS)}")
+        _ = self.visual_tokens, Wording(self.coord_format(), location=self.location, words=self.words)  # raise if invalid
 
     @property
     def visual_tokens(self):
@@ -120,6 +119,12 @@ def place_image(x, visual, places):
         what = f"{len(places)} image placeholders but {visual.shape[:2].numel()} visual tokens"
         raise ValueError(f"{what} ({visual.shape[0]} images of {visual.shape[1]}); correct the adapter's num_tokens")
     return x.flatten(0, 1).index_copy(0, places, visual.flatten(0, 1).to(x.dtype)).view_as(x)
+
+
+def check_lists(images, lists):
+    """Raise ValueError unless there is a list for each image. A text in its place would be read letter by letter."""
+    if len(images) != len(lists) or not all(isinstance(of_image, list) for of_image in lists):
+        raise ValueError(f"{len(images)} images, and for them {str(lists)[:100]}; pass a list of one list per image")
 
 
 def packed_mask(segments, as_blocks=False):
@@ -182,8 +187,7 @@ class LocVLM(nn.Module):
         The tower and LLaMA read each image once; its keys and values serve all its questions. Greedy at temperature 0; the
         paper samples at 0.2.
         """
-        if len(images) != len(questions):
-            raise ValueError(f"{len(images)} images but {len(questions)} lists of questions; pass one list per image")
+        check_lists(images, questions)
         llama, tokenizer = self.language_model, self.tokenizer
         image_of = [image for image, of_image in enumerate(questions) for _ in of_image]  # the image of each question
         if not image_of:
@@ -198,7 +202,7 @@ class LocVLM(nn.Module):
         llama.hidden(x, cache=cache)  # the prefix, once; below, each question continues a copy of it
 
         prompts = [encode_question(tokenizer, question) for of_image in questions for question in of_image]
-        cache.spread(image_of, len(prefix) + max(map(len, prompts)) + max_new_tokens)
+        cache.take_rows(image_of, len(prefix) + max(map(len, prompts)) + max_new_tokens)
 
         on_token = on_text and (lambda row, ids: on_text(row, tokenizer.decode(ids).strip()))
         sampling = (max_new_tokens, tokenizer.eos_token_id, temperature, seed)
@@ -212,6 +216,7 @@ class LocVLM(nn.Module):
 
         Rows are packed as in training, an image once before all its turns: minus the sum of all is `forward`'s summed loss.
         """
+        check_lists(images, turns)
         prefix = encode_prefix(self.tokenizer, "v1", self.config.visual_tokens)
         segments = [[encode_segment(self.tokenizer, "v1", [turn]) for turn in of_image] for of_image in turns]
         longest = len(prefix) + max((len(ids) for of_image in segments for ids, _ in of_image), default=0)
@@ -231,13 +236,9 @@ class LocVLM(nn.Module):
         config, like = self.config, next(self.adapter.parameters())
         if config.frames:
             clips = [frames_of(clip, config.frames) for clip in images]
-            return torch.stack([encode(self.vision_tower, frames, config.geometry) for frames in clips]).to(like)
-        pixels = []
-        for image in images:
-            if not torch.is_tensor(image):
-                image = image if isinstance(image, Image.Image) else open_image(image)
-                image = preprocess(image, config.vision_config, config.geometry)
-            pixels.append(image)
+            return torch.stack([encode_clip(self.vision_tower, frames, config.geometry) for frames in clips]).to(like)
+        opened = (image if isinstance(image, Image.Image | torch.Tensor) else open_image(image) for image in images)
+        pixels = [i if torch.is_tensor(i) else preprocess(i, config.vision_config, config.geometry) for i in opened]
         return self.vision_tower(torch.stack(pixels).to(like))  # (images, 3, S, S) -> (images, P, Dv)
 
     def for_inference(self, compile=False):

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 import evaluate
 from coords import GEOMETRIES, KINDS
-from data import OBJECTIVES, REPR, WORDS, Examples, Wording, marked
+from data import LOCATIONS, OBJECTIVES, WORDS, Examples, Wording, marked
 from formats.annotations import image_ids_of, note_fractions, parse_sources, read_records, unreadable
 from formats.fast_cpu import keep_freed_memory
 from formats.features import open_features
@@ -44,7 +44,7 @@ from formats.run_folder import RunFolder, print_next
 from formats.schema import HARMLESS, counted
 from model import ADAPTERS, LocVLM
 from tiny.moving import ensure_clips
-from tiny.shapes import ensure_side_texts, ensure_world, write_world
+from tiny.shapes import FOLDER, LAST, ensure_side_texts, ensure_world, write_world
 
 # ----- recipes and options
 
@@ -121,7 +121,7 @@ class TrainConfig:
     objectives: str = opt("loc,neg,rev", f"any of {', '.join(OBJECTIVES)}, separated by commas; or none")
     kind: typing.Literal["", *KINDS] = opt("", "how coordinates are written [as in --init-from, else ivb]")
     geometry: typing.Literal["", *GEOMETRIES] = opt("", "how an image becomes a square [as in --init-from, else squash]")
-    location: typing.Literal["", *REPR] = opt("", "what a location is [as in --init-from, else box]")
+    location: typing.Literal["", *LOCATIONS] = opt("", "what a location is [as in --init-from, else box]")
     words: typing.Literal["", *WORDS] = opt("", "what names objects: category, caption, either [as in --init-from, else name]")
     questions: int = opt(0, "questions behind each image [preset]")
     # optimisation
@@ -145,8 +145,8 @@ class TrainConfig:
             raise ValueError("--init-from loads a whole model; leave out --adapter and --llm")
         for name in ("batch", "micro_batch", "questions", "frames", "lr", "steps", "save_every", "seed"):
             least = int(name == "save_every")
-            if not getattr(self, name) >= least:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be a number from {least}")
         if unknown := [name for name in self.objective_list if name not in OBJECTIVES]:
             raise ValueError(f"--objectives {', '.join(unknown)} unknown; choose of {', '.join(OBJECTIVES)}, or none")
         _ = self.sources  # checks --data and --images
@@ -211,8 +211,8 @@ def lr_at(step, steps, lr, warmup_ratio):
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def trainable(model, stage):
-    """Freeze and unfreeze: the adapter always learns, LLaMA in stages 2 and 4, the tower never. Return {name: parameter}."""
+def unfreeze(model, stage):
+    """Let the adapter learn, in stages 2 and 4 LLaMA too, and freeze the rest. Return {name: parameter}."""
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith("adapter.") or (name.startswith("language_model.") and stage in (2, 4)))
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -239,7 +239,7 @@ def train_stage(config, stage, model, examples, run, processes):
     # 1 what learns, and from where
     recipe = config.recipe(stage)
     steps = recipe.steps or math.ceil(recipe.epochs * examples.epoch_length / recipe.batch)
-    parameters = trainable(model, stage)
+    parameters = unfreeze(model, stage)
     processes.begin_stage(model)  # fsdp must know which parameters learn now
     optimizer, ratios = make_optimizer(parameters, recipe.adapter_lr_ratio)
     first_step = run.begin_stage(stage, steps, model, optimizer)  # with --resume, loads the newest checkpoint into both
@@ -259,7 +259,7 @@ def train_stage(config, stage, model, examples, run, processes):
             group["lr"] = lr * ratio
 
         # the loss is the mean over all A answer tokens of the step, in whichever micro-batch and process they are
-        answers = processes.sum(sum(batch["answers"].shape[1] for batch, _ in micro_batches))
+        answer_tokens = processes.sum(sum(batch["answers"].shape[1] for batch, _ in micro_batches))
         loss_sum = 0.0
         for i, (batch, _) in enumerate(micro_batches):
             meter.count(batch)
@@ -267,10 +267,10 @@ def train_stage(config, stage, model, examples, run, processes):
             with processes.accumulate(parallel, is_last=i == len(micro_batches) - 1):
                 with processes.autocast():
                     loss = parallel(**batch, reduction="sum")  # (B, T) ids -> a sum over its answer tokens
-                (loss * processes.world / answers).backward()  # DDP averages over processes; we want the sum
+                (loss * processes.world / answer_tokens).backward()  # DDP averages over processes; we want the sum
             loss_sum += loss.detach().double()
 
-        mean_loss = (processes.sum(loss_sum) / answers).item()
+        mean_loss = (processes.sum(loss_sum) / answer_tokens).item()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.grad_clip)
         grad_norm = float(grad_norm.full_tensor() if processes.is_fsdp else grad_norm)
         row = {"stage": stage, "step": step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
@@ -280,7 +280,7 @@ def train_stage(config, stage, model, examples, run, processes):
         optimizer.zero_grad(set_to_none=True)
 
         # 3 what to keep
-        row |= {"answer_tokens": int(answers), **meter.row()}
+        row |= {"answer_tokens": int(answer_tokens), **meter.row()}
         row |= {"faces_blurred": faces_blurred, "unreadable": int(processes.sum(len(examples.unreadable)))}
         run.log(row)  # rank 0 writes it
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
@@ -370,9 +370,8 @@ def build_examples(config, stage, records, model, features=None):
 
 
 def print_parts(config, stage, model):
-    """Print a stage's recipe, and which parts of the model it trains."""
+    """Print a stage's recipe, and which parts of the model it trains, see `unfreeze`."""
     print(f"\nstage {stage}: {config.recipe(stage)}")
-    trainable(model, stage)  # freezes the others
     for name, part in model.named_children():
         count = sum(p.numel() for p in part.parameters())
         learned = sum(p.numel() for p in part.parameters() if p.requires_grad)
@@ -382,7 +381,7 @@ def print_parts(config, stage, model):
 def dry_run(config, processes):
     """Print what each stage would do, and write no run. Without data, a few shapes are painted in a temporary folder."""
     with TemporaryDirectory() as folder:
-        if not config.sources and not config.is_about_clips and not Path("data/shapes/text_val.json").is_file():
+        if not config.sources and not config.is_about_clips and not Path(FOLDER, LAST).is_file():
             write_world(folder, {"train": 16})
             files = ",".join(f"{folder}/{kind}_train.json" for kind in ("instances", "captions", "conversations"))
             config = dataclasses.replace(config, data=files, images=f"{folder}/images")
@@ -390,6 +389,7 @@ def dry_run(config, processes):
         model = build_model(config)
         for stage in config.stage_list:
             examples, recipe = build_examples(config, stage, records, model), config.recipe(stage)
+            unfreeze(model, stage)
             print_parts(config, stage, model)
             drawn = map(examples.order, range(4 * examples.epoch_length))  # the first with an image, if there is one
             index, text_seed = next((pair for pair in drawn if examples.records[pair[0]].image), (0, 0))

@@ -1,6 +1,6 @@
 """From a clip on disk to the features that the adapter reads (Sec. 3.5, App. D): T frames, each through the image path.
 
-    clip --read_frames--> T PIL RGB --encode: preprocess, CLIPVisionTower, pool--> (T + P, Dv)
+    clip --read_frames--> T PIL RGB --encode_clip: preprocess, CLIPVisionTower, pool--> (T + P, Dv)
 
 A clip is a video file (`pip install av`), an animated GIF, WebP or PNG, a folder of frames, or an .npy of (T, H, W, 3).
 There are no new parameters: `pool` takes two means, as Video-ChatGPT. Unlike there, frames come to the square as images do
@@ -42,18 +42,19 @@ def read_frames(path, count):
     Of a truncated video file, the frames that can be decoded; of several streams, the largest. Pixels that are not square
     stay so. Raise FileNotFoundError, ImportError if PyAV is needed and missing, or ValueError naming the clip.
     """
-    return look(path, count)[3]
+    *_, frames = sample_frames(path, count)
+    return frames
 
 
-def look(path, count, decode_all=False):
+def sample_frames(path, count, decode_all=False):
     """Open a clip and read frames: (its format, its number of frames, the sampled indices, those frames)."""
-    about, total, read = open_frames(path, decode_all)
+    file_format, total, read = open_frames(path, decode_all)
     indices = sample(total, count)
     try:
         frames = read(sorted(set(indices)))
     except UnseekableError:  # its packets are not its frames: decode it whole, which needs no seeking
-        return look(path, count, decode_all=True)
-    return about, total, indices, [frames[i] for i in indices]
+        return sample_frames(path, count, decode_all=True)
+    return file_format, total, indices, [frames[i] for i in indices]
 
 
 def pool(patches):
@@ -66,7 +67,7 @@ def pool(patches):
     return torch.cat([patches.mean(-2), patches.mean(-3)], dim=-2)  # (..., T, Dv) and (..., P, Dv)
 
 
-def encode(tower, frames, geometry="squash", chunk=8):
+def encode_clip(tower, frames, geometry="squash", chunk=8):
     """Run frames through the frozen tower and pool them: T PIL images -> (T + P, Dv), in the tower's dtype.
 
     The tower sees `chunk` frames at a time; means are taken in float32.

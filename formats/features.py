@@ -20,7 +20,7 @@ from formats.clips import ratio_problem
 from formats.files import read_json, remove_temporary, require_file, some, write_json, write_whole, writing
 from formats.images import open_image
 from formats.journal import require_new, require_same_options, work_in_parts
-from video import encode, read_frames
+from video import encode_clip, read_frames
 
 
 def fingerprint(tower):
@@ -99,7 +99,7 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
         (chosen, inputs), rows = ready, np.load(file, mmap_mode="r+")
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             if inputs and frames:  # one clip
-                rows[chosen[0]] = encode(tower, inputs[chosen[0]], geometry).half().cpu().numpy()
+                rows[chosen[0]] = encode_clip(tower, inputs[chosen[0]], geometry).half().cpu().numpy()
             elif inputs:  # (B, 3, S, S) -> (B, P, Dv)
                 rows[list(inputs)] = tower(torch.stack([*inputs.values()]).to(device)).half().cpu().numpy()
         rows.flush()  # before they count as done

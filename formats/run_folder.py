@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from data import LOC_PROMPTS, REPR
+from data import LOC_PROMPTS, LOCATIONS
 from formats.files import import_package, read_json, require_file, sha256, write_json, write_rows, writing
 from formats.journal import locks_optional, read_journal, require_same_options
 
@@ -167,6 +167,6 @@ def print_next(config, records, location):
     if page.is_file():
         print(f"look:  {page}")
     if record and config.stages != "1":  # which teaches no questions
-        question = LOC_PROMPTS[2].format(category=record.objects[0].name, repr=REPR[location])
+        question = LOC_PROMPTS[2].format(category=record.objects[0].name, repr=LOCATIONS[location])
         print("ask:   " + shlex.join(["python", "evaluate.py", config.out, "--image", str(record.image), "--ask", question]))
     print("train: docs/data.md, on images of your own")

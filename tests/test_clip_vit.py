@@ -217,6 +217,10 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
         assert image.getpixel((0, 0)) == pytest.approx(expected[kind], abs=3), kind
         for geometry in GEOMETRIES:
             assert preprocess(image, SMALL, geometry).shape == (3, 28, 28)
+    sixteen = Image.fromarray(np.full((16, 16), 0x8040, dtype=np.uint16))
+    assert torch.equal(preprocess(sixteen, SMALL), preprocess(found["16 bit"], SMALL)), "opened by the caller"
+    with pytest.raises(ValueError, match="unknown geometry 'Crop'"):
+        preprocess(red, SMALL, "Crop")
 
 
 def test_an_exif_rotation_is_not_followed(tmp_path):

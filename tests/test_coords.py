@@ -40,7 +40,7 @@ def test_the_cat_of_appendix_a_is_written_as_in_the_paper(kind, side, box, point
 
 def test_bins_and_anchors_follow_the_image_side():
     """224 px is 224 bins and 16 x 16 anchors, 336 px is 336 and 24 x 24, and any multiple of the patch will do."""
-    assert [(CoordFormat("ivb", side).representation.n_bins, CoordFormat("ivb", side).grid) for side in (112, 224, 336)] == [
+    assert [(CoordFormat("ivb", side).representation.n_bins, CoordFormat("ivb", side).representation.grid) for side in (112, 224, 336)] == [
         (112, 8),
         (224, 16),
         (336, 24),

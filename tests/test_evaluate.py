@@ -527,6 +527,8 @@ def test_the_blind_baseline_and_the_paper_stand_beside_ours(run, capsys):
         (["--ask", "Where?"], "--ask and --image"),
         (["--batch", "0"], "--batch below 1"),
         (["--temperature", "nan"], "--temperature nan"),
+        (["--ask", "Where?", "--image", "x", "--blind", "--task", "hal"], "leave out --blind, --task"),
+        (["--out", "x"], "--out is the picture that --ask draws"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(words, message, capsys):

@@ -212,9 +212,9 @@ def test_lora_trains_only_its_matrices_and_merges_exactly(solve, run):
     config = train.TrainConfig(init_from=str(learned))
     model = train.build_model(config)
     assert torch.equal(model.language_model(ids), logits), "at first, a product of zeros"
-    names = train.trainable(model, 2)
+    names = train.unfreeze(model, 2)
     assert {name.rpartition(".")[2] for name in names if "language_model" in name} == {"lora_a", "lora_b"}
-    assert list(train.trainable(model, 1)) == [name for name in names if name.startswith("adapter.")]
+    assert list(train.unfreeze(model, 1)) == [name for name in names if name.startswith("adapter.")]
     for p in names.values():
         torch.nn.init.normal_(p, std=0.02)
     merged = train.merged(model.state_dict())

@@ -80,11 +80,11 @@ def work(name, layers, options):
     meter.Meter.count, RunFolder.save, LocVLM.save_pretrained = counted, measured, lambda *_, **__: None
     meter.PEAK_FLOPS |= {"": 1e12} if ON_CPU else {}
     train.build_model = lambda config, device="cpu": model_of(name, layers, device)
-    is_compiled, find = options.pop("compile", False), train.trainable
+    is_compiled, find = options.pop("compile", False), train.unfreeze
     for stage, recipe in train.PRESETS["paper"].items():
         train.PRESETS["paper"][stage] = replace(recipe, compile=is_compiled)
     if is_compiled and ON_CPU:  # where train.py never compiles
-        train.trainable = lambda model, stage: model.language_model.compile_layers("aot_eager") or find(model, stage)
+        train.unfreeze = lambda model, stage: model.language_model.compile_layers("aot_eager") or find(model, stage)
     config = train.TrainConfig(**options, evaluate=False, save_every=1)
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     is_bf16 = Processes.start(config).dtype == torch.bfloat16

@@ -97,7 +97,7 @@ def test_a_shared_prefix_equals_prompts_that_spell_it_out(llama):
     cache = KVCache(TEXT, 2, 5, "cpu", torch.float32)
     with torch.inference_mode():
         llama.hidden(llama.embed_tokens(torch.tensor(prefixes)), cache=cache)
-        cache.spread(rows, 5 + 8 + 12)
+        cache.take_rows(rows, 5 + 8 + 12)
         answers = llama.generate(PROMPTS, 12, prefix=cache)
     assert answers == [uncached(llama, prefixes[row] + prompt, 12) for row, prompt in zip(rows, PROMPTS, strict=True)]
 
@@ -108,10 +108,10 @@ def test_a_cache_is_spread_without_a_second_one():
     with BytesAlive([]) as alive:
         cache = KVCache(config, 4, 650, "meta", torch.bfloat16)
         cache.length = 650
-        cache.spread([row // 32 for row in range(128)], 800)
+        cache.take_rows([row // 32 for row in range(128)], 800)
         for keep in (range(60), range(20)):  # half of the questions are answered
             before = alive.now
-            cache.spread(list(keep))
+            cache.take_rows(list(keep))
             assert alive.peak <= 2 * 2 * 32 * 128 * 32 * 800 * 128 * 17 / 16 and alive.now < before
 
 
@@ -152,6 +152,8 @@ def test_what_cannot_be_generated_is_refused(llama):
         llama.generate([[1], []], 4)
     with pytest.raises(ValueError, match="max_position_embeddings = 512"):
         llama.generate([[1] * 500], 13)
+    with pytest.raises(ValueError, match="temperature -1"):
+        llama.generate([[1]], 4, temperature=-1)
     assert len(llama.generate([[1] * 500], 12)[0]) == 12
 
 

@@ -264,8 +264,11 @@ def test_images_may_come_as_pictures_paths_or_tensors(make_model, tmp_path):
     assert answers == answers[:1] * 4
     assert model.generate([image, image], [[], ["What is this?"]], max_new_tokens=8) == [[], answers[0][0]]
     assert model.generate([image], [[]]) == [[]]
-    with pytest.raises(ValueError, match="1 images but 2 lists of questions"):
-        model.generate([image], [["a"], ["b"]])
+    for questions in ([["a"], ["b"]], ["a"]):
+        with pytest.raises(ValueError, match="1 images, and for them .*; pass a list of one list per image"):
+            model.generate([image], questions)
+    with pytest.raises(ValueError, match="pass a list of one list per image"):
+        model.log_likelihood([image], [("Which?", "a")])
 
 
 def test_given_answers_have_the_likelihood_that_the_loss_says(make_model, tokenizer, monkeypatch):

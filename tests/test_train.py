@@ -99,11 +99,11 @@ def test_flags_come_from_the_dataclass():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"steps": -1}, "--steps -1 must be at least 0"),
+        ({"steps": -1}, "--steps -1 must be a number from 0"),
         ({"batch": -4}, "--batch -4 must be"),
         ({"lr": math.nan}, "--lr nan must be"),
         ({"data": "x.json"}, "x.json without --images"),
-        ({"save_every": 0}, "--save-every 0 must be at least 1"),
+        ({"save_every": 0}, "--save-every 0 must be a number from 1"),
         ({"micro_batch": -1}, "--micro-batch -1"),
         ({"frames": -1}, "--frames -1"),
         ({"questions": -1}, "--questions -1"),
@@ -136,7 +136,7 @@ def test_the_adapter_may_learn_faster(parts, tmp_path, monkeypatch):
 
 
 def test_whatever_is_trainable_is_optimized():
-    """The tower too, if `trainable` lets it learn; only the adapter has a rate of its own."""
+    """The tower too, if `unfreeze` lets it learn; only the adapter has a rate of its own."""
     names = ("vision_tower.a", "adapter.b", "language_model.c", "mine.d")
     parameters = {name: torch.nn.Parameter(torch.zeros(1)) for name in names}
     optimizer, ratios = train.make_optimizer(parameters, 5.0)

@@ -199,7 +199,7 @@ def test_seeking_gives_the_frames_of_decoding_all(tmp_path, suffix, codec, optio
         pytest.skip(f"this PyAV has no {codec}")
     times = [4 * i for i in range(21)] if suffix == ".mpg" else None  # MPEG-2 knows no rate below 24 a second
     path = make_video(tmp_path / f"c{suffix}", pictures(21, (64, 48)), times, codec=codec, **options)
-    _, total, indices, frames = video.look(path, 5)
+    _, total, indices, frames = video.sample_frames(path, 5)
     _, counted, read = clips.open_frames(path, decode_all=True)
     every = read(range(counted))
     assert total == counted == 21
@@ -210,7 +210,7 @@ def test_seeking_gives_the_frames_of_decoding_all(tmp_path, suffix, codec, optio
 @pytest.mark.parametrize("name", ["bigbuckbunny.mp4", "mmaction2_demo.mp4", "nasa_13013.mp4"])
 def test_seeking_gives_the_frames_of_decoding_all_of_a_real_clip(real, name):
     pytest.importorskip("av")
-    _, total, indices, frames = video.look(real(f"videos/{name}"), 3)
+    _, total, indices, frames = video.sample_frames(real(f"videos/{name}"), 3)
     _, counted, read = clips.open_frames(real(f"videos/{name}"), decode_all=True)
     every = read(indices)
     assert total == counted
@@ -239,7 +239,7 @@ def test_a_clip_whose_packets_lie_is_decoded_whole(tmp_path, monkeypatch):
 def test_frames_are_counted_not_timed(tmp_path):
     """Of a clip with a variable frame rate, every frame counts as one, however long it is shown."""
     path = make_video(tmp_path / "c.mkv", pictures(7, (64, 48)), times=[0, 3, 5, 90, 91, 300, 301])
-    about, total, indices, frames = video.look(path, 14)
+    about, total, indices, frames = video.sample_frames(path, 14)
     assert total == 7 and [number(f) for f in frames] == video.sample(7, 14) and set(indices) == set(range(7)) and "3.51 s" in about
 
 
@@ -251,14 +251,14 @@ def test_odd_sizes_and_too_few_frames(tmp_path):
 
 def test_the_largest_stream_is_read_not_the_first(tmp_path):
     path = make_video(tmp_path / "c.mp4", pictures(4, (64, 48)), kinds=("small video", "audio", "video"))
-    about, total, _, frames = video.look(path, 4)
+    about, total, _, frames = video.sample_frames(path, 4)
     assert "stream 3 of 3" in about and total == 4 and frames[0].size == (64, 48)
     assert [number(f) for f in frames] == video.sample(4, 4)
 
 
 def test_the_largest_stream_of_a_real_clip_is_read(real):
     pytest.importorskip("av")
-    about, _, _, frames = video.look(real("videos/nasa_13013.mp4"), 1)
+    about, _, _, frames = video.sample_frames(real("videos/nasa_13013.mp4"), 1)
     assert frames[0].size == (480, 270), about  # the first is 320 wide
 
 
@@ -308,7 +308,7 @@ def test_a_clip_that_breaks_off_gives_what_is_there(tmp_path):
     for name, movflags, says in (("c.mkv", "", "mpeg4"), ("c.mp4", "faststart", "30 frames in its header")):
         path = make_video(tmp_path / name, noise, movflags=movflags)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        about, total, _, frames = video.look(path, 4)
+        about, total, _, frames = video.sample_frames(path, 4)
         assert 5 < total < 25 and len(frames) == 4 and says in about
     path = make_video(tmp_path / "end.mp4", noise)
     path.write_bytes(path.read_bytes()[:-500])
@@ -341,11 +341,11 @@ def test_frames_in_chunks_equal_all_at_once():
     with torch.no_grad():
         reference = video.pool(tower(torch.stack([preprocess(f, VISION, "pad") for f in frames])))
     for chunk in (1, 3, 8):
-        tokens = video.encode(tower, frames, "pad", chunk)
+        tokens = video.encode_clip(tower, frames, "pad", chunk)
         assert tokens.shape == (7 + 4, 32)
         assert (tokens - reference).abs().max() <= 1e-6 * reference.abs().max()
     with pytest.raises(ValueError, match="no frames"):
-        video.encode(tower, [])
+        video.encode_clip(tower, [])
 
 
 def test_one_frame_video_equals_its_image():
@@ -353,13 +353,13 @@ def test_one_frame_video_equals_its_image():
     tower, (frame,) = CLIPVisionTower(VISION).requires_grad_(False), pictures(1)
     patches = tower(preprocess(frame, VISION)[None])[0]
     wanted = torch.cat([patches.mean(0, keepdim=True), patches])
-    assert torch.allclose(video.encode(tower, [frame]), wanted, atol=1e-6)
+    assert torch.allclose(video.encode_clip(tower, [frame]), wanted, atol=1e-6)
 
 
 def test_an_adapter_learns_from_what_the_tower_saw():
     """And in the dtype of the tower."""
     adapter = torch.nn.Linear(32, 5, dtype=torch.bfloat16)
-    adapter(video.encode(CLIPVisionTower(VISION).bfloat16(), pictures(2))).float().sum().backward()
+    adapter(video.encode_clip(CLIPVisionTower(VISION).bfloat16(), pictures(2))).float().sum().backward()
     assert adapter.weight.grad.abs().sum() > 0
 
 
@@ -409,14 +409,14 @@ def test_clips_of_every_kind_are_read_inside_a_zip_as_beside_it(tmp_path, top):
     assert inside.keys() == beside.keys() == {
         "frames.v1", "anim", "anim.gif", "array", "array.npy", "video", "video.mp4"}  # fmt: skip
     for name in beside:
-        (about, *_, frames), (about_beside, *_, frames_beside) = (video.look(found[name], 4) for found in (inside, beside))
+        (about, *_, frames), (about_beside, *_, frames_beside) = (video.sample_frames(found[name], 4) for found in (inside, beside))
         assert about == about_beside and [f.tobytes() for f in frames] == [f.tobytes() for f in frames_beside], name
         assert is_clip(inside[name]) and still(inside[name]).size == (32, 32)
     require_images(inside.values(), "q.json", "clips.zip")
     with pytest.raises(FileNotFoundError, match="1 of the 1 images of q.json are not in clips.zip .gone"):
         require_images([tmp_path / "clips.zip/gone"], "q.json", "clips.zip")
     with pytest.raises(FileNotFoundError, match="no file .*clips.zip/gone.mp4"):
-        video.look(tmp_path / "clips.zip/gone.mp4", 1)
+        video.sample_frames(tmp_path / "clips.zip/gone.mp4", 1)
 
 
 def test_two_clips_of_a_zip_with_one_name_are_refused(tmp_path):

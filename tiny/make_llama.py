@@ -36,7 +36,7 @@ from tiny.shapes import COLOURS, NUMBERS, draw_scene
 
 FOLDER = Path(__file__).parent / "llama"
 CONFIG, FORMAT = VARIANTS["tiny"].text_config, VARIANTS["tiny"].coord_format()
-GRID, WORDING = FORMAT.grid, data.Wording(FORMAT)  # data.ask_* take a scene as a record, for its size, and a shape as an object
+GRID, WORDING = FORMAT.representation.grid, data.Wording(FORMAT)  # data.ask_* take a scene as a record, for its size, and a shape as an object
 STEPS, STEPS_AGAIN, BATCH, QUESTIONS = 6800, 700, 8, 6
 # {form: its documents in a step / BATCH}; {step: the forms that come in turn until then}; rows and forms of the second training;
 # options of sentencepiece; keys of config.json. One easy skill at a time, and nothing else; then all of them together, because a

@@ -25,7 +25,7 @@ from tiny.shapes import COLOURS, NAMES, draw_scene
 
 FOLDER = Path(__file__).parent / "clip"
 CONFIG, FORMAT = VARIANTS["tiny"].vision_config, VARIANTS["tiny"].coord_format()
-GRID = FORMAT.grid  # patches along each axis
+GRID = FORMAT.representation.grid  # patches along each axis
 CODE = len(NAMES) + len(COLOURS) + 4  # numbers that a patch holds: which name, which colour, sides
 WORD, SIDE = 6.0, 12.0  # how large a name or colour is in the features, and the width of the image
 IMAGES, HELD_OUT, STEPS, BATCH, LR = 12000, 500, 4000, 64, 1.5e-3

@@ -24,6 +24,7 @@ from model import VARIANTS
 COLOURS, CATEGORY_IDS, SIZES, OUTLINES = read_json(Path(__file__).with_name("shapes.json")).values()
 EXTENTS = {name: [end(axis) for end in (min, max) for axis in zip(*outline, strict=True)] for name, outline in OUTLINES.items()}
 NAMES = tuple(CATEGORY_IDS)
+FOLDER, LAST = "data/shapes", "text_val.json"  # the default world, and the file that is written last
 FIRST_IDS = {"train": 1, "val": 1_000_001}  # of images and clips: those of train and val differ, as COCO's do
 SPLITS = {"train": 4000, "val": 300}  # images
 TEXT_SHARE = 3 / 8  # text-only conversations, per image
@@ -281,7 +282,7 @@ def write_world(folder, images=SPLITS, seed=0, names=NAMES):
         write_side_texts(Path(folder) / f"text_{split}.json", int(TEXT_SHARE * count), names=names, seed=f"{seed} {split}")
 
 
-def ensure_world(folder="data/shapes", write=write_world, last="text_val.json", **options):
+def ensure_world(folder=FOLDER, write=write_world, last=LAST, **options):
     """Return the folder of a world; write the world if the file that completes it is missing."""
     if not (Path(folder) / last).exists():
         print(f"writing a world of shapes to {folder}")

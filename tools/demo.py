@@ -31,7 +31,7 @@ from PIL import Image
 
 from coords import fault
 from data import REV_PROMPTS, Object, loc_question
-from evaluate import Answerer, ask_presence, locations, parse, side_question, use_default_data, wording_of
+from evaluate import Answerer, ask_presence, boxes_to_draw, parse, side_question, use_default_data, wording_of
 from formats.annotations import read_file
 from formats.images import ANIMATIONS, IMAGES, PIL_ERRORS, is_clip, names_in
 from formats.pictures import still
@@ -184,14 +184,14 @@ class Demo(ThreadingHTTPServer):
         path, frames, _ = self.look(request.get("picture"))
         size, fmt = frames[0].size, self.wording.fmt
         question = self.word(request, size)
-        asked = drawable([list(box_px) for box_px in locations(question, fmt, size)])
+        asked = drawable([list(box_px) for box_px in boxes_to_draw(question, fmt, size)])
         send({"question": question, "asked_px": asked})
         with self.turn(lambda ahead: send({"waiting": ahead})):
             images = [path if self.answerer.config.frames else frames[0]]  # a path: its frames as in training
             [[answer]] = self.answerer.model.generate(
                 images, [[question]], on_text=lambda row, text: send({"answer": text}), **self.answerer.decoding
             )
-        found = [list(box_px) for box_px in locations(answer, fmt, size)]
+        found = [list(box_px) for box_px in boxes_to_draw(answer, fmt, size)]
         notes = [f"{place(box_px)} px" + (f": {why}" if (why := fault(box_px, size)) else "") for box_px in found]
         send({"answer": answer, "answer_px": drawable(found), "notes": notes, "done": True})
 

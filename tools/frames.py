@@ -9,12 +9,12 @@ out     PNG to write the frames to
 
 from formats.pictures import sheet
 from tools import command
-from video import look
+from video import sample_frames
 
 
 def show_frames(clip, /, frames=8, out=None):
-    about, total, indices, pictures = look(clip, frames)
-    print(f"{clip}: {about}, {pictures[0].width} x {pictures[0].height}, {total} frames")
+    file_format, total, indices, pictures = sample_frames(clip, frames)
+    print(f"{clip}: {file_format}, {pictures[0].width} x {pictures[0].height}, {total} frames")
     print("sampled:", *indices)
     if out:
         sheet(pictures, out, lines=[f"frame {index}" for index in indices])

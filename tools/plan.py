@@ -29,7 +29,7 @@ from formats.meter import PEAK_FLOPS, step_flops
 from formats.processes import Processes, require_even, require_untied
 from model import ADAPTERS, VARIANTS, LocVLM
 from tools import positive
-from train import PRESETS, TrainConfig, build_examples, build_model, build_records, parse_config, print_parts, trainable
+from train import PRESETS, TrainConfig, build_examples, build_model, build_records, parse_config, print_parts, unfreeze
 
 RESERVE, SPARE = 2.75 * 2**30, 0.05  # of a GPU: bytes that CUDA and communication take, share that the allocator loses to gaps
 CAPTION, QUESTION, ANSWER = 24, 55, 20  # tokens: CC3M's captions; a question of App. B with its answer, and the answer
@@ -102,7 +102,7 @@ def plan_step(config, stage, batch, parallel="ddp", world=1, bf16=False, recompu
         torch.set_default_dtype(dtype)  # a fake model cannot be converted
         model = LocVLM(config)
         torch.set_default_dtype(torch.float32)
-        everything, learned = list(model.parameters()), list(trainable(model, stage).values())
+        everything, learned = list(model.parameters()), list(unfreeze(model, stage).values())
         for layer in model.language_model.layers:
             layer.recompute = recompute
         alive = BytesAlive(everything)
@@ -171,6 +171,7 @@ def row_of(config, stage, records, model):
 def plan_stage(config, stage, model, records, world, room):
     """Print a stage's parts and what each process holds in a step. Raise ValueError if that exceeds `room` bytes, if given."""
     recipe = config.recipe(stage)
+    learned = sum(p.numel() for p in unfreeze(model, stage).values())
     print_parts(config, stage, model)
     row, basis = row_of(config, stage, records, model)
     features, bf16 = bool(config.features or model.config.frames), config.precision == "bf16"
@@ -186,7 +187,7 @@ def plan_stage(config, stage, model, records, world, room):
     flops = step_flops(model.config, stage, micro, micro, length, micro * answers, runs_tower=not features)
     print(f"  {micro} rows of at most {length} tokens ({basis}), {world} processes, {'bf16' if bf16 else 'fp32'}")
     print(f"  each process holds {planned}\n  {flops / 1e12:.2f} TFLOP forward and backward")
-    print_beside(model, sum(p.numel() for p in trainable(model, stage).values()), how[1] == "fsdp", world)
+    print_beside(model, learned, how[1] == "fsdp", world)
     if room and not planned.fits(room):
         can_shard = not model.config.text_config.tie_word_embeddings
         remedy = remedies(lambda *how: plan_of(*how).fits(room), *how, world, can_shard)

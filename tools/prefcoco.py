@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 
 from coords import GEOMETRIES, KINDS, CoordFormat
-from data import ASSISTANT, OBJECTIVES, REPR, Object, Wording, draw_questions, name_pattern, targets_of
+from data import ASSISTANT, LOCATIONS, OBJECTIVES, Object, Wording, draw_questions, name_pattern, targets_of
 from evaluate import Answerer, Item
 from formats.annotations import image_ids_of, read_file, read_records, require_usable
 from formats.eval_folder import is_cut, require_images
@@ -183,7 +183,7 @@ def caption_fault(text, category):
     return next((fault for fault, is_found in faults.items() if is_found), None)
 
 
-def localize(prefcoco, coco, out, images="", kind: Literal[KINDS] = "ivb", location: Literal[*REPR] = "box", neg_ratio=1.0,
+def localize(prefcoco, coco, out, images="", kind: Literal[KINDS] = "ivb", location: Literal[*LOCATIONS] = "box", neg_ratio=1.0,
              seed=0, side=224, geometry: Literal[GEOMETRIES] = "squash"):  # fmt: skip
     """Make Localize-Instruct-200K from PRefCOCO: one conversation of LLaVA's per image and objective (Sec. 3.4, App. B).
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from clip_vit import CLIPVisionConfig
 from coords import GEOMETRIES, KINDS, CoordFormat
-from data import REPR, WORDS, Examples, Wording, marked
+from data import LOCATIONS, WORDS, Examples, Wording, marked
 from formats.annotations import parse_sources, read_records
 from formats.files import some
 from formats.schema import counted
@@ -26,7 +26,7 @@ from train import TrainConfig
 
 
 def show(data, images="", tokenizer="tiny/llama", template: Literal["v1", "plain"] = "v1", kind: Literal[KINDS] = "ivb",
-         location: Literal[*REPR] = "box", words: Literal[WORDS] = "name", objectives="loc,neg,rev", side=224,
+         location: Literal[*LOCATIONS] = "box", words: Literal[WORDS] = "name", objectives="loc,neg,rev", side=224,
          geometry: Literal[GEOMETRIES] = "squash", number=3, seed=0):  # fmt: skip
     records, skipped = read_records(parse_sources(data, images))
     if clips := [record.id for record in records if record.is_clip]:

@@ -213,7 +213,7 @@ def test_a_run_is_one_process_one_recipe_and_one_data_set(coco, tmp_path, monkey
     monkeypatch.undo()
     instances(coco / "i.json", 100, 80, annotations=[])
     refused("data_sha256", RunFolder, resumed, 0, 1)
-    refused("--seed -1 must be at least 0", TrainConfig, seed=-1)
+    refused("--seed -1 must be a number from 0", TrainConfig, seed=-1)
 
 
 def test_features_are_of_the_pictures_as_they_are(make_model, coco, tmp_path):
@@ -422,6 +422,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 
 def test_a_config_names_what_it_has(tmp_path):
     refused("unknown location 'pont'", LocVLMConfig, location="pont")
+    refused("unknown location 'bbox'", Wording, CoordFormat(), location="bbox")
     refused("unknown words 'names'", lambda: LocVLMConfig(words="names"))
     refused("unsupported num_local_experts 64", LlamaConfig.from_dict, {"num_experts": 64})
     refused("unsupported partial_rotary_factor 0.5", LlamaConfig.from_dict, {"rope_parameters": {"partial_rotary_factor": 0.5}})

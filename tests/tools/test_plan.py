@@ -23,7 +23,7 @@ from model import VARIANTS, LocVLM, LocVLMConfig
 from tiny.shapes import write_world
 from tools import plan
 from tools.plan import plan_step, remedies
-from train import PRESETS, trainable
+from train import PRESETS, unfreeze
 
 SHAPES = {  # hidden_size, layers, vocabulary, adapter, stage, rows, questions, recompute
     "wide": (512, 3, 4000, "linear", 2, 2, 3, False),
@@ -39,14 +39,14 @@ import torch
 from test_plan import SHAPES, batch_of, config_of
 from tools.bench import memory
 from model import LocVLM
-from train import make_optimizer, trainable
+from train import make_optimizer, unfreeze
 
 def steps(name, count):
     stage, recompute = SHAPES[name][4], SHAPES[name][7]
     model, batch = LocVLM(config_of(name)), batch_of(name)
     for layer in model.language_model.layers:
         layer.recompute = recompute
-    optimizer, _ = make_optimizer(trainable(model, stage))
+    optimizer, _ = make_optimizer(unfreeze(model, stage))
     for _ in range(count):
         model(**batch).backward()
         optimizer.step()
@@ -138,7 +138,7 @@ def sharded_peak(config, stage, batch, world, recompute, monkeypatch):
             model = LocVLM(config)
             model.to = model.to_empty = lambda *_, **__: model  # fake tensors are on no other device
             fsdp.shard(model, env)
-            trainable(model, stage)
+            unfreeze(model, stage)
             env.begin_stage(model)
             for layer in model.language_model.layers:
                 layer.recompute = recompute
