@@ -35,11 +35,10 @@ from formats.annotations import image_ids_of, note_fractions, parse_sources, rea
 from formats.fast_cpu import keep_freed_memory
 from formats.features import open_features
 from formats.files import run_command, some
-from formats.fsdp import shard, whole_state_dict
 from formats.hub import is_name
 from formats.images import are_faces_blurred
 from formats.meter import Meter
-from formats.processes import Processes, prefetched
+from formats.processes import Processes, prefetched, shard, whole_state_dict
 from formats.run_folder import RunFolder, print_next
 from formats.schema import HARMLESS, counted
 from model import ADAPTERS, LocVLM

@@ -38,6 +38,8 @@ def read_file(path, images, problems=None):
     clips = find_clips(images) if True in are_clips and str(images) else {}  # --score opens none
     for entry in entries:
         image = entry.file_name and Path(images) / entry.file_name
+        if image and (inside := split_zip(image))[0]:  # one path, whether its name has the zip's one folder or not
+            image = Path(*inside)
         if entry.is_clip and str(images):
             image = clips.get(entry.file_name) or (image if image.exists() or has_image(image) else None)  # in sub-folders
             if not image:
@@ -93,8 +95,8 @@ def merge(records):
         if first is record:
             continue
         if any(first.size) and any(record.size) and first.size != record.size:
-            sizes = f"{first.size} in one place and {record.size} in another of the annotations"
-            raise ValueError(f"{record.image} is {sizes}; correct the file that does not have the size of its pixels")
+            sizes = f"{first.size} and {record.size}; correct the one that its pixels do not have"
+            raise ValueError(f"{record.image} has two sizes in these annotations, {sizes}")
         record = respelled(record, first)
         present = tuple(dict.fromkeys(first.present + record.present))
         merged[key] = replace(
@@ -225,6 +227,10 @@ def image_ids(path):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         with naming(path, json.JSONDecodeError):
             content = [json.loads(line) if line[0] in "{[" else line for line in lines]
+        texts = [line for line in content if isinstance(line, str) and not line.isdigit()]
+        if lost := [text for text in texts if coco_id(text.replace("\\", "/")) is None]:
+            problem = f"{len(lost)} of {len(lines)} lines name no COCO image (the first: {lost[0]:.80})"
+            raise ValueError(f"{path}: {problem}; remove them") from None
 
     images = content.get("images") if isinstance(content, dict) else None
     if images and isinstance(images, list) and all(isinstance(image, dict) and image.get("file_name") for image in images):

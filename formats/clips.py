@@ -30,7 +30,7 @@ def find_clips(folder):
     if Path(folder).is_dir():
         paths = list(Path(folder).iterdir())
         files, folders = [path for path in paths if not path.is_dir()], list(filter(Path.is_dir, paths))
-    elif split_zip(Path(folder) / "_")[0]:
+    elif split_zip(Path(folder) / "_")[0] == Path(folder):
         held = images.zip_folders(Path(folder)).items()
         files = [Path(folder, at, name) for at, names in held for name in names]
         folders = [Path(folder, at) for at, names in held if at and FRAMES & {Path(name).suffix.lower() for name in names}]

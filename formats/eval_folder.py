@@ -66,7 +66,7 @@ class Job:
 
 def name_of(task, file=None, split=None):
     """Return the name of a task's results, as refcoco-refs(unc)-testB."""
-    return "-".join(filter(None, (task, file and re.sub(r"-\d{5}-of-\d{5}$", "", Path(file).stem), split)))
+    return "-".join(filter(None, (task, file and re.sub(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$", "", Path(file).stem), split)))
 
 
 def folders_of(run, into=None):

@@ -117,8 +117,8 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
 def make_array(file, parts, shape):
     """Make a file of zeros, float16. Raise ValueError if its folder exists already, or the disk is too small for it.
 
-    parts  folder of the journals, made before the file: by it, the next run knows one that was killed. Journals that it holds
-           already are about a file that is gone, and are removed
+    parts  folder of the journals, made before the file: a folder that has it is of a killed run, and is resumed. Where the file
+           is missing, journals are about one that is gone, and are removed
     """
     if not parts.exists():
         require_new(file.parent)

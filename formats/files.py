@@ -84,6 +84,9 @@ def normalization(processor, side):
     if size not in (None, side):
         sides = f"{size} px, the tower reads {side}"
         raise ValueError(f"preprocessor_config.json makes images of {sides}; correct the one that is wrong")
+    for key, value in (("do_normalize", True), ("do_rescale", True), ("resample", 3)):  # 3: bicubic
+        if processor.get(key, value) not in (value, None):
+            raise ValueError(f"unsupported {key} = {processor[key]} in preprocessor_config.json; CLIP's is {value}")
     found = {key: processor[key] for key in ("image_mean", "image_std") if key in processor}
     for key, value in found.items():
         if not (isinstance(value, list) and [type(v) in (int, float) for v in value] == [True] * 3):
@@ -167,7 +170,7 @@ def write_text(path, text):
 
 
 def write_json(path, value, indent=2):
-    """indent  None writes large files in one line, in a quarter of the time"""
+    """Write a value as JSON. indent None: in one line, which takes a quarter of the time."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 

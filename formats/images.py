@@ -62,8 +62,8 @@ def to_rgb(image):
     image.load()
     if image.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion would clip it to white
         grey = np.asarray(image).astype(np.int64)
-        is_byte = image.mode == "I" and grey.max() < 256  # 32 bits that hold 8
-        return Image.fromarray((grey if is_byte else grey >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = grey if grey.max() < 256 else grey >> 8  # 16 or 32 bits may hold 8
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, not 8 or 16 bit")
     return image.convert("RGB")
@@ -103,7 +103,7 @@ def names_in(folder):
     if not zip_path:
         return []
     folder, folders = member.removesuffix("_"), zip_folders(zip_path)
-    return folders.get(folder) or folders.get(top_of(zip_path) + folder, [])
+    return folders.get(top_of(zip_path) + folder) or folders.get(folder, [])
 
 
 @lru_cache(maxsize=8)

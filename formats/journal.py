@@ -11,7 +11,6 @@ import shutil
 import signal
 import threading
 import time
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,30 +29,29 @@ def read_journal(path):
 
 def open_journal(path):
     """Open a journal to append to, for this process alone, without a half-written last line."""
-    import fcntl  # not on Windows
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab", buffering=0)  # without a buffer that would be written when a full disk ends the run
     for _ in range(50):
-        try:
-            with locks_optional(path):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_lock(file, "flock"):
             file.truncate(path.read_bytes().rfind(b"\n") + 1)
             return file
-        except BlockingIOError:
-            time.sleep(0.1)  # helpers of a run just killed may still hold it, see `end_with_parent`
+        time.sleep(0.1)  # helpers of a run just killed may still hold it, see `end_with_parent`
     raise ValueError(f"{path} is being written by another run; wait for that one, or end it")
 
 
-@contextmanager
-def locks_optional(path):
-    """Continue without a lock on file systems that have none, as Lustre and NFS may be mounted."""
+def try_lock(file, how):
+    """Lock a file by fcntl's flock or lockf: False if another process has it. Lustre and NFS may be mounted without locks."""
+    import fcntl  # not on Windows
     try:
-        yield
+        getattr(fcntl, how)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        print(f"{path}: this file system has no locks; make sure that no other run writes there")
+        print(f"{file.name}: this file system has no locks; make sure that no other run writes there")
+    return True
 
 
 def write_line(file, row):

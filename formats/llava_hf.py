@@ -35,14 +35,19 @@ HERE = Path(__file__).parent
 SETTINGS = ("geometry", "kind", "location", "words", "frames")  # of LocVLMConfig, saved under "locvlm"
 
 
+def require_supported(folder, config):
+    """Raise ValueError if a LLaVA's config.json asks for something that this model lacks."""
+    for key, values in SUPPORTED.items():
+        is_our_identity = key == "projector_hidden_act" and config.get("locvlm", {}).get("adapter") == "linear"
+        if config.get(key, values[0]) not in values and not is_our_identity:
+            raise ValueError(f"{folder}/config.json: unsupported {key} = {config[key]!r}, expected {values[0]!r}")
+
+
 def read_checkpoint(folder, vision, adapters, dtype, device):
     """Read a whole model: (tower, adapter, LLaMA, tokenizer, settings of LocVLMConfig). See LocVLM.from_pretrained."""
     config = read_config(folder)
+    require_supported(folder, config)
     ours, llama_config = config.get("locvlm", {}), LlamaConfig.from_dict(config)
-    for key, values in SUPPORTED.items():
-        is_our_identity = key == "projector_hidden_act" and ours.get("adapter") == "linear"
-        if config.get(key, values[0]) not in values and not is_our_identity:
-            raise ValueError(f"{folder}/config.json: unsupported {key} = {config[key]!r}, expected {values[0]!r}")
     parts = sort_tensors(open_tensors(folder), folder)
     language, tower = parts["language_model"], read_tower(folder, config, parts["vision_tower"], vision, dtype, device)
     if "vocab_size" in ours:  # drop the rows added for <image>
@@ -78,9 +83,11 @@ def read_tower(folder, config, stored, vision, dtype, device):
 
 def read_adapter(path, adapters, sizes, dtype=torch.float32, device="cpu"):
     """Read the adapter alone: of a run, which names its kind, of a LLaVA, or its mm_projector.bin. sizes: of CLIP and LLaMA."""
-    stored, config = sort_tensors(open_tensors(path), path)["adapter"], local(path, "config.json") / "config.json"
-    ours = read_json(config).get("locvlm", {}) if config.is_file() else {}
-    kind = ours.get("adapter") or ("mlp2x_gelu" if "linear_2.weight" in stored else "linear")
+    stored = sort_tensors(open_tensors(path), path)["adapter"]
+    folder = Path(path).parent if Path(path).is_file() else local(path, "config.json")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    require_supported(folder, config)
+    kind = config.get("locvlm", {}).get("adapter") or ("mlp2x_gelu" if "linear_2.weight" in stored else "linear")
     if kind == "linear":  # drop the identity
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("linear_2.")}
     return build(lambda: adapters[kind](*sizes), stored, f"{path} (adapter)", dtype, device)

@@ -21,8 +21,10 @@ def is_parquet(path):
 def shards(path):
     """Return the paths of all shards of a split; [path] if it is no shard. Raise FileNotFoundError if one is missing."""
     path = Path(path)
-    if found := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.parquet", path.name):
-        paths = [path.with_name(f"{found[1]}-{number:05d}-of-{found[2]}.parquet") for number in range(int(found[2]))]
+    if found := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(-[0-9a-f]{16})?\.parquet", path.name):  # the hub of 2023 adds a hash
+        names = [f"{found[1]}-{number:05d}-of-{found[2]}" for number in range(int(found[2]))]
+        hashed = [path.parent.glob(f"{name}-{'?' * 16}.parquet") if found[3] else () for name in names]
+        paths = [next(iter(of_name), path.with_name(f"{name}.parquet")) for name, of_name in zip(names, hashed, strict=True)]
     elif re.fullmatch(r"\d{4}\.parquet", path.name):  # as the hub converts other files: 0000.parquet, ...
         last = max([path, *path.parent.glob("[0-9][0-9][0-9][0-9].parquet")])
         paths = [path.with_name(f"{number:04d}.parquet") for number in range(int(last.stem) + 1)]

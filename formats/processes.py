@@ -87,7 +87,7 @@ class Processes:
                 part.reshard()
 
     def wrap(self, model):
-        """Average gradients over processes (DDP). FSDP does it by itself, see formats.fsdp."""
+        """Average gradients over processes (DDP). FSDP does it by itself, see `shard`."""
         if self.world == 1 or self.is_fsdp:
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -123,3 +123,27 @@ def require_even(batch, world):
 def require_untied(config):
     if config.tie_word_embeddings:
         raise ValueError("fsdp cannot train a LLaMA whose head is its embedding; use --parallel ddp")
+
+
+def shard(model, processes):
+    """Split a model over all processes by layer (FSDP2), and copy rank 0's weights there; other ranks' may be on "meta".
+    Weights, gradients and their sums stay float32; layers compute in processes.dtype."""
+    # imported here, as evaluate.py starts a second sooner without
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    require_untied(model.config.text_config)
+    weights = model.state_dict() if processes.rank == 0 else {}
+    model.to("meta")
+    mesh = dist.init_device_mesh(processes.device.type, (processes.world,))
+    policy = MixedPrecisionPolicy(None if processes.dtype == torch.float32 else processes.dtype, torch.float32)
+    tower = model.vision_tower.encoder["layers"][:-1]  # the last one never runs
+    for part in [*tower, *model.language_model.layers, model]:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=processes.device)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def whole_state_dict(model):
+    """Gather a sharded model's weights on rank 0's CPU. All processes must call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

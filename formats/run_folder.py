@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import LOC_PROMPTS, LOCATIONS
 from formats.files import import_package, read_json, require_file, sha256, write_json, write_rows, writing
-from formats.journal import locks_optional, read_journal, require_same_options
+from formats.journal import read_journal, require_same_options, try_lock
 
 KEEP = 2  # checkpoints; older ones are deleted
 # options that may change on --resume
@@ -34,13 +34,9 @@ def state_of(model, optimizer):
 
 def lock(path):
     """Open a file of a run. Raise ValueError if another process has it open by this function."""
-    import fcntl  # not on Windows
     file = open(path, "a")
-    try:  # not flock, as journals: a run that failed may be resumed in the same process
-        with locks_optional(path):
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"another process trains {path.parent}; wait for it, or end it") from None
+    if not try_lock(file, "lockf"):  # not flock, as journals: a run that failed may be resumed in the same process
+        raise ValueError(f"another process trains {path.parent}; wait for it, or end it")
     return file
 
 

@@ -7,6 +7,7 @@ is certain: "12.5" is a number, 7 a name, ids are compared as text. Else ValueEr
 import math
 import re
 import reprlib
+import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +92,7 @@ def count(value):
 
 def words(value):
     """a text that is not blank"""
-    return " ".join(whole(str(value) if type(value) is int else value).split())
+    return " ".join(unicodedata.normalize("NFC", whole(str(value) if type(value) is int else value)).split())
 
 
 def whole(text):
@@ -294,7 +295,7 @@ def read_annotation(a, name, entry, where, problems):
             problems["boxes smaller than the area of their annotation"].append(wrong)
     except ValueError as error:
         problems[f"boxes where bbox {error}"].append(f"{where}: bbox {str(bbox)[:80]} {error}")
-    is_crowd = crowd not in (0, None, "", "0")
+    is_crowd = crowd not in (0, None, "", "0") or a.get("ignore") in (1, "1")  # regions that detectors leave out
     return Box(name, None if is_crowd else box_px, frame, words(text) or None if isinstance(text, str) else None)
 
 
@@ -317,7 +318,7 @@ def caption_entries(content, path, problems):
 # ----- LLaVA
 
 TAG = re.compile(r"^\s*<(image|video)>|<(image|video)>\s*$")  # in a first question; elsewhere it may be text, as in HTML
-OTHER_KEYS = ("videos", "image_path", "image_file", "img", "img_path", "image_url", "video_path")  # of other trainers
+OTHER_KEY = re.compile("(image|img|picture|photo|video)s?(_?(path|file|url|name))?s?", re.IGNORECASE)  # of other trainers
 
 
 def llava_entries(content, path, problems):
@@ -348,10 +349,12 @@ def llava_row(row, index):
     if others:
         raise ValueError("names several images; this model reads one", [image, *others])
     file, texts = image or clip or None, texts_of(row, clip)
-    if not isinstance(file, str | None) or (image and clip):
-        raise ValueError("names one image or clip in a way that is not a string", file)
+    if image and clip:
+        raise ValueError("names both an image and a clip", [image, clip])
+    if not isinstance(file, str | None):
+        raise ValueError("names its image or clip by a value that is not a text", file)
     if file is None:
-        if other := next(filter(row.get, OTHER_KEYS), None):
+        if other := next((key for key in row if row[key] and OTHER_KEY.fullmatch(key)), None):
             raise ValueError(f'has "{other}"; call it "image" or "video"')
         if mark := TAG.search(texts[0]):
             raise ValueError(f'contains <{mark[1] or mark[2]}> but has no "{mark[1] or mark[2]}" key')

@@ -29,7 +29,6 @@ NO_WEIGHTS = {  # files of a folder without weights of its own, and what it is
     "*.pth": "Meta's shards without their params.json; download that too",
     "*-of-*.*": "but no *.index.json; download that too",
 }
-REMAP_BYTES = 2**26  # read from a .bin until it is mapped again, so that pages read do not add up
 
 
 @dataclass(frozen=True)
@@ -116,17 +115,9 @@ def open_file(path):
 
 
 def open_torch(path):
-    tensors, bytes_read = load_torch(path), 0
-
-    def read_rows(name, start, stop):
-        nonlocal tensors, bytes_read
-        if bytes_read > REMAP_BYTES:
-            tensors = None  # before it is mapped again
-            tensors, bytes_read = load_torch(path), 0
-        rows = tensors[name][start:stop] if tensors[name].ndim else tensors[name]
-        bytes_read += rows.nbytes
-        return rows
-    return {name: Stored(tuple(tensor.shape), partial(read_rows, name), path) for name, tensor in tensors.items()}
+    def read_rows(tensor, start, stop):
+        return tensor[start:stop] if tensor.ndim else tensor
+    return {name: Stored(tuple(tensor.shape), partial(read_rows, tensor), path) for name, tensor in load_torch(path).items()}
 
 
 def load_torch(path):
@@ -140,7 +131,8 @@ def load_torch(path):
         raise ValueError(f"{path} is {script if 'TorchScript' in str(error) else 'damaged; download it again'}") from None
     tensors = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else None
     if not tensors:
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a state_dict")
+        keys = f" of {some(map(str, content))}" if isinstance(content, dict) else ""
+        raise ValueError(f"{path} holds a {type(content).__name__}{keys}, no tensors by name; save the state_dict alone")
     return tensors
 
 
@@ -160,7 +152,9 @@ def sort_tensors(stored, source):
     for name in [name for name in stored if not re.fullmatch(IGNORED, name)]:
         if found := NAMES.fullmatch(name):
             part, (first, dot, rest) = found.lastgroup, found[found.lastgroup].partition(".")
-            parts[part][(ADAPTER.get(first, first) if part == "adapter" else first) + dot + rest] = stored[name]
+            ours = (ADAPTER.get(first, first) if part == "adapter" else first) + dot + rest
+            if parts[part].setdefault(ours, stored[name]) is not stored[name]:
+                raise ValueError(f"{source} holds {ours} twice, once as {name}; keep the one that belongs to the other weights")
         else:
             foreign.append(name)
     if foreign:
@@ -192,9 +186,10 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
             piece = tensor.read_rows(start, min(start + rows, count))
             if piece.dtype not in DTYPES:
                 raise ValueError(f"{tensor.path}: {name} is {piece.dtype}, a quantised or packed tensor; get bf16 or fp16")
-            if not torch.isfinite(piece).all():
-                raise ValueError(f"{tensor.path}: {name} holds NaN or infinity; the file is damaged, or its training diverged")
             whole[start : start + len(piece)] = piece
+            if not torch.isfinite(whole[start : start + len(piece)]).all():  # float16 ends at 65504
+                what = f"NaN, infinity or more than {dtype} holds"
+                raise ValueError(f"{tensor.path}: {name} holds {what}; the file is damaged, or its training diverged")
     module.load_state_dict({name: filled[stored[name]] for name in shapes}, assign=True)
     return module
 

@@ -21,7 +21,7 @@ from tasks import TASKS
 from tasks.files import Rows
 from tasks.words import bare
 
-# others write answers under other keys; beside Video-ChatGPT's "pred", "answer" is the truth
+# the first of these keys that the file has; "answer" comes last, because in Video-ChatGPT's rows it is the truth
 ROWS = Rows("rows as in NAME.jsonl", {"id|question_id|questionId": str | int, "pred|text|prediction|answer": str})
 
 

@@ -54,9 +54,8 @@ def read_coco_spatial(args, wording):
 
 
 def coco_spatial_metrics(items):
-    metrics = {"accuracy": mean(item.correct for item in items)}
-    for name, word in (("right (the image)", "right"), ("left (its mirror image)", "left")):
-        metrics[name] = mean(item.correct for item in items if item.truth["word"] == word)
+    right, left = (mean(item.correct for item in items if item.truth["word"] == word) for word in ("right", "left"))
+    metrics = {"accuracy": mean(item.correct for item in items), "right (the image)": right, "left (its mirror image)": left}
     metrics |= {"flip consistency": flip_consistency(items), "strict": mean(item.truth["strict"] for item in items)}
     metrics["neither word"] = mean(not item.correct and not item.truth["opposite"] for item in items)
     return metrics | {"questions": len(items)}

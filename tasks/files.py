@@ -33,7 +33,8 @@ def read_rows(path, expected):
 
 def keys_of(content):
     """Return the keys of the first of a list of rows, which tell one kind of file from another."""
-    return content[0].keys() if isinstance(content, list) and content and isinstance(content[0], dict) else set()
+    are_rows = isinstance(content, list) and content and all(isinstance(row, dict) for row in content)
+    return content[0].keys() if are_rows else set()
 
 
 def of_split(rows, key, args):
@@ -49,7 +50,7 @@ def of_split(rows, key, args):
 class Rows:
     """A kind of file with rows, a list or a dictionary {id: row}, and what is required of them."""
     file: str  # its description, for error messages
-    needs: dict  # {key of a row, or "a|b" for the first that some row has: type}; in a list, the first key has the row's id
+    needs: dict  # {key that each row needs: type}; "a|b": the first of these that any row has. The first key holds a row's id
     under: str | None = None  # key of the rows, if they are a part of the file
 
     def keys_in(self, rows):
@@ -81,8 +82,8 @@ class Rows:
 
 def match_answers(questions, kind, args, left_over="answers to questions that are not asked"):
     """Return {id: row with the answer} of all questions, from --answers if given, and a Counter {left_over: other rows}."""
-    if not args.answers and any("answer" not in row for row in questions.values()):
-        raise ValueError(f"{args.questions} holds no answers; pass {kind.file} as --answers")
+    if not args.answers and any(not isinstance(row.get("answer"), str | int) for row in questions.values()):
+        raise ValueError(f"{args.questions} holds no answers, one text each; pass {kind.file} as --answers")
     answers = kind.read(args.answers) if args.answers else questions
     if missing := [name for name in questions if name not in answers]:
         problem = f"no answer to {len(missing)} of the {len(questions)} questions of {args.questions} ({some(missing)})"
@@ -91,7 +92,7 @@ def match_answers(questions, kind, args, left_over="answers to questions that ar
 
 
 def find_image(images, name, folder="."):
-    """Return an image's path in a folder or zip, by the first of its possible names that exists, else by its own."""
+    """Try an image's possible names in a folder or zip. Return the first path that exists, else that of the given name."""
     images = images or ""  # --score needs none
     number = re.sub(r".*(?=\d{12}\.jpg$)", "", name)  # of a COCO image: its name since 2017
     names = (name, f"{folder}/{name}", number, f"{Path(name).stem}.png")  # .png: the shapes world's

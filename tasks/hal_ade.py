@@ -2,8 +2,8 @@
 
 Files      ADEChallengeData2016/objectInfo150.txt (or .csv), and beside it annotations/validation/*.png, whose pixels are object
            numbers from 0 (nothing) to 150; images/validation. From sceneparsing.csail.mit.edu
-Questions  "Is there a screen door in the image?" for two objects in the image and two that are not (none that shares a name
-           with one in the image), as (seed, image) decides. An object with a COCO name, or whose last word is one, is skipped
+Questions  "Is there a screen door in the image?" for two objects in the image and two that are not and share no name with
+           one that is. Seed and image fix the draw. An object with a COCO name, or whose last word is one, is skipped
 Score      accuracy, by POPE's reading of an answer (evaluate.says_no)
 Run        python -m tasks hal-ade runs/b2 --questions ADE/objectInfo150.txt --images ADE/images/validation
     >>> item = Item("ADE_val_1:no:sky", None, None, ask_presence("sky"), {"label": "no", "name": "sky"}, "No.")

@@ -32,14 +32,22 @@ NO_REDIRECT.redirect_request = lambda *args: None  # a redirection would carry t
 def judge_answers(job, items, folder, args):
     """Judge all answers of a job, as the options say: (figures, who judged), or ({}, None) without a judge."""
     requests, journal_path = list(judge_requests(items, args.judge_model)), folder / f"{job.name}.judgements.jsonl"
-    write_rows(folder / f"{job.name}.requests.jsonl", requests)
+    path = folder / f"{job.name}.requests.jsonl"
+    then, now = ([(row["custom_id"], row["body"]["messages"]) for row in rows] for rows in (read_journal(path), requests))
+    if args.judgements and not args.fresh and path.is_file() and then != now:
+        fix = "leave out --judgements to write requests about these answers, or count the replies anyway with --fresh"
+        raise ValueError(f"{path} holds requests about other answers than these; {fix}")
+    write_rows(path, requests)
     if args.judgements:
         rows = read_rows(args.judgements, "the judge's replies: JSON lines with custom_id and response")
         return read_judgements(rows, items), {"model": args.judge_model, "file": args.judgements}
     if not args.judge_url:
         return {}, None
-    hashes = {row["custom_id"]: hashlib.sha256(json.dumps(row["body"]).encode()).hexdigest() for row in requests}
+    whole = {row["custom_id"]: json.dumps([args.judge_url, row["body"]]) for row in requests}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in whole.items()}
     with open_journal(journal_path) as journal:
+        if args.fresh:
+            journal.truncate(0)
         kept = [row for row in read_journal(journal_path) if row.get("request") == hashes.get(row["custom_id"], "")]
         replies = ask_judge(args.judge_url, os.environ.get("OPENAI_API_KEY"), args.judge_model, items, kept)
         for row in tqdm(replies, desc="judge", disable=None):

@@ -11,10 +11,13 @@ Run        python -m tasks pope runs/b2 --questions coco_pope_adversarial.json -
     False
 """
 
+import re
+
 from evaluate import HAL_PROMPT, Item, Task, hal_metrics, judge_hal, mean, paper_rows
 from formats.annotations import coco_id
 from formats.eval_folder import shown
 from tasks.files import Rows, find_image, keys_of, of_split, read_rows
+from tasks.hal_ade import COCO_NAMES
 from tasks.words import add_short, spaced
 
 ROWS = Rows("a file of POPE", {"question_id": int | str, "image": str, "text": str, "label": str})
@@ -36,13 +39,16 @@ def read_pope(args, wording):
 
 
 def is_about_coco(items):
-    return None not in (coco_id(item.image) for item in items)
+    """Return True for COCO's images and objects. output/seem/aokvqa asks about other objects in COCO's images."""
+    asked = {found[1] for item in items if (found := re.match(r"Is there an? (.+) in the ", item.question))}
+    return None not in (coco_id(item.image) for item in items) and asked <= {*COCO_NAMES}
 
 
 def release_of(items):
     """Name the release that questions are of. The older one has fewer random questions, and misspells some texts."""
     if not is_about_coco(items):
-        return "about GQA's images" if all(item.image.stem.isdecimal() for item in items) else "about other images than COCO's"
+        other = f"about other {'objects' if coco_id(items[0].image) else 'images'} than COCO's"
+        return "about GQA's images" if all(item.image.stem.isdecimal() for item in items) else other
     if len(items) == 2910 or len(items) == 3000 and any("imange" in item.question for item in items):
         return "the older files, LLaVA's"
     return "the present files" if len(items) == 3000 else "as many as in no release"
@@ -59,7 +65,7 @@ def mean_f1(results, folder):
     keys = ("weights_sha256", "decoding", "dtype", "short", "images")
     other = [key for key in keys if any(result.get(key) != results[0].get(key) for result in results)]
     other += ["releases"] * (len({name for result in results for name in result["metrics"] if name.startswith("questions (")}) > 1)
-    notes = [f"of different {', '.join(other)}: see these files"] * bool(other)
+    notes = [f"not comparable: the files differ in {', '.join(other)}"] * bool(other)
     notes += ["some have the same questions"] * (len({result.get("questions_sha256") for result in results}) < len(results))
     note = f" ({'; '.join(notes)})" if notes else ""
     return f"  mean F1 of the {len(f1)} files of POPE in {folder}: {shown(mean(f1))}{note}\n" if len(f1) > 1 else ""

@@ -48,10 +48,12 @@ def read_refs(path, instances=None):
             if ref_id in refs or not isinstance(split, str | None) or size and not (len(size) == 2 and min(size) > 0):
                 raise ValueError(f"ref_id {ref_id}, size {size}, split {split}")
             ref = {"ref_id": ref_id, "file_name": str(row["file_name"]), "size": size, "split": split, "bbox": row["bbox"]}
+            if not all(isinstance(text, str) for _, text in row["sentences"]):
+                raise ValueError("a sentence that is no text")
             # without ref_id, the sentences about one box belong together
             key = ref_id if "ref_id" in row else (row["file_name"], *row["bbox"])
             refs.setdefault(key, ref | {"sentences": []})["sentences"] += [(str(i), text) for i, text in row["sentences"]]
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{path}: a row is invalid ({error!r}); is this another file? It should be {FILE}") from None
     return list(refs.values())
 
@@ -150,14 +152,11 @@ def refcoco_metrics(items):
     }  # fmt: skip
 
 
-def submission(items):
-    """Write the format of RefCOCO's own evaluation of descriptions."""
-    return {"predictions": [{"sent": i.answer, "ref_id": int(i.id) if i.id.isdecimal() else i.id} for i in items]}
-
-
 FILES = f"questions: {FILE}; answers: instances.json, if it is not beside the pickle"
 TASKS = {
     "refcoco": Task(read_refcoco, lambda item, wording: None, refcoco_metrics, REV_PROMPTS, FILES, ("split",),
-                    paper_rows("refcoco"), submission=submission),  # no single answer has a score
+                    paper_rows("refcoco"),  # no single answer has a score; what is submitted is for RefCOCO's own evaluation
+                    submission=lambda items: {"predictions": [
+                        {"sent": i.answer, "ref_id": int(i.id) if i.id.isdecimal() else i.id} for i in items]}),
     "rec": Task(read_rec, judge_loc, locpred_metrics, LOC_PROMPTS, FILES, ("split",)),
 }

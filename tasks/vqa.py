@@ -28,7 +28,7 @@ def read_vqa(args, wording):
     if "question_type" in keys_of(content):  # lmms-lab's
         year = "test2015" if Path(args.questions).name.startswith("test") else "val2014"
         content = {"questions": content, "annotations": content, "data_subtype": year}
-        truth = ANNOTATIONS.read(args.questions, content) if content["annotations"][0]["answers"] else {}
+        truth = ANNOTATIONS.read(args.questions, content) if content["annotations"][0].get("answers") else {}
     rows = QUESTIONS.read(args.questions, content)
     split = str(content.get("data_subtype", "val2014")).replace("-dev", "")  # test-dev2015 asks about test2015's images
     if args.answers:
@@ -59,9 +59,8 @@ def vqa_metrics(items):
     metrics = {"accuracy": mean(item.correct for item in items)}
     metrics["accuracy, normalised first"] = mean(item.truth["normalised"] for item in items)
     metrics["contains"] = mean(item.truth["contains"] for item in items)
-    for key in ("answer_type", "question_type"):
-        for kind in sorted({item.truth[key] for item in items}):
-            metrics[f"{key.replace('_', ' ')} {kind}"] = mean(i.correct for i in items if i.truth[key] == kind)
+    for key, kind in sorted({(key, item.truth[key]) for item in items for key in ("answer_type", "question_type")}):
+        metrics[f"{key.replace('_', ' ')} {kind}"] = mean(i.correct for i in items if i.truth[key] == kind)
     return metrics | {"questions": len(items)}
 
 

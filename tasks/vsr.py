@@ -39,7 +39,7 @@ def read_vsr(args, wording):
     for name, row in ROWS.read(args.questions, rows).items():
         if row["label"] not in (0, 1):
             raise ValueError(f"{args.questions}: caption {name} has label {row['label']!r}, neither 0 nor 1")
-        path = find_image(args.images, row["image"], Path(row.get("image_link") or "train2017/_").parent.name)
+        path = find_image(args.images, row["image"], Path(str(row.get("image_link") or "train2017/_")).parent.name)
         relation, label = row["relation"], "yes" if row["label"] else "no"
         truth = {"label": label, "relation": relation, "group": GROUP_OF.get(relation, "none of the seven")}
         items.append(Item(name, path, None, add_short(ask(row["caption"]), args.short), truth))
@@ -47,14 +47,12 @@ def read_vsr(args, wording):
 
 
 def vsr_metrics(items):
-    def by(key):
-        kinds = sorted({item.truth[key] for item in items})
-        return {kind: mean(item.correct for item in items if item.truth[key] == kind) for kind in kinds}
-
-    metrics = hal_metrics(items) | {"accuracy, balanced": mean(by("label").values())}
+    kinds = sorted({(key, item.truth[key]) for item in items for key in ("label", "group", "relation")})
+    shares = {(key, kind): mean(i.correct for i in items if i.truth[key] == kind) for key, kind in kinds}
+    metrics = {"accuracy, balanced": mean(share for (key, _), share in shares.items() if key == "label")}
     metrics["captions that are right"] = mean(item.truth["label"] == "yes" for item in items)
-    metrics |= {f"{key} {kind}": share for key in ("group", "relation") for kind, share in by(key).items()}
-    return metrics | {"questions": len(items)}
+    metrics |= {f"{key} {kind}": share for (key, kind), share in shares.items() if key != "label"}
+    return hal_metrics(items) | metrics | {"questions": len(items)}
 
 
 TASKS = {"vsr": Task(

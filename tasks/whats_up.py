@@ -31,7 +31,8 @@ def read_captions(args):
     content = read_rows(args.questions, FILE)
     for number, row in enumerate(content if isinstance(content, list) and content else [content]):
         is_photo = isinstance(row, dict)
-        row = [row.get("image_path"), *(row.get("caption_options") or [])] if is_photo else row
+        options = row.get("caption_options") if is_photo else None
+        row = [row.get("image_path"), *(options if isinstance(options, list) else [])] if is_photo else row
         image, *captions = row if isinstance(row, list) and row else [None]
         is_text = all(isinstance(caption, str) and "\n" not in caption for caption in captions)
         if not (isinstance(image, str if is_photo else str | int) and is_text and 1 < len(captions) == len(set(captions))):
@@ -45,7 +46,7 @@ def read_captions(args):
 
 
 def read_choices(args, wording):
-    """Ask for a caption; after it, a line each, stand those to choose from."""
+    """Write the request for a caption, then the captions to choose from, a line each. The model reads the request alone."""
     items = []
     for number, path, captions, facts in read_captions(args):
         question = "\n".join([PROMPT, *captions])
@@ -72,7 +73,7 @@ def judge_choice(item, wording):
 
 
 def read_questions(args, wording):
-    """Ask whether there is what each caption says."""
+    """Turn each caption into a question to answer with yes or no."""
     items = []
     for number, path, captions, facts in read_captions(args):
         for place, caption in enumerate(captions):

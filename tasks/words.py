@@ -90,8 +90,11 @@ def meteor(answers, sentences):
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+    def plain(text):  # officially, references lose what is not ASCII: man’s -> mans
+        return row(text.encode("ascii", "ignore").decode())
+
     def row(text):  # one line, or all that follow would shift; half of a surrogate pair, which no file can hold, becomes "?"
         words = text.encode(errors="replace").decode().replace("|||", " ").split()
         return {"caption": " ".join(words[:1000])}  # METEOR's search for matches takes minutes over a book
-    references = PTBTokenizer().tokenize({name: list(map(row, texts)) for name, texts in sentences.items()})
+    references = PTBTokenizer().tokenize({name: list(map(plain, texts)) for name, texts in sentences.items()})
     return Meteor().compute_score(references, PTBTokenizer().tokenize({name: [row(answers[name])] for name in sentences}))[0]

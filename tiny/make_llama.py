@@ -12,8 +12,8 @@ questions about it in the chat format of stage 2, packed behind the shared scene
             box; colours
 
 A second, shorter training follows, in which bags come without questions about yes, no or sides. They have errors, as the
-tower's features do, and LLaMA learns which of them to trust. The exam asks about held-out scenes. (In llama.log,
-it is "gate", copy is "retell" and text is "told".)
+tower's features do, and LLaMA learns which of them to trust. The exam asks about held-out scenes. (llama.log
+calls the exam "gate", copy "retell", and text "told".)
 """
 
 import math

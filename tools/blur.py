@@ -26,9 +26,9 @@ from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 from formats.files import read_json, remove_temporary, require_file, sha256, some, write_json, write_whole
-from formats.images import BLUR_MANIFEST, blur_manifest, image_file, is_hidden, open_image, open_zip, split_zip, to_rgb
+from formats.images import BLUR_MANIFEST, blur_manifest, image_file, is_hidden, open_image, open_zip, split_zip, to_rgb, top_of
 from formats.journal import end_with_parent, open_journal, read_journal, require_same_options, write_line
-from formats.schema import are_numbers, leaves_folder
+from formats.schema import are_numbers, leaves_folder, require_lists
 from tools import command, positive
 
 JOURNAL = ".blur.jsonl"  # a row of options, then a row per image
@@ -93,8 +93,9 @@ def image_names(images, out):
         raise ValueError(f"--images {images} and --out {out} overlap; choose an --out outside of --images")
     if images.is_dir():
         found = glob("**", root_dir=images, recursive=True, include_hidden=True)  # into linked folders too
-        files = [name for name in found if not (images / name).is_dir()]
+        files, top = [name for name in found if not (images / name).is_dir()], ""
     else:
+        top = top_of(images)  # train2017/ of train2017.zip: a zip's one folder need not be named
         files = [info.filename for info in open_zip(images).infolist() if not info.is_dir()]
         open_zip.cache_clear()  # processes that share an open zip would share its position
     names = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES and not is_hidden(name))
@@ -107,7 +108,7 @@ def image_names(images, out):
         raise ValueError(f"no image in {images} ({' '.join(SUFFIXES)})")
     if len(files) > len(names):
         print(f"{len(files) - len(names)} other files of {images} are not images and are not copied")
-    return names
+    return [name.removeprefix(top) for name in names] if all(name.startswith(top) for name in names) else names
 
 
 def read_faces(path, names):
@@ -116,6 +117,8 @@ def read_faces(path, names):
     faces = read_json(require_file(path, "face boxes: COCO-WholeBody's JSON, or {file name: [[x, y, w, h], ...]}"))
     sizes = {}
     if isinstance(faces, dict) and {"images", "annotations"} <= faces.keys():
+        keys = {"images": {"id", "file_name"}, "annotations": {"image_id"}}
+        require_lists(faces, keys, path, "COCO-WholeBody's file")
         sizes = {image["file_name"]: (image["width"], image["height"]) for image in faces["images"]
                  if image.get("width") and image.get("height")}  # fmt: skip
         files = {image["id"]: image["file_name"] for image in faces["images"]}
@@ -133,7 +136,8 @@ def read_faces(path, names):
         if 0 < max(box) <= 1:
             raise ValueError(f"{path}: a face in {name} is {box}, a fraction of the image; write pixels")
     if unknown := [name for name in names if name not in faces]:
-        raise ValueError(f"{path} does not name {len(unknown)} of {len(names)} images ({some(unknown)}); try --detector")
+        fix = "name them relative to --images, or find faces with --detector"
+        raise ValueError(f"{path} lacks {len(unknown)} of {len(names)} images ({some(unknown)}); {fix}")
     return faces, sizes
 
 

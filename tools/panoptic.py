@@ -49,6 +49,7 @@ def images_from_panoptic(json, masks, stuff, compared):
     """Make the content of COCO instances from a panoptic file. compared: see `read_masks`"""
     content, categories = read_panoptic(json, stuff)
     frames, listed, images, annotations = content["annotations"], {}, [], []
+    require_lists({"images": []} | content, {"images": IMAGE}, json, "COCO's panoptic format")
     for index, image in enumerate(content.get("images", ())):
         key, *_ = values(image, f"{json}: image {index}", **IMAGE)
         listed[key] = image
@@ -93,6 +94,8 @@ def read_panoptic(path, stuff):
     """Read a panoptic JSON: (its content, {id: category} of the things, or of all categories)."""
     content = read_json(require_file(path, "a panoptic JSON"))
     require_lists(content, PANOPTIC_KEYS, path, "COCO's panoptic format")
+    for frame in content["annotations"]:
+        require_lists(frame, {"segments_info": {"id", "category_id"}}, path, "COCO's panoptic format")
     categories = {category["id"]: category for category in content["categories"]}
     used = {segment["category_id"] for frame in content["annotations"] for segment in frame["segments_info"]}
     if unlisted := used - categories.keys():

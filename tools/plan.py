@@ -119,7 +119,7 @@ def plan_step(config, stage, batch, parallel="ddp", world=1, bf16=False, recompu
     if not is_fsdp:  # gradients lie in ddp's buckets (gradient_as_bucket_view)
         return Plan(weights, 8 * learning, gradients, activations, 0)
     layer = sum(p.nbytes for p in model.language_model.layers[0].parameters())
-    wrapped = [*model.vision_tower.encoder["layers"][:-1], *model.language_model.layers]  # see formats.fsdp.shard
+    wrapped = [*model.vision_tower.encoder["layers"][:-1], *model.language_model.layers]  # see formats.processes.shard
     root = sum(p.nbytes for p in everything) - sum(p.nbytes for part in wrapped for p in part.parameters())
     # whole at a time: the root, a layer and the one fetched ahead; while summing, a layer's gradients, here and in float32
     sums = (root + layer + 4 * layer // dtype.itemsize) if stage in (2, 4) else 0

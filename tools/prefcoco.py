@@ -91,10 +91,8 @@ def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_
 
 def captioner(model, vision, decoding, world):
     """Load the model. Return the functions records -> opened ones -> captions of each record: None if its image is damaged."""
-    how = argparse.Namespace(run=model, vision=vision, dtype=None, compile=False, **decoding)
-    answerer = Answerer(how, world)
+    answerer = Answerer(argparse.Namespace(run=model, vision=vision, dtype=None, compile=False, **decoding), world)
     open_pictures, answer = answerer.functions(is_blind=False)
-    ends = (".", "!", "?", '"')
 
     def read(records):
         items_of, pictures = {}, []
@@ -110,7 +108,7 @@ def captioner(model, vision, decoding, world):
         records, opened = ready
         answers = answer(opened)
         for name, text in answers.items():
-            if is_cut(text, answerer.tokenizer, decoding["max_new_tokens"]) and not text.rstrip().endswith(ends):
+            if is_cut(text, answerer.tokenizer, decoding["max_new_tokens"]) and not text.rstrip().endswith((".", "!", "?", '"')):
                 answers[name] += CUT
         return [[answers.get(f"{record.id}-{o.name}") for o in record.objects] for record in records]
 
@@ -133,7 +131,7 @@ def prefcoco_rows(records, captions, images):
 
 
 CUT = " …"  # ends a caption at whose end the model had to stop
-LONGEST = 60  # words of a description, into which a caption is turned
+LONGEST = 60  # words of a description at most
 SENTENCE_END = re.compile(r"(?<=[a-z0-9)\"'])(?<!\b(?:St|Mt|Mr|Dr))[.!?]\"? (?=[A-Z\"])")
 IN_IMAGE = r"in (?:the|this) (?:image|picture|photo|scene)"
 SHOWS = r"(?:the|this) (?:image|picture|photo) (?:shows|features|depicts)"

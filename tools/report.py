@@ -220,8 +220,7 @@ def page_data(run):
     answers = {name: read_lines(run / "eval" / f"{name}.jsonl") for name in ours | blind}
     verdicts = [Counter(is_right(row.get("correct")) for row in rows) for rows, _ in answers.values()]
     allowed = PICTURES_BYTES // max(1, sum(min(CARDS, count) for counts in verdicts for count in counts.values()))
-    files = {f"eval/{name}.json": result for name, result in ours.items()}
-    files |= {f"eval_blind/{name}.json": result for name, result in blind.items()}
+    files = {f"{folder}/{name}.json": row for folder, rows in (("eval", ours), ("eval_blind", blind)) for name, row in rows.items()}
     log, bad_log_lines = read_lines(run / "log.jsonl")
     return {
         "name": run.resolve().name, "about": in_common([*files.values()]),
@@ -235,12 +234,11 @@ def page_data(run):
 
 def write_report(run, /, out=None):
     """Write the page of a run folder's evaluations, and return its path."""
-    run, folder = Path(run), jinja2.FileSystemLoader(Path(__file__).parent)
     how = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    templates = jinja2.Environment(loader=folder, **how)
-    templates.filters |= {"place": place}
-    page = templates.get_template("report.html").render(page_data(run)).strip() + "\n"
-    out = Path(out or run / "eval" / "report.html")
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **how)
+    templates.filters["place"] = place
+    page = templates.get_template("report.html").render(page_data(Path(run))).strip() + "\n"
+    out = Path(out or Path(run) / "eval" / "report.html")
     write_text(out, UNPRINTABLE.sub("\ufffd", page))
     print(f"written: {out}")
     return out

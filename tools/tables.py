@@ -52,7 +52,7 @@ def read_tables(path):
 
     words     what {WORDS} stand for in all of its texts; {SEED} is filled in by each run
     settings  name: (setting whose run it starts from, options of train.py; few images a step learn most in little time)
-    measures  heading: (task, its score, options of its evaluation; the second is the file of its questions). The score is one
+    measures  heading: (task, its score, options of evaluate.py or tasks; the second word is the questions' file). The score is one
               of SCORES, or a metric of the task; the task "text" is `sides_in_text` and needs neither. A fourth entry
               {key of the truth: pattern} keeps only the questions that match
     tables    measures are columns, rows are (label, setting, figures of the paper's columns); ", blind" is with blank images,

@@ -215,7 +215,7 @@ def test_rows_that_are_none_are_counted_or_refused(read):
     turns = [{"from": "human", "value": "<video> Who?"}, {"from": "gpt", "value": "A dog."}]
     bad = [
         ({**good, "a": ""}, "has an empty answer"),
-        ({**good, "video_id": 5}, "not a string"),
+        ({**good, "video_id": 5}, "not a text"),
         ({**good, "video_id": "../v_a"}, "leaves its folder"),
         ({"video": "v_a", "conversations": turns[:1]}, "human and gpt in turn"),
         ({"conversations": turns}, 'has no "video" key'),

@@ -187,5 +187,5 @@ def test_a_cache_that_others_filled_is_read(tmp_path, hub):
     assert online[0].startswith("FileNotFoundError no file ") and online[2] == "{'hidden_size': 64}"
     hub.models.clear()
     online = run(TRY, tmp_path / "home", hub.server_port)[0].splitlines()
-    assert online[0].startswith(f"org/old is read from the cache ({SHA['main']}), for the hub does not give it: ")
+    assert online[0].startswith(f"org/old is read from the cache ({SHA['main']}), for the hub cannot be reached or does not have it: ")
     assert online[1] == offline[0] and "404" in online[2] and "404" in online[3] and len(online) == 4

@@ -10,9 +10,10 @@ from PIL import Image
 from clip_vit import open_image
 from coords import CoordFormat
 from data import Wording
+from formats.eval_folder import name_of
 from formats.files import read_json
 from formats.images import has_image, image_size
-from formats.parquet import key_of
+from formats.parquet import key_of, shards
 from tasks import TASKS
 from tasks.__main__ import main, parse
 
@@ -174,6 +175,14 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, monkeypatch):
         pq.write_table(pa.Table.from_pylist(pope_rows()), tmp_path / f"{name}.parquet")
     with pytest.raises(FileNotFoundError, match="lacks 0001.parquet of 3 shards"):
         read("pope", tmp_path / "0000.parquet")
+    for number in (0, 1):  # as the hub named them in 2023
+        name = f"old-{number:05d}-of-00002-{number}d1165eecfd8ca6a.parquet"
+        pq.write_table(pa.Table.from_pylist(pope_rows()[number::2]), tmp_path / name)
+    old = tmp_path / "old-00000-of-00002-0d1165eecfd8ca6a.parquet"
+    assert len(shards(old)) == 2 and name_of("pope", old) == "pope-old"
+    shards(old)[1].unlink()
+    with pytest.raises(FileNotFoundError, match="lacks old-00001-of-00002.parquet of 2 shards"):
+        shards(old)
     path = pack(tmp_path / "paths", [row | {"image": {"bytes": None, "path": "x.jpg"}} for row in pope_rows()])
     [item, *_] = read("pope", path, "--split", "random")
     with pytest.raises(ValueError, match="names COCO_val2014_000000581857.jpg, but does not hold it; pass the folder"):

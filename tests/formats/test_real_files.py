@@ -3,7 +3,9 @@
 import gzip
 import json
 import zipfile
+from unicodedata import normalize
 
+import numpy as np
 import pytest
 import torch
 from conftest import LLAVA
@@ -14,6 +16,7 @@ from clip_vit import CLIPVisionConfig, open_image
 from coords import CoordFormat
 from data import Examples, Wording, draw_questions
 from formats.annotations import image_ids, parse_sources, read_file, read_records, unreadable
+from formats.clips import find_clips
 from formats.images import image_problem, is_clip, names_in
 from formats.schema import HARMLESS, read_box
 from model import LocVLMConfig
@@ -377,6 +380,23 @@ def test_two_folders_of_a_zip_are_not_mixed_up(tmp_path):
     assert open_image(tmp_path / "two.zip/val/v_a/1.png").size == (8, 8) and not names_in(tmp_path / "two.zip/v_a")
     with pytest.raises(FileNotFoundError, match="no image file .*two.zip/v_a/1.png"):
         open_image(tmp_path / "two.zip/v_a/1.png")
+    with pytest.raises(FileNotFoundError, match="no folder or zip .*two.zip/train of clips"):
+        find_clips(tmp_path / "two.zip/train")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "1.png", "train2017/1.png")
+        archive.writestr("README.txt", "what this is")
+    assert names_in(tmp_path / "images.zip") == ["1.png"]
+
+
+def test_an_image_of_a_zip_is_one_under_either_name(instances, tmp_path):
+    """With or without the zip's one folder: two records would each take the other's objects for absent."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "x/a.png")
+    short = instances(images=IMAGES[:1], annotations=BOXES[:1])
+    cup = {"id": 2, "image_id": 1, "category_id": 3, "bbox": [5, 5, 20, 20]}
+    long = instances("y.json", images=[changed(IMAGES[0], file_name="x/a.png")], annotations=[cup])
+    (record,), _ = read_records([(path, tmp_path / "x.zip", 1.0) for path in (short, long)])
+    assert set(record.present) == {"cat", "cup"} and record.absent == ("dog",)
 
 
 def test_a_missing_folder_of_images_is_one_message(instances):
@@ -397,7 +417,9 @@ def test_paths_with_other_signs_can_be_sources(tmp_path):
             parse_sources(text, "d")
 
 
-@pytest.mark.parametrize("content, words", [(b"\x80\x04K\x01.", "ids.x cannot be read"), (b'{"image_id": 1}\n{"image', "ids.x cannot be read")])
+@pytest.mark.parametrize("content, words", [(b"\x80\x04K\x01.", "ids.x cannot be read"), (b'{"image_id": 1}\n{"image', "ids.x cannot be read"),
+    (b"image_id,split\n42,val\n43", r"2 of 3 lines name no COCO image \(the first: image_id,split\)"),
+    (b"val2014\\000000000042.jpg\n43.jpg", r"1 of 2 lines name no COCO image \(the first: 43.jpg\)")])
 def test_a_list_of_ids_that_cannot_be_read_is_named(tmp_path, content, words):
     (tmp_path / "ids.x").write_bytes(content)
     with pytest.raises(ValueError, match=words):
@@ -414,6 +436,8 @@ def test_what_an_image_file_is_instead_is_named(tmp_path, content, words):
 def test_a_small_int32_tiff_is_not_black(tmp_path):
     Image.new("I", (4, 4), 200).save(tmp_path / "x.tif")
     assert open_image(tmp_path / "x.tif").getpixel((0, 0)) == (200, 200, 200)
+    Image.fromarray(np.full((4, 4), 200, np.uint16)).save(tmp_path / "x.png")  # 16 bits that hold 8
+    assert open_image(tmp_path / "x.png").getpixel((0, 0)) == (200, 200, 200)
     Image.new("I", (4, 4), 60000).save(tmp_path / "y.tif")
     assert open_image(tmp_path / "y.tif").getpixel((0, 0)) == (234, 234, 234)
 
@@ -444,6 +468,17 @@ def test_names_in_other_case_in_two_files_are_one_category(instances):
     records, _ = read_records([(path, other.parent, 1.0) for path in (instances(), other)])
     assert [(set(r.present), set(r.absent)) for r in records] == [({"cat"}, {"dog", "cup"}), ({"dog"}, {"cat", "cup"})]
     assert [o.name for r in records for o in r.objects] == ["cat", "dog"]
+
+
+def test_names_in_two_forms_of_unicode_are_one_category(instances):
+    composed, decomposed = (instances(f"{form}.json", categories=[{"id": 1, "name": normalize(form, "café")}, *CATEGORIES[1:]]) for form in ("NFC", "NFD"))
+    records, _ = read_records([(path, path.parent, 1.0) for path in (composed, decomposed)])
+    assert [(set(r.present), set(r.absent)) for r in records] == [({"café"}, {"dog", "cup"}), ({"dog"}, {"café", "cup"})]
+
+
+def test_regions_to_ignore_are_not_asked_for(instances):
+    objects, absent, _ = read(instances(annotations=[changed(BOXES[0], ignore=1), BOXES[1]]))
+    assert objects["a.png"] == {} and absent["a.png"] == {"dog", "cup"} and objects["b.png"]
 
 
 def test_boxes_most_of_which_have_no_area_stop_a_run(instances):
@@ -480,7 +515,7 @@ def test_a_missing_image_is_named_with_its_like(tmp_path, wanted, there):
     assert f"has {there!r}" in image_problem(tmp_path / wanted) and image_problem(tmp_path / "other.png").endswith("other.png")
 
 
-@pytest.mark.parametrize("key", ["image_path", "videos", "image_url"])
+@pytest.mark.parametrize("key", ["image_path", "videos", "image_url", "Image", "images_path", "picture"])
 def test_a_row_that_names_its_image_otherwise_is_no_text(coco, key):
     row = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A."}], key: ["1.png"]}
     (coco / "x.json").write_text(json.dumps([*LLAVA, row]))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from clip_vit import CLIPVisionConfig, CLIPVisionTower
 from formats import weights
 from formats.llava_hf import geometry_of
-from formats.weights import Stored, build, open_tensors, weights_sha256, write_tensors
+from formats.weights import Stored, build, open_tensors, sort_tensors, weights_sha256, write_tensors
 from llama import Llama, LlamaConfig, read_tokenizer, rotary_frequencies
 from model import LocVLM, LocVLMConfig
 
@@ -281,6 +281,10 @@ def test_a_stage_1_projector_loads_alone(model, tokenizer, tmp_path, kind):
     clip = write_folder(tmp_path / "clip", named(model.vision_tower, CLIP_PREFIX), asdict(VISION))
     llama = write_folder(tmp_path / "llama", named(model.language_model, LLAMA_PREFIX), text_config())
     shutil.copyfile(tokenizer.path, llama / "tokenizer.model")
+    (tmp_path / "config.json").write_text('{"mm_vision_select_layer": -1}')
+    with pytest.raises(ValueError, match="unsupported mm_vision_select_layer = -1"):
+        LocVLM.from_parts(clip, llama, tmp_path / "mm_projector.bin")
+    (tmp_path / "config.json").unlink()
     again = LocVLM.from_parts(clip, llama, tmp_path / "mm_projector.bin")
     assert again.config.adapter == kind
     assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), again.adapter.parameters(), strict=True))
@@ -458,6 +462,18 @@ def test_a_damaged_checkpoint_is_refused_by_name(model, tmp_path, damage):
     assert "\n" not in str(raised.value) and "; " in str(raised.value)
 
 
+def test_a_name_is_there_once_and_its_numbers_fit(tmp_path):
+    """Of two namings of one tensor, none is preferred in silence. float16 ends at 65504."""
+    save_file({"model.norm.weight": torch.zeros(2), "language_model.model.norm.weight": torch.ones(2)}, tmp_path / "two.safetensors")
+    with pytest.raises(ValueError, match="two.safetensors holds norm.weight twice, once as "):
+        sort_tensors(open_tensors(tmp_path / "two.safetensors"), "two.safetensors")
+    save_file({"weight": torch.full((2, 2), 1e5)}, tmp_path / "large.safetensors")
+    make, stored = partial(torch.nn.Linear, 2, 2, bias=False), open_tensors(tmp_path / "large.safetensors")
+    assert build(make, stored, "large").weight.max() == 1e5
+    with pytest.raises(ValueError, match="weight holds NaN, infinity or more than torch.float16 holds"):
+        build(make, stored, "large", torch.float16)
+
+
 def test_a_pickle_does_not_run(tmp_path):
     """What a malicious file asks for is not done."""
     target = tmp_path / "was_here"
@@ -575,4 +591,7 @@ def test_the_geometry_is_read_where_transformers_4_and_5_write_it(tmp_path, caps
         (tmp_path / names[version]).write_text(json.dumps(processor if version == 4 else {"image_processor": processor}))
     (tmp_path / ("processor_config.json" if version == 4 else "other.json")).write_text('{"patch_size": 14}')
     assert geometry_of(tmp_path, {"vision_config": {}}) == geometry
+    for key, value in (("do_normalize", False), ("do_rescale", False), ("resample", 2)):
+        with pytest.raises(ValueError, match=f"unsupported {key} = {value} in preprocessor_config.json"):
+            CLIPVisionConfig.from_dict({}, {**(processor or {}), "size": 224, "crop_size": 224, key: value})
     assert ("images are cropped to a square" in capsys.readouterr().out) == (processor is None)

@@ -3,13 +3,16 @@
 import json
 import math
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from benchmark_helpers import LONG
 
 from evaluate import Item
-from tasks.judge import ask_judge, judge_requests, parse_judgement, read_judgements
+from formats.files import write_rows
+from tasks.judge import ask_judge, judge_answers, judge_requests, parse_judgement, read_judgements
 from tasks.words import SHORT
 
 
@@ -128,6 +131,24 @@ def test_an_endpoint_is_asked_again_where_it_failed_and_not_where_it_answered(en
     assert sorted(row["custom_id"] for row in done) == ["q0", "q1", "q2", "q3"] and len(asked) == 8
     assert read_judgements(done, items)["judge accuracy"] == 1
     assert list(ask_judge(url, None, "judge-1", items, done)) == [] and len(asked) == 8
+
+
+def test_replies_count_for_the_answers_and_the_endpoint_that_they_are_about(endpoint, tmp_path):
+    url, _, asked, _ = endpoint
+    job, options = SimpleNamespace(name="x"), {"judge_model": "judge-1", "judgements": None, "judge_url": url, "fresh": False}
+
+    def judge(items=None, **changes):
+        return judge_answers(job, items or talked(2), tmp_path, SimpleNamespace(**options | changes))[0]["judge accuracy"]
+
+    for more, count in (({}, 2), ({}, 2), ({"judge_url": url + "/"}, 4), ({"judge_url": url + "/", "fresh": True}, 6)):
+        assert judge(**more) == 1 and len(asked) == count
+    write_rows(tmp_path / "replies.jsonl", [reply("q0", "{'pred': 'yes', 'score': 5}")])
+    given = {"judgements": str(tmp_path / "replies.jsonl"), "judge_url": None}
+    assert judge(**given) == 1
+    other = [replace(item, answer="a submarine") for item in talked(2)]
+    with pytest.raises(ValueError, match="x.requests.jsonl holds requests about other answers"):
+        judge(other, **given)
+    assert judge(other, **given, fresh=True) == 1
 
 
 def test_what_is_judged_while_one_question_fails_is_kept(endpoint):

@@ -189,4 +189,6 @@ def test_meteor_is_pycocoevalcaps(no_meteor):
     assert metrics["METEOR 1.5"] == pytest.approx(expected) and metrics["empty answers"] == 1
     assert metrics['METEOR 1.5 without "There is a"'] > expected and metrics["sentences"] == 4
     assert items[0].correct is None
+    curly = [Item("1", None, None, "?", {"sentences": ["the man’s café shirt"]})]  # officially, references lose such letters
+    assert answered("refcoco", curly, "the mans caf shirt")["METEOR 1.5"] == 1
     assert answered("refcoco", items, "", "\ud83d", "")["METEOR 1.5"] == 0, "half of a character, as a file may hold it"

@@ -167,6 +167,15 @@ def test_popes_figures_and_version(tmp_path):
         read("pope", write(tmp_path / "p.json", [rows[0] | {"label": "maybe"}]), None, tmp_path)
 
 
+def test_a_file_of_pope_about_other_objects_is_no_cocos(tmp_path):
+    """POPE's A-OKVQA files ask about SEEM's objects in COCO's images, 3,000 times as well."""
+    name = "COCO_val2014_000000000042.jpg"
+    rows = [{"question_id": n, "image": name, "text": f"Is there a {thing} in the image?", "label": "no"} for n, thing in enumerate(["cup", "sky"])]
+    items, _ = read("pope", write(tmp_path / "p.json", rows, True), None, touch(tmp_path, name))
+    assert "questions (about other objects than COCO's)" in answered("pope", items, "No.", "No.") and not pope.is_about_coco(items)
+    assert pope.is_about_coco(items[:1])
+
+
 def test_popes_release_is_told_by_content(tmp_path):
     """Of the older files, one has 2,910 rows and two have 3,000, some of which say "imange"; the paper's rows are of COCO."""
     def release(image, count, misspelt=0, **more):

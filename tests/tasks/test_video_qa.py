@@ -27,6 +27,10 @@ def test_activitynet_qas_real_files_are_joined_and_counted_by_type(real, tmp_pat
         )
     with pytest.raises(ValueError, match="holds no answers"):
         read("activitynet-qa", folder / "test_q.json", None, clips)
+    listed = [{"id": 1, "video_id": 7, "question": "what is it", "answer": ["dog", "a dog"]}]
+    (tmp_path / "val_qa.json").write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match="val_qa.json holds no answers, one text each"):
+        read("msrvtt-qa", tmp_path / "val_qa.json", None, clips)
 
 
 def test_tgif_qas_real_table_is_read(real, tmp_path):

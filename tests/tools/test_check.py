@@ -56,7 +56,7 @@ def test_check_compares_every_size_that_rows_state(tmp_path):
     """A row without a size does not hide the wrong size of the next row about the same image."""
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
     talk = {"image": "a.png", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cup."}]}
-    for first, words in (({}, "is 64 x 48, but the annotations say 48 x 64"), ({"size": [64, 48]}, "in one place and")):
+    for first, words in (({}, "is 64 x 48, but the annotations say 48 x 64"), ({"size": [64, 48]}, "has two sizes")):
         write_json(tmp_path / "rows.json", [{**talk, "id": "1", **first}, {**talk, "id": "2", "size": [48, 64]}])
         [problem] = check(tmp_path / "rows.json", tmp_path)
         assert "a.png" in problem and words in problem
@@ -104,7 +104,7 @@ def test_show_prints_what_carries_loss_and_what_is_skipped(coco, capsys):
     "damage, words",
     [
         ({"conversations": [{"from": "gpt", "value": "x"}]}, "human and gpt in turn"),
-        ({"image": 7}, "not a string"),
+        ({"image": 7}, "not a text"),
         ({"image": "../1.png"}, "leaves its folder"),
         ({"image": None}, 'no "image" key'),
         ({"objective": "loc", "names": ["cat"], "box_px": [[0, 0, 5, 5]], "descriptions": [None]}, "lacks its size"),
