@@ -197,7 +197,7 @@ def ask_loc(o, record, wording, rng):
 
 
 def first_location(item, wording):
-    """Return the first location in an answer, as a list of at most one box_px. A point becomes a box of 2 px each way, to draw."""
+    """Return the first location in an answer, as a list of at most one box_px. A point becomes a box of 2 px each way."""
     if wording.location == "box":
         return wording.fmt.decode_boxes(item.answer, item.size)[:1]
     points_px = wording.fmt.decode_points(item.answer, item.size)[:1]
