@@ -2,7 +2,7 @@
 
     torchrun train.py                                         the shapes world and the tiny model, both stages, then evaluation
     torchrun --nproc-per-node 8 train.py --stages 1 --preset llava --vision clip-vit-large-patch14 --llm vicuna-7b-v1.3 \\
-        --parallel fsdp --data chat.json --images CC3M/images --out runs/b1
+        --parallel fsdp --data chat.json --images images.zip --out runs/b1
     torchrun --nproc-per-node 8 train.py --stages 2 --preset paper --init-from runs/b1 --parallel fsdp \\
         --data annotations/instances_train2017.json,llava_instruct_80k.json --images train2017 --out runs/b2
     torchrun train.py --stages 4 --init-from runs/default --out runs/video    clips: the moving shapes
@@ -121,7 +121,7 @@ class TrainConfig:
     kind: typing.Literal["", *KINDS] = opt("", "how coordinates are written [as in --init-from, else ivb]")
     geometry: typing.Literal["", *GEOMETRIES] = opt("", "how an image becomes a square [as in --init-from, else squash]")
     location: typing.Literal["", *LOCATIONS] = opt("", "what a location is [as in --init-from, else box]")
-    words: typing.Literal["", *WORDS] = opt("", "what names objects: category, caption, either [as in --init-from, else name]")
+    words: typing.Literal["", *WORDS] = opt("", "names of objects: category, description, either [as in --init-from, else name]")
     questions: int = opt(0, "questions behind each image [preset]")
     # optimisation
     preset: typing.Literal[tuple(PRESETS)] = opt("tiny", "recipe; --batch, --lr, ... replace its numbers in every stage")

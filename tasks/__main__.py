@@ -1,7 +1,7 @@
 """Run a model on a public benchmark, or judge answers that were made elsewhere.
 
     python -m tasks pope runs/b2 --questions coco_pope_adversarial.json --images val2014 --with-blind
-    torchrun --nproc-per-node 8 -m tasks gqa runs/l2 --questions testdev_balanced_questions.json --images gqa/images --short
+    torchrun --nproc-per-node 8 -m tasks gqa runs/l2-vqa --questions testdev_balanced_questions.json --images gqa/images --short
     python -m tasks spatial runs/b2 --coco annotations/instances_val2017.json --images val2017 --score answers.jsonl
 
 NAME is a benchmark, explained in its file in tasks/, or a task of evaluate.py. formats/eval_folder.py lists the results.

@@ -6,7 +6,7 @@ Files      testdev_balanced_questions.json and images.zip, from cs.stanford.edu/
 Questions  {"201307251": {"question": "Is it overcast?", "answer": "yes", "imageId": "n161313", ...}}
 Score      exact match in LLaVA's way: lower case, without the last full stop. `contains` also counts answers in sentences. By
            type as officially, where the file has types: "binary" is every question that is no query, also "left or right?"
-Run        python -m tasks gqa runs/l2 --questions testdev_balanced_questions.json --images gqa/images --short
+Run        python -m tasks gqa runs/l2-vqa --questions testdev_balanced_questions.json --images gqa/images --short
     >>> item = Item("201307251", None, None, "Is it overcast?", {"answer": "yes"}, "Yes, it is.")
     >>> judge_gqa(item, None); item.correct, item.truth["contains"]
     (False, True)
