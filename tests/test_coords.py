@@ -349,3 +349,15 @@ def test_iou_of_hand_computed_boxes():
         == iou((1, 1, 1, 1), (1, 1, 1, 1))
         == 0
     )
+
+
+def test_edges_of_what_is_written_and_read():
+    """Boxes that crop cuts, ties that floats miss, a corner's whole pixels, several points, huge numbers, the edge's tolerance."""
+    crop = CoordFormat("ivb", 240, "crop", patch=16)  # shows x from 80 to 560
+    assert crop.encode_box((40, 0, 320, 240), (640, 480)) == "(0, 0, 120, 120)"
+    fmt, size = CoordFormat("ivb"), (448, 448)
+    assert fmt.encode_box((29, 0, 115, 448), size) == "(14, 0, 58, 224)"  # 14.5 and 57.5
+    assert fmt.encode_box((0, 0, 1, 1), size) == "(0, 0, 0, 0)"
+    assert fmt.decode_points("(1, 2) or [3, 4]", size) == [(2, 4), (6, 8)]
+    assert fmt.decode_points("(1, 9999999999)", size) == []
+    assert fault((0, 0, 448.0004, 448), size) is None and fault((0, 0, 448.0005, 448), size) == "outside the image"

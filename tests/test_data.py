@@ -302,8 +302,26 @@ def test_a_question_longer_than_the_context_is_told_before_training(coco, tokeni
 
 def test_data_without_anything_to_say_is_refused(coco, tokenizer):
     records, _ = read_file(coco / "instances.json", coco)
-    with pytest.raises(ValueError, match="nothing|none of 2"):
+    with pytest.raises(ValueError, match="none of 2 images has what this stage needs: captions"):
         Examples(records, tokenizer, CONFIG, Wording(CoordFormat("ivb", 28)), template="plain")
+
+
+def test_stage_one_reads_llavas_chat_as_captions(coco, tokenizer):
+    """CC3M's chat.json: a question that only asks for a description, and the caption as its answer. Texts have no image."""
+    (coco / "chat.json").write_text(json.dumps(LLAVA))
+    examples = examples_of(read_records([(coco / "chat.json", coco, 1.0)])[0], tokenizer, template="plain")
+    assert [record.id for record in examples.records] == ["a"]
+    row, caption = examples.row(0, 0)[0], tokenizer.encode("A.\n")
+    assert row["input_ids"] == [1, *[data.IMAGE_ID] * 4, *caption] and row["labels"] == [data.IGNORE] * 5 + caption
+
+
+def test_shares_of_conversations_and_descriptions(tokenizer):
+    talks = tuple(((f"Q{i}?", "A."),) for i in range(9))
+    examples = examples_of([replace(RECORD, conversations=talks)], tokenizer, questions=4, instruct_share=0.34)
+    counts = [sum(turns in talks for turns in examples.draw_segments(examples.records[0], random.Random(i))) for i in range(400)]
+    assert set(counts) == {1, 2} and abs(sum(counts) / 400 - 4 * 0.34) < 0.1
+    wording, rng, cup = Wording(CoordFormat("ivb"), words="mixed"), random.Random(0), data.Object("cup", None, "a red cup")
+    assert 160 < sum(wording.words_for(cup, rng) == "cup" for _ in range(400)) < 240
 
 
 def test_a_row_holds_at_most_its_budget_of_tokens(tokenizer):

@@ -6,19 +6,23 @@ import importlib
 import re
 import shlex
 import sys
+from functools import partial
 
 import pytest
 from conftest import ROOT
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+import evaluate
+import tasks.__main__ as benchmarks
 import train
 from clip_vit import open_image, preprocess
 from data import IGNORE, collate, encode_prefix, encode_segment, pack
 from formats.annotations import read_file
 from tiny.shapes import write_world
-from train import TrainConfig, build_model
+from train import TrainConfig, build_model, parse_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CHECKED = {"train": partial(parse_config, TrainConfig), "evaluate": evaluate.parse, "tasks.__main__": benchmarks.parse}
 FOREIGN = {"lmms_eval"}  # modules of other projects
 
 
@@ -85,6 +89,9 @@ def test_its_commands_are_accepted(page, monkeypatch, capsys):
         if module is None or module.startswith("tiny.") or not words:  # tiny's programs take no options
             continue
         try:
+            if module in CHECKED:  # options that do not go together, too
+                CHECKED[module](words)
+                continue
             parse(module, words, monkeypatch)
         except Accepted:
             continue

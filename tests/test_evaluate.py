@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, free_port
+from conftest import ROOT, VISION, free_port
 from PIL import Image
 
 import data
 import evaluate
+from clip_vit import mean_colour
 from coords import CoordFormat
 from data import SIDE_ANSWERS, SIDE_PROMPTS, Object, Record, Wording, first_named, judge_loc, judge_neg
 from evaluate import (
@@ -33,6 +34,7 @@ from evaluate import (
 from formats import eval_folder, pictures
 from formats.files import read_json, sha256, write_json
 from formats.journal import open_journal
+from tiny.moving import write_clips
 from tiny.shapes import write_world
 
 WORDING = Wording(CoordFormat("ivb", 224))
@@ -68,6 +70,10 @@ def test_points_count_inside_the_true_box():
     judge_loc(item, Wording(CoordFormat("ivb", 224), location="point"))
     metrics = evaluate.locpred_metrics([item])
     assert metrics["acc@0.5"] == 1 and all(math.isnan(metrics[name]) for name in ("acc@0.75", "mean IoU", "invalid box"))
+    for answer, right in (("(100, 100)", True), ("(101, 50)", False), ("(50, 101)", False), ("(101, 50) (50, 50)", False), ("no", False)):
+        item.answer = answer
+        judge_loc(item, Wording(CoordFormat("ivb", 224), location="point"))
+        assert item.correct == right, answer
 
 
 def test_negpred_wants_the_refusal():
@@ -179,6 +185,14 @@ def test_a_word_counts_where_it_is_said_and_strictly_where_only_it_is():
     )
 
 
+@pytest.mark.parametrize("present, absent, each", [(3, 4, 2), (1, 4, 1), (3, 1, 1), (3, 0, 0)])
+def test_hal_asks_for_as_many_present_as_absent(present, absent, each):
+    record = Record("1", "x", (9, 9), (), tuple("abc"[:present]), tuple("wxyz"[:absent]))
+    items = evaluate.hal_items([record], WORDING, random.Random(0))
+    assert [item.truth["label"] for item in items] == ["yes"] * each + ["no"] * each
+    assert all((item.truth["name"] in record.present) == (item.truth["label"] == "yes") for item in items)
+
+
 def test_hal_figures_come_from_one_confusion_matrix():
     """2 true yes, 1 false yes, 1 false no, 1 true no; an empty answer reads as yes (POPE)."""
     said = [("yes", "Yes."), ("yes", ""), ("yes", "No, there is no cup."), ("no", "Yes"), ("no", "There is not.")]
@@ -242,6 +256,19 @@ def test_a_run_is_evaluated_from_the_command_line(tmp_path, make_model, blind):
         assert (folder / f"{task}.png").exists()
     evaluate.main(flags + ["--blind"] * blind)
     assert first == {task: result_of(folder, task) for task in first}
+
+
+def test_blind_answers_are_about_blank_images(run, monkeypatch):
+    seen, generate = [], evaluate.LocVLM.generate
+    monkeypatch.setattr(evaluate.LocVLM, "generate", lambda model, images, *a, **k: seen.extend(images) or generate(model, images, *a, **k))
+    evaluate.main([*run, "--blind"])
+    assert seen and all(image.getcolors() == [(224 * 224, mean_colour(VISION))] for image in seen)
+
+
+def test_an_evaluation_ends_in_its_page(run, page, capsys):
+    evaluate.main(run)
+    html = Path(run[0]) / "eval/report.html"
+    assert html.is_file() and f"written: {html}" in capsys.readouterr().out
 
 
 def test_an_image_has_the_same_questions_whatever_follows_it(run, tmp_path):
@@ -320,6 +347,31 @@ def test_a_question_of_ones_own_is_answered_and_drawn(tmp_path, make_model, caps
         ]
     )
     assert "ask.png" in capsys.readouterr().out and (tmp_path / "run/eval/ask.png").exists()
+
+
+def test_an_answer_streams_once_and_boxes_have_their_colours(tmp_path, make_model, monkeypatch, capsys):
+    """The last character may be half of one: it waits. Boxes of the question are green, those of the answer blue."""
+    def generate(images, questions, on_text):
+        for text in ("It", "It is \N{REPLACEMENT CHARACTER}", "It is é (7, 7"):
+            on_text(0, text)
+        return [["It is é (7, 7, 14, 14)"]]
+
+    model, out = make_model(), tmp_path / "out.png"
+    monkeypatch.setattr(model, "generate", generate)
+    Image.new("RGB", (56, 56), "grey").save(tmp_path / "in.png")
+    evaluate.ask(model, tmp_path / "in.png", "(3, 3, 20, 20)?", out)
+    assert capsys.readouterr().out == f"It is é (7, 7, 14, 14)\nwritten: {out}\n"
+    drawn = Image.open(out)
+    assert drawn.getpixel((49, 100)) == (0, 255, 0) and drawn.getpixel((113, 150)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("frames, write, folder", [(0, write_world, "data/shapes"), (2, write_clips, "data/moving")])
+def test_held_out_data_is_the_default(make_model, tmp_path, monkeypatch, frames, write, folder):
+    monkeypatch.chdir(tmp_path)
+    write(folder, {"val": 3})
+    make_model(frames=frames).save_pretrained("run")
+    evaluate.main(["run", "--task", "hal", "--max-new-tokens", "3"])
+    assert next(iter(read_json("run/eval/hal.json")["data_sha256"])).startswith(folder)
 
 
 # ----- asking: several processes, a kill, answers made elsewhere

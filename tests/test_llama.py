@@ -11,7 +11,7 @@ from conftest import GOLDEN, TEXT
 from safetensors.torch import load_file, save_file
 
 from coords import CoordFormat
-from formats.fast_cpu import pack_linears
+from formats.fast_cpu import InferenceLinear, pack_linears
 from llama import KVCache, Llama, LlamaConfig, Tokenizer, rotary, rotate
 from model import VARIANTS
 from tools.plan import BytesAlive
@@ -162,6 +162,7 @@ def test_what_makes_inference_fast_changes_no_token(llama):
     prompts = [[1, 5, 9], [1, 7], [1, 30, 31, 32, 33]]
     wanted = llama.generate(prompts, 20)
     fast = copy.deepcopy(llama).for_inference()
+    assert any(isinstance(module, InferenceLinear) for module in fast.modules()) == hasattr(torch.ops.mkldnn, "_linear_pointwise")
     assert fast.generate(prompts, 20) == wanted
     assert [fast.generate([prompt], 20)[0] for prompt in prompts] == wanted
 
@@ -171,21 +172,24 @@ def test_compiled_generation_changes_no_token(llama):
     """torch.compile of the blocks, with the streaming product of a single row."""
     prompts = [[1, 5, 9], [1, 7]]
     wanted = llama.generate(prompts, 12)
-    fast = copy.deepcopy(llama).for_inference(compile=True)
+    fast, calls = copy.deepcopy(llama).for_inference(compile=True), []
+    fast.one_token_layers = [lambda *a, layer=layer: calls.append(1) or layer(*a) for layer in fast.one_token_layers]
     assert [fast.generate([prompt], 12)[0] for prompt in prompts] == wanted
+    assert len(calls) == 2 * 11 * 2, "prompts x tokens after the first x layers"
     assert fast.generate(prompts, 12) == wanted
 
 
-def test_rows_that_are_done_leave_the_batch(llama, monkeypatch):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_are_done_leave_the_batch(llama, monkeypatch, temperature):
     """Answers of very different length: the long one goes on alone, with the answer it has alone, and is told as it comes."""
-    prompts = [[1, 5, 9], [1, 7], [1, 30, 31, 32, 33], [1, 12]]
-    alone = [llama.generate([prompt], 24)[0] for prompt in prompts]
-    eos = next(token for token in alone[0] if token not in alone[1])  # ends the first, not the second
-    wanted = [llama.generate([prompt], 24, eos_token_id=eos)[0] for prompt in prompts]
+    prompts, how = [[1, 5, 9], [1, 7], [1, 5, 9], [1, 5, 9]], {"temperature": temperature}  # row 1, which is padded, stays
+    alone = [llama.generate([prompt], 24, **how)[0] for prompt in prompts]
+    eos = next(token for token in alone[0][:20] if token not in alone[1])
+    wanted = [llama.generate([prompt], 24, eos, **how)[0] for prompt in prompts]
     sizes, hidden, told = [], llama.hidden, []
     monkeypatch.setattr(llama, "hidden", lambda x, *rest: (sizes.append(len(x)), hidden(x, *rest))[1])
-    assert llama.generate(prompts, 24, eos, on_token=lambda row, ids: told.append((row, tuple(ids)))) == wanted
-    assert sizes[0] == 4 and (sizes[-1] < 4 or sum(len(a) == 24 for a in wanted) > 2)
+    assert llama.generate(prompts, 24, eos, **how, on_token=lambda row, ids: told.append((row, tuple(ids)))) == wanted
+    assert (sizes[0], sizes[-1]) == (4, 1)
     assert sorted(told) == sorted((row, tuple(a[:n])) for row, a in enumerate(wanted) for n in range(1, len(a) + 1))
 
 

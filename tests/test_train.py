@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import data
 import evaluate
 import formats.features
+import llama
 import train
 from clip_vit import CLIPVisionTower
 from formats import run_folder
@@ -190,10 +191,10 @@ def torchrun(options, processes=2):
 
 
 def test_two_processes_equal_one(parts, tmp_path):
-    """The losses of one process with the same global batch, to 1e-5: with ddp, and in micro-batches split over both (fsdp)."""
+    """The losses of one process with the same global batch, to 1e-5: in micro-batches, with ddp and fsdp."""
     own = {**parts, "steps": 20, "lr": 1e-3}
     train.main(TrainConfig(**own, out=str(tmp_path / "one")))
-    torchrun({**own, "out": tmp_path / "two"})
+    torchrun({**own, "out": tmp_path / "two", "micro_batch": 1})
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     torchrun({**own, "out": tmp_path / "split", "parallel": "fsdp", "micro_batch": 1})
     assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
@@ -206,7 +207,31 @@ def test_stage_two_follows_stage_one_in_bf16_under_fsdp(parts, tmp_path):
     own = {**parts, "steps": 6}
     train.main(TrainConfig(**own, out=str(tmp_path / "one")))
     torchrun({**own, "out": tmp_path / "two", "parallel": "fsdp", "precision": "bf16"})
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
+    train.main(TrainConfig(**own, out=str(tmp_path / "autocast"), precision="bf16"))
+    for name in ("two", "autocast"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
+        assert losses(tmp_path / name) != pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_two_processes_train_and_one_evaluates(parts, tmp_path):
+    write_world(tmp_path / "w", {"train": 8, "val": 2})
+    own = {**parts, "data": f"{tmp_path}/w/instances_train.json", "images": f"{tmp_path}/w/images"}
+    torchrun({**own, "stages": "2", "steps": 1, "out": tmp_path / "run"})
+    assert read_json(tmp_path / "run/eval/hal-instances_val.json")["world_size"] == 1
+
+
+@pytest.mark.parametrize("clip", [1.0, 1e-14])
+def test_epochs_become_steps_and_gradients_are_clipped(parts, tmp_path, monkeypatch, clip):
+    """AdamW divides by the gradient's size + 1e-8: where gradients are clipped to far less, nothing moves."""
+    recipe = train.Recipe(batch=16, lr=1e-2, warmup_ratio=0.0, epochs=1.5, grad_clip=clip)
+    monkeypatch.setitem(train.PRESETS, "tiny", {1: recipe})
+    own = {**parts, **dict.fromkeys(("steps", "batch", "questions", "lr"), 0), "stages": "1", "evaluate": False}
+    config = TrainConfig(**own, out=str(tmp_path / "run"))
+    before = train.build_model(config).adapter.linear_1.weight
+    train.main(config)
+    after = LocVLM.from_pretrained(tmp_path / "run").adapter.linear_1.weight
+    assert len(losses(config.out)) == 3  # 1.5 x 24 images / 16
+    assert ((after - before).abs().max() < 1e-6) == (clip < 1)
 
 
 def test_one_process_looks_at_the_images_and_tells_the_others(monkeypatch):
@@ -253,9 +278,13 @@ def test_a_run_resumes_on_another_number_of_processes(parts, tmp_path):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5), name
 
 
-def test_recomputing_layers_changes_nothing(parts, tmp_path):
+def test_recomputing_layers_changes_nothing(parts, tmp_path, monkeypatch):
+    ran, recomputed = set(), llama.recomputed
+    monkeypatch.setattr(llama, "recomputed", lambda f, *x: ran.add(f.__name__) or recomputed(f, *x))
     for recompute in (False, True):
+        ran.clear()
         train.main(TrainConfig(**parts, recompute=recompute, out=str(tmp_path / str(recompute))))
+        assert ("body" in ran) == recompute
     assert losses(tmp_path / "True") == losses(tmp_path / "False")
 
 
@@ -665,11 +694,13 @@ def test_bad_files_are_refused_or_left_out_and_counted(parts, tmp_path, capsys):
 
 def test_its_last_lines_say_what_to_try_next(parts, tmp_path, capsys, monkeypatch):
     """The command that is printed is accepted, and asks about an object of the image it names. Stage 1 teaches no questions."""
-    monkeypatch.setattr(evaluate, "main", lambda argv: write_json(tmp_path / "a run/eval/report.html", {}))
+    asked = []
+    monkeypatch.setattr(evaluate, "main", lambda argv: asked.append(argv) or write_json(tmp_path / "a run/eval/report.html", {}))
     write_json(world_of(parts) / "instances_val.json", {})
     config = {**parts, "stages": "2", "steps": 1, "out": str(tmp_path / "a run")}
     train.main(TrainConfig(**config))
     (world_of(parts) / "instances_val.json").unlink()
+    assert asked[0][1:3] + asked[0][-2:] == ["--task", "all", "--limit", "200"]
     *before, look, ask, last = capsys.readouterr().out.splitlines()
     before = [line.split()[0] for line in before]
     assert before[0] == "reading" and "loading" in before, "what happens before the bar moves"

@@ -201,7 +201,9 @@ def test_a_run_is_one_process_one_recipe_and_one_data_set(coco, tmp_path, monkey
     for words in ("another process trains", ""):
         other = multiprocessing.Process(target=lock_run, args=(resumed, answers))
         other.start()
-        assert words in answers.get(timeout=60) and (words or not other.join())
+        answer = answers.get(timeout=60)
+        assert words in answer if words else answer == ""
+        other.join()
         run.lock.close()
     (run.state / "2-6").mkdir(parents=True)
     (run.state / "2-6.bak").mkdir()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zipfile
 from unicodedata import normalize
 
@@ -308,7 +309,7 @@ def test_a_value_of_another_kind_is_refused_by_file_row_and_key(instances, part,
     path = instances(**{part: [changed(rows[part][0], **change), *rows[part][1:]]})
     with pytest.raises(ValueError, match=f"{path}: .*{words}"):
         read_file(path, path.parent)
-    assert words.split(" ")[0] in check(path, path.parent)[-1]
+    assert re.search(words, check(path, path.parent)[-1])
 
 
 def test_a_value_whose_meaning_is_certain_is_read(instances):
