@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clip_vit import CLIPVisionConfig
 from data import IGNORE, IMAGE_ID, collate, pack
-from formats import fsdp, meter, processes
+from formats import meter, processes
 from formats.meter import step_flops
 from llama import LlamaConfig
 from model import VARIANTS, LocVLM, LocVLMConfig
@@ -130,14 +130,14 @@ def sharded_peak(config, stage, batch, world, recompute, monkeypatch):
     monkeypatch.setattr(torch.UntypedStorage, "resize_", resized)
     dist.init_process_group("fake", rank=0, world_size=world, store=private.FakeStore())
     try:
-        mesh = fsdp.init_device_mesh("cpu", (world,))  # looks at contents, which fake tensors lack
-        monkeypatch.setattr(fsdp, "init_device_mesh", lambda *_: mesh)
-        monkeypatch.setattr(fsdp, "set_model_state_dict", lambda *_, **__: None)
+        mesh = dist.init_device_mesh("cpu", (world,))  # looks at contents, which fake tensors lack
+        monkeypatch.setattr(dist, "init_device_mesh", lambda *_: mesh)
+        monkeypatch.setattr("torch.distributed.checkpoint.state_dict.set_model_state_dict", lambda *_, **__: None)
         env = processes.Processes(0, world, torch.device("cpu"), torch.bfloat16, True)
         with FakeTensorMode(allow_non_fake_inputs=True), alive:
             model = LocVLM(config)
             model.to = model.to_empty = lambda *_, **__: model  # fake tensors are on no other device
-            fsdp.shard(model, env)
+            processes.shard(model, env)
             unfreeze(model, stage)
             env.begin_stage(model)
             for layer in model.language_model.layers:
