@@ -88,10 +88,10 @@ def preprocess(image, config, geometry="squash"):
     as LLaVA-1.5; `crop` resizes the shorter edge and cuts out the middle, as CLIPImageProcessor.
     """
     side, image = config.image_size, to_rgb(image)
-    left, top, longer, _ = window(image.size, geometry, side)
+    x, y, width, height = window(image.size, geometry, side)
     if geometry == "pad":
-        square = Image.new("RGB", (longer, longer), mean_colour(config))
-        square.paste(image, (-left, -top))
+        square = Image.new("RGB", (width, height), mean_colour(config))
+        square.paste(image, (-x, -y))
         image = square
     if geometry == "crop":
         image = image.resize(resized(image.size, side), Image.Resampling.BICUBIC)

@@ -32,7 +32,7 @@ from formats.files import read_json, remove_temporary, sha256, some, write_json,
 from formats.hub import is_name
 from formats.images import has_image, is_hidden, names_in, split_zip
 from formats.journal import work_in_parts
-from formats.parquet import shards
+from formats.parquet import SHARD, shards
 from formats.pictures import overlay
 from formats.schema import counted
 
@@ -66,7 +66,7 @@ class Job:
 
 def name_of(task, file=None, split=None):
     """Return the name of a task's results, as refcoco-refs(unc)-testB."""
-    return "-".join(filter(None, (task, file and re.sub(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$", "", Path(file).stem), split)))
+    return "-".join(filter(None, (task, file and re.sub(f"{SHARD}$", "", Path(file).stem), split)))
 
 
 def folders_of(run, into=None):

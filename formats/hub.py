@@ -45,12 +45,12 @@ def snapshot(name, revision):
     except Exception as error:  # the library's own, or those of the HTTP client that its version uses
         ref = cached / "refs" / (revision or "main")
         folder = cached / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision or "main")
-        why = " ".join(str(error).split())
+        problem = "the hub cannot be reached or does not have it"
         if not folder.is_dir():
-            where = f"no folder here, none in {cached.parent}, and the hub cannot be reached or does not have it ({why})"
+            where = f"no folder here, none in {cached.parent}, and {problem} ({one_line(error)})"
             raise FileNotFoundError(f"no model {name}{f'@{revision}' if revision else ''}: {where}") from None
         if not constants.HF_HUB_OFFLINE:
-            print(f"{name} is read from the cache ({folder.name}), for the hub cannot be reached or does not have it: {why}")
+            print(f"{name} is read from the cache ({folder.name}), for {problem}: {one_line(error)}")
         return folder, []
 
 
@@ -62,5 +62,8 @@ def download(name, revision, file):
     try:  # by the revision, not its commit, so that the library notes which commit it is
         hf_hub_download(name, file, revision=revision)
     except Exception as error:
-        why = " ".join(str(error).split())
-        raise OSError(f"{file} of {name} cannot be downloaded ({why}); the same command continues") from None
+        raise OSError(f"{file} of {name} cannot be downloaded ({one_line(error)}); the same command continues") from None
+
+
+def one_line(error):
+    return " ".join(str(error).split())

@@ -6,10 +6,12 @@ hold the same image. All shards of a split are read as one file, whichever of th
 
 import re
 from functools import lru_cache
+from glob import escape
 from pathlib import Path
 
 from formats.files import import_package, naming, require_file, some
 
+SHARD = r"-\d{5}-of-(\d{5})(-[0-9a-f]{16})?"  # ends a shard's name; until 2023, the hub added a hash
 COMPARED = 50  # repeated names whose images are compared; normally a repeat is the same image, once for each question
 NAMES = ("file_name", "image_source", "image_link", "image_id", "id")  # columns that name a row's image: the first that exists
 
@@ -21,10 +23,10 @@ def is_parquet(path):
 def shards(path):
     """Return the paths of all shards of a split; [path] if it is no shard. Raise FileNotFoundError if one is missing."""
     path = Path(path)
-    if found := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(-[0-9a-f]{16})?\.parquet", path.name):  # the hub of 2023 adds a hash
+    if found := re.fullmatch(rf"(.+){SHARD}\.parquet", path.name):
         names = [f"{found[1]}-{number:05d}-of-{found[2]}" for number in range(int(found[2]))]
-        hashed = [path.parent.glob(f"{name}-{'?' * 16}.parquet") if found[3] else () for name in names]
-        paths = [next(iter(of_name), path.with_name(f"{name}.parquet")) for name, of_name in zip(names, hashed, strict=True)]
+        end = f"-{'?' * 16}.parquet" if found[3] else ".parquet"
+        paths = [next(path.parent.glob(escape(name) + end), path.with_name(f"{name}.parquet")) for name in names]
     elif re.fullmatch(r"\d{4}\.parquet", path.name):  # as the hub converts other files: 0000.parquet, ...
         last = max([path, *path.parent.glob("[0-9][0-9][0-9][0-9].parquet")])
         paths = [path.with_name(f"{number:04d}.parquet") for number in range(int(last.stem) + 1)]

@@ -33,8 +33,11 @@ def judge_answers(job, items, folder, args):
     """Judge all answers of a job, as the options say: (figures, who judged), or ({}, None) without a judge."""
     requests, journal_path = list(judge_requests(items, args.judge_model)), folder / f"{job.name}.judgements.jsonl"
     path = folder / f"{job.name}.requests.jsonl"
-    then, now = ([(row["custom_id"], row["body"]["messages"]) for row in rows] for rows in (read_journal(path), requests))
-    if args.judgements and not args.fresh and path.is_file() and then != now:
+
+    def asked(rows):
+        return [(row["custom_id"], row["body"]["messages"]) for row in rows]
+
+    if args.judgements and not args.fresh and path.is_file() and asked(read_journal(path)) != asked(requests):
         fix = "leave out --judgements to write requests about these answers, or count the replies anyway with --fresh"
         raise ValueError(f"{path} holds requests about other answers than these; {fix}")
     write_rows(path, requests)
