@@ -466,7 +466,7 @@ def check_options(parser, args, refused=()):
     for is_wrong, message in refused:
         if is_wrong:
             parser.error(message)
-    args.is_default_data, args.annotated = not args.coco, None  # not options: is it the default data, and what read_items has read
+    args.is_default_data, args.annotated = not args.coco, None  # not options; read_items keeps in `annotated` what it has read
     return args
 
 

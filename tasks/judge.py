@@ -34,10 +34,10 @@ def judge_answers(job, items, folder, args):
     requests, journal_path = list(judge_requests(items, args.judge_model)), folder / f"{job.name}.judgements.jsonl"
     path = folder / f"{job.name}.requests.jsonl"
 
-    def asked(rows):
+    def messages_by_id(rows):
         return [(row["custom_id"], row["body"]["messages"]) for row in rows]
 
-    if args.judgements and not args.fresh and path.is_file() and asked(read_journal(path)) != asked(requests):
+    if args.judgements and not args.fresh and path.is_file() and messages_by_id(read_journal(path)) != messages_by_id(requests):
         fix = "leave out --judgements to write requests about these answers, or count the replies anyway with --fresh"
         raise ValueError(f"{path} holds requests about other answers than these; {fix}")
     write_rows(path, requests)
