@@ -69,7 +69,7 @@ class Recipe:
 PRESETS = {  # to change what has no option, add a recipe here and name it with --preset
     "tiny": {  # found on the shapes world, see LOG.md
         1: Recipe(batch=16, lr=3e-3, warmup_ratio=0.1, steps=100),
-        2: Recipe(batch=2, lr=3.5e-4, warmup_ratio=0.1, steps=760, questions=6, instruct_share=0.17, adapter_lr_ratio=5.0),
+        2: Recipe(batch=2, lr=3.5e-4, warmup_ratio=0.1, steps=1200, questions=4, instruct_share=0.17, adapter_lr_ratio=5.0),
         3: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=100, questions=6),
         4: Recipe(batch=16, lr=1e-3, warmup_ratio=0.1, steps=260, questions=6),
     },

@@ -12,8 +12,8 @@ from train import PRESETS, TrainConfig
 
 @pytest.mark.skipif(os.environ.get("LOCVLM_SLOW") != "1", reason="ten minutes: LOCVLM_SLOW=1")
 def test_the_objectives_alone_bring_sides_into_images_and_keep_them(tmp_path, monkeypatch):
-    """Twice the default's steps, with the same text beside the images: sides are right with the objectives, and left and right a
-    guess without. (Above and below come in part without objectives: docs/tables.md.)"""
+    """Twice the default's steps, with the same text beside the images: sides are right with the objectives, about a guess without.
+    (Not so with every seed: docs/tables.md.)"""
     monkeypatch.chdir(tmp_path)
     train.main(TrainConfig(out="one", stages="1", evaluate=False))
     right = {}
@@ -23,9 +23,9 @@ def test_the_objectives_alone_bring_sides_into_images_and_keep_them(tmp_path, mo
         train.main(TrainConfig(**options, evaluate=False))
         evaluate.main([objectives, "--task", "spatial"])
         metrics = read_json(tmp_path / objectives / "eval/spatial.json")["metrics"]
-        names = ("left/right", "left/right mirrored", "above/below", "icl left/right")
+        names = ("left/right", "left/right mirrored", "above/below", "icl left/right", "icl above/below")
         right[objectives] = [metrics[name] for name in names]
         count = [metrics[f"{name}, questions"] for name in names]
     assert min(right["loc,neg,rev"]) >= 0.9, right
-    left_right = (0, 1, 3)  # 315 questions
-    assert sum(right["none"][i] * count[i] for i in left_right) / sum(count[i] for i in left_right) < 0.65, right
+    for side in (0, 1, 3), (2, 4):  # 315 questions about left and right, 156 about above and below
+        assert sum(right["none"][i] * count[i] for i in side) / sum(count[i] for i in side) < 0.65, right

@@ -8,24 +8,27 @@ questions about it in the chat format of stage 2, packed behind the shared scene
     text    the scene in sentences, up to three times in other order and wording, then questions
     bag     a grid of bags of words, one for each patch of a picture: several words at one position, their weighted embeddings
             added. A visual token holds several facts at once, and a model this small must have met that before.
-    caption, drill, place, name, colour    bags, then one kind of question: caption; colours and presence; box by name; name by
-            box; colours
+    caption, drill, place, name, colour, side    bags, then one kind of question: caption; colours and presence; box by name;
+            name by box; colours; colours and sides
 
-A second, shorter training follows, in which bags come without questions about yes, no or sides. They have errors, as the
-tower's features do, and LLaMA learns which of them to trust. The exam asks about held-out scenes. (llama.log
-calls the exam "gate", copy "retell", and text "told".)
+Two shorter trainings follow, in which bags come without questions about yes and no. They have errors, as the tower's features
+do, and LLaMA learns which of them to trust. In the last one, a sixth of the rows each has boxes or points, in each of the three
+representations, so that no way to write places starts ahead; two words before the scene name it. The exam asks about held-out
+scenes. (llama.log calls the exam "gate", copy "retell", and text "told".)
 """
 
 import math
 import random
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import sentencepiece
 import torch
 
 import data
-from coords import iou
+from coords import KINDS, CoordFormat
 from data import Object, article, ask_loc, ask_neg, ask_rev, encode_segment
 from formats.fast_cpu import keep_freed_memory
 from formats.files import read_json, run_command
@@ -37,34 +40,41 @@ from tiny.shapes import COLOURS, NUMBERS, draw_scene
 FOLDER = Path(__file__).parent / "llama"
 CONFIG, FORMAT = VARIANTS["tiny"].text_config, VARIANTS["tiny"].coord_format()
 GRID, WORDING = FORMAT.representation.grid, data.Wording(FORMAT)  # data.ask_* take a scene as a record, for its size, and a shape as an object
-STEPS, STEPS_AGAIN, BATCH, QUESTIONS = 6800, 700, 8, 6
-# {form: its documents in a step / BATCH}; {step: the forms that come in turn until then}; rows and forms of the second training;
-# options of sentencepiece; keys of config.json. One easy skill at a time, and nothing else; then all of them together, because a
-# skill that is not practised is forgotten. All of them from the start teach nothing (LOG.md).
-WEIGHT, SCHEDULE, AGAIN, TOKENIZER, HF_CONFIG = read_json(Path(__file__).with_suffix(".json")).values()
+FORMATS = {kind: CoordFormat(kind, FORMAT.side, FORMAT.geometry, FORMAT.patch) for kind in KINDS}
+WAYS = {f" {kind} {location}": data.Wording(FORMATS[kind], location=location) for kind in KINDS for location in data.LOCATIONS}
+STEPS, STEPS_AGAIN, STEPS_WAYS, BATCH, QUESTIONS = 6800, 700, 2400, 8, 6
+# {form: its documents in a step / BATCH}; {step: the forms that come in turn until then}; rows and forms of the second training
+# and of the third; options of sentencepiece; keys of config.json. One easy skill at a time, and nothing else; then all of them
+# together, because a skill that is not practised is forgotten. All of them from the start teach nothing (LOG.md).
+WEIGHT, SCHEDULE, AGAIN, IN_ALL_WAYS, TOKENIZER, HF_CONFIG = read_json(Path(__file__).with_suffix(".json")).values()
+# Standard deviations of the sides in bags, in fractions of the image: of the part that all cells of a shape share, of the rest,
+# and how much that grows towards a cell that the shape hardly covers. Of linear regression on an earlier tower's patches (off
+# by 1.5 % inside, up to 4 % at an edge), then on today's (0.6 and 1.4 %)
+EXACT, EARLIER, TODAY = (0, 0.0075, 0), (0.01, 0.012, 0.03), (0.004, 0.0045, 0.01)
 CYCLES, DECAY = (6050, STEPS), 600  # before each of these steps, learning rates fall to 0 over DECAY steps
 LR_MUON, LR_ADAMW = 3e-3, 1.2e-3  # matrices of the blocks; embeddings, head and norms
 
 
-def bags(scene, tokenizer, rng, has_errors=False):
+def bags(scene, tokenizer, rng, errors=EXACT):
     """Write a scene as GRID x GRID bags of words, row by row: (cell, word id, weight) of each word. The cell of a shape holds
     its colour, its name, and the sides of its box, weighted by their coordinates. All weights vary, as features do.
 
-    has_errors  sides are off by 1.5 % of the image's side where a shape covers the cell, up to 4 % at its edge, where colour
-                and name are weaker too: the errors of linear regression on an earlier tower's patches (today's are 0.6 and
-                1.4 %). Part of the error is the same in all cells of a shape
+    errors  EXACT, EARLIER, or TODAY: times 0.5 to 2, drawn for the scene. But for EXACT, colour and name are weaker at an edge
     """
     cells, most = [[("image", 1.0)] for _ in range(GRID * GRID)], [0.1] * GRID * GRID
+    scale = rng.uniform(0.5, 2) if errors is TODAY else 1
+    in_common, rest, at_edge = (scale * std for std in errors)
     for shape in scene.shapes:
         box_unit = FORMAT.unit_from_px(shape.box_px, scene.size)
         x1, y1, x2, y2 = (v * GRID for v in box_unit)
-        shared = [rng.gauss(0, 0.01) if has_errors else 0.0 for _ in box_unit]
+        shared = [rng.gauss(0, in_common) if in_common else 0.0 for _ in box_unit]
         for cell in range(GRID * GRID):
             row, column = divmod(cell, GRID)
             cover = max(0, min(x2, column + 1) - max(x1, column)) * max(0, min(y2, row + 1) - max(y1, row))
             if cover > most[cell]:
                 most[cell], sides = cover, zip(("left", "above", "right", "below"), box_unit, shared, strict=True)
-                strength, error = (0.4 + 0.6 * cover, 0.012 + 0.03 * (1 - cover) ** 2) if has_errors else (1.0, 0.0075)
+                strength = 1 if errors is EXACT else 0.4 + 0.6 * cover
+                error = rest + at_edge * (1 - cover) ** 2
                 cells[cell] = [(word, strength * rng.uniform(0.6, 1.4)) for word in (shape.colour, shape.name)]
                 cells[cell] += [(word, 4 * (v - 0.5 + off + rng.gauss(0, error))) for word, v, off in sides]
     return [(cell, *tokenizer.encode(word), weight) for cell, bag in enumerate(cells) for word, weight in bag]  # one id a word
@@ -79,20 +89,20 @@ def side_questions(scene, rng):
     return pairs
 
 
-def questions_about(scene, rng, count):
+def questions_about(scene, rng, count, wording=WORDING, has_sides=True):
     """Ask the questions of App. B, with names, phrases or descriptions, then those of App. E and of conversations."""
     located, unique = [], scene.unique()
     for shape in scene.shapes:
         calls = [scene.phrase(shape), scene.describe(shape, rng)] + [shape.name] * 2 * (shape in unique)
-        located.append(ask_loc(Object(rng.choice(calls), shape.box_px), scene, WORDING, rng))
+        located.append(ask_loc(Object(rng.choice(calls), shape.box_px), scene, wording, rng))
         if shape in unique:
-            located.append(ask_loc(shape, scene, WORDING, rng))
-        question, words = ask_rev(shape, scene, WORDING, rng)[0], rng.choice((shape.name, scene.describe(shape, rng)))
+            located.append(ask_loc(shape, scene, wording, rng))
+        question, words = ask_rev(shape, scene, wording, rng)[0], rng.choice((shape.name, scene.describe(shape, rng)))
         located.append((question, data.REV_ANSWER.format(category=words)))
     for name in rng.sample(scene.absent(), 2):
         words = rng.choice((name, f"{rng.choice(list(COLOURS))} {name}"))
-        located.append(ask_neg(Object(words, None), scene, WORDING, rng))
-    sides, talk = side_questions(scene, rng), [(question, answer) for question, answer, _ in scene.quiz(rng)]
+        located.append(ask_neg(Object(words, None), scene, wording, rng))
+    sides, talk = side_questions(scene, rng) if has_sides else [], [(question, answer) for question, answer, _ in scene.quiz(rng)]
     return (rng.sample(located, min(len(located), count // 2 + 1)) + rng.sample(sides, min(len(sides), 2)) + talk)[:count]
 
 
@@ -101,42 +111,45 @@ def draw_unique(rng):
     return next(scene for scene in iter(lambda: draw_scene(rng), None) if scene.unique())
 
 
-def document(tokenizer, rng, form, has_errors=False):
-    """Draw one packed row of a form that SCHEDULE or AGAIN names."""
-    scene, pairs, texts = draw_unique(rng), [], []
+def document(tokenizer, rng, form, errors=EXACT, way=""):
+    """Draw one packed row of a form that SCHEDULE, AGAIN or IN_ALL_WAYS names. way: a key of WAYS"""
+    scene, pairs, texts, wording = draw_unique(rng), [], [], WAYS.get(way, WORDING)
     if form == "copy":
-        parts = [f"{scene.phrase(shape)} at {WORDING.place(shape.box_px, scene.size)}" for shape in scene.shapes]
+        parts = [f"{scene.phrase(shape)} at {wording.place(shape.box_px, scene.size)}" for shape in scene.shapes]
         is_shuffled = rng.random() < 0.5
         texts = [". ".join(rng.sample(parts, len(parts)) if is_shuffled else parts) + "." for _ in range(3)]
-    elif form in ("drill", "colour"):  # short, plain questions; answers to most depend on one shape alone
+    elif form in ("drill", "colour", "side"):  # short, plain questions; answers to most depend on one shape alone
         pairs = [(f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}.") for shape in scene.unique()]
         if form == "drill":
             absent = Object(rng.choice(scene.absent()), None)
-            pairs += scene.presence(rng) + [ask_neg(absent, scene, WORDING, rng)]
+            pairs += scene.presence(rng) + [ask_neg(absent, scene, wording, rng)]
+        elif form == "side":
+            pairs += side_questions(scene, rng)
         elif rng.random() < 0.3:
             pairs.append(("How many shapes are there?", f"There are {NUMBERS[len(scene.shapes)]} shapes."))
     elif form in ("place", "name"):
         ask, shapes = (ask_loc, scene.unique()) if form == "place" else (ask_rev, scene.shapes)
-        pairs = [ask(shape, scene, WORDING, rng) for shape in rng.choices(shapes, k=4)]
+        pairs = [ask(shape, scene, wording, rng) for shape in rng.choices(shapes, k=4)]
     else:
-        pairs = questions_about(scene, rng, QUESTIONS)
+        pairs = questions_about(scene, rng, QUESTIONS, wording, has_sides=not way)
     if form == "caption":  # what stage 1 says about an image
         pairs = [("", scene.caption(rng))]
     if form == "text":
-        texts = [scene.tell(WORDING, rng) for _ in range(rng.randint(1, 3))]
-    return pack_scene(scene, tokenizer, rng, pairs, texts, "plain" if form in ("copy", "caption") else "v1", has_errors)
+        texts = [scene.tell(wording, rng) for _ in range(rng.randint(1, 3))]
+    template, way = "plain" if form in ("copy", "caption") else "v1", way if form in ("text", "place", "name") else ""
+    return pack_scene(scene, tokenizer, rng, pairs, texts, template, errors=errors, way=way)
 
 
-def pack_scene(scene, tokenizer, rng, pairs, texts=(), template="v1", has_errors=False, *, stop=None):
+def pack_scene(scene, tokenizer, rng, pairs, texts=(), template="v1", *, errors=EXACT, way="", stop=None):
     """Pack a scene, and questions behind it: the scene as texts, with loss from the second on, or if there are none, in bags.
     The row has one more entry, "bags": (column, word id, weight) of each word in them. `embed` replaces the ids there, 0."""
-    before = data.encode_prefix(tokenizer, template, 1)[:-1]  # without the placeholder of an image
+    before = data.encode_prefix(tokenizer, template, 1)[:-1] + tokenizer.encode(way)  # without the placeholder of an image
     texts = [tokenizer.encode(text) for text in texts]
     segments = [[part[:stop] for part in encode_segment(tokenizer, template, [pair])] for pair in pairs]
     row = data.pack(before + (sum(texts, []) or [0] * GRID * GRID), segments, CONFIG.max_position_embeddings)
     start, end = (len(before) + sum(map(len, part)) for part in (texts[:1], texts))
     row["labels"][start:end] = row["input_ids"][start:end]
-    words = [] if texts else bags(scene, tokenizer, rng, has_errors)
+    words = [] if texts else bags(scene, tokenizer, rng, errors)
     return row | {"bags": [(len(before) + cell, word, weight) for cell, word, weight in words]}
 
 
@@ -168,22 +181,22 @@ def make_tokenizer(scenes=6000):
 
 
 @torch.no_grad()
-def exam(llama, tokenizer, form, scenes=150):
-    """Ask about held-out scenes: {kind of question: share answered right}, for LocPred also acc@0.5 of the most likely tokens.
-    Answers are teacher-forced: right if every token of the true answer is the most likely one at its place."""
-    rng, hits = random.Random("llama held out"), defaultdict(list)
+def exam(llama, tokenizer, form, scenes=150, errors=EXACT, way=""):
+    """Ask about held-out scenes: {kind of question: share answered right}, also the mean IoU of LocPred's boxes, or how many of
+    its points lie in their box. Answers are teacher-forced: right if each of their tokens is the most likely one at its place."""
+    rng, hits, wording = random.Random("llama held out"), defaultdict(list), WAYS.get(way, WORDING)
     for _ in range(scenes):
         scene = draw_unique(rng)
         shape, absent = rng.choice(scene.unique()), rng.choice(scene.absent())
         questions = {
-            "loc": ask_loc(shape, scene, WORDING, rng), "neg": ask_neg(Object(absent, None), scene, WORDING, rng),
-            "rev": (ask_rev(shape, scene, WORDING, rng)[0], f"There is a {shape.name}"),
+            "loc": ask_loc(shape, scene, wording, rng), "neg": ask_neg(Object(absent, None), scene, wording, rng),
+            "rev": (ask_rev(shape, scene, wording, rng)[0], f"There is a {shape.name}"),
             "colour": (f"What colour is the {shape.name}?", f"The {shape.name} is {shape.colour}"),
             "yes": (f"Is there {article(shape.name)} in the image?", "Yes"),
             "no": (f"Is there {article(absent)} in the image?", "No"),
         } | dict(zip(["side"], side_questions(scene, rng), strict=False))  # fmt: skip
-        texts = [scene.tell(WORDING, rng)] if form == "text" else []
-        row = pack_scene(scene, tokenizer, rng, questions.values(), texts, stop=-1)  # without the end tokens
+        texts = [scene.tell(wording, rng)] if form == "text" else []
+        row = pack_scene(scene, tokenizer, rng, questions.values(), texts, errors=errors, way=way, stop=-1)  # no end tokens
         batch = data.collate([row])
         x, (_, columns, truth) = embed(llama, [row], batch["input_ids"]), batch["answers"]
         hidden = llama.hidden(x, batch["positions"], packed_mask(batch["segments"]))
@@ -191,8 +204,11 @@ def exam(llama, tokenizer, form, scenes=150):
         number = torch.tensor(row["segments"])[torch.tensor(row["labels"]) != data.IGNORE]  # (N,): the question of each token
         for i, kind in enumerate(questions, start=1):
             hits[kind].append(bool((guess == truth)[number == i].all()))
-        boxes = FORMAT.decode_boxes(tokenizer.decode(guess[number == 1].tolist()), scene.size)
-        hits["loc acc@0.5"].append(bool(boxes) and iou(boxes[0], shape.box_px) >= 0.5)
+        located = SimpleNamespace(answer=tokenizer.decode(guess[number == 1].tolist()), size=scene.size)
+        located.truth = {"box_px": shape.box_px}
+        data.judge_loc(located, wording)
+        hits["loc acc@0.5, or in the box"].append(located.correct)
+        hits["loc mean IoU"].append(located.truth.get("iou", math.nan))
     return {kind: round(sum(h) / len(h), 3) for kind, h in sorted(hits.items())}
 
 
@@ -229,6 +245,14 @@ def learn(llama, tokenizer, steps, draw):
                 print(f"exam {form}: {exam(llama, tokenizer, form)}", flush=True)
 
 
+def in_all_ways(tokenizer, step):
+    """Draw a step of the third training: (form, rows, share of the learning rates)."""
+    form = IN_ALL_WAYS["forms"][step % len(IN_ALL_WAYS["forms"])]
+    ways, seeds = list(WAYS), [random.Random(f"six {step} {i}") for i in range(IN_ALL_WAYS["rows"][form])]
+    rows = [document(tokenizer, rng, form, TODAY, ways[(step + i) % len(ways)]) for i, rng in enumerate(seeds)]
+    return form, rows, 0.5 * min(1, (step + 1) / 30, (STEPS_WAYS - step) / (0.7 * STEPS_WAYS))
+
+
 def main():
     torch.manual_seed(0)
     keep_freed_memory()
@@ -243,11 +267,14 @@ def main():
 
     def again(step):
         form = AGAIN["forms"][step % len(AGAIN["forms"])]
-        rows = [document(tokenizer, random.Random(f"cont {step} {i}"), form, True) for i in range(AGAIN["rows"][form])]
+        rows = [document(tokenizer, random.Random(f"cont {step} {i}"), form, EARLIER) for i in range(AGAIN["rows"][form])]
         return form, rows, 0.3 * min(1, (step + 1) / 30, (STEPS_AGAIN - step) / (0.7 * STEPS_AGAIN))
 
     learn(new_llama(), tokenizer, STEPS, first)
-    learn(Llama.from_pretrained(FOLDER).float().requires_grad_(), tokenizer, STEPS_AGAIN, again)  # in half precision until here
+    for steps, draw in (STEPS_AGAIN, again), (STEPS_WAYS, partial(in_all_ways, tokenizer)):
+        learn(Llama.from_pretrained(FOLDER).float().requires_grad_(), tokenizer, steps, draw)  # in half precision until here
+    for way in WAYS:
+        print(f"exam{way}: {exam(Llama.from_pretrained(FOLDER).float(), tokenizer, 'bag', errors=TODAY, way=way)}")
 
 
 if __name__ == "__main__":
