@@ -8,8 +8,8 @@ questions about it in the chat format of stage 2, packed behind the shared scene
     text    the scene in sentences, up to three times in other order and wording, then questions
     bag     a grid of bags of words, one for each patch of a picture: several words at one position, their weighted embeddings
             added. A visual token holds several facts at once, and a model this small must have met that before.
-    caption, drill, place, name, colour, side    bags, then one kind of question: caption; colours and presence; box by name;
-            name by box; colours; colours and sides
+    caption, drill, place, name, colour, side    bags, then a caption (caption) or questions of one kind: colours and presence
+            (drill), box by name (place), name by box (name), colours and the number (colour), colours and sides (side)
 
 Two shorter trainings follow, in which bags come without questions about yes and no. They have errors, as the tower's features
 do, and LLaMA learns which of them to trust. In the last one, a sixth of the rows each has boxes or points, in each of the three
