@@ -12,9 +12,9 @@ questions about it in the chat format of stage 2, packed behind the shared scene
             (drill), box by name (place), name by box (name), colours and the number (colour), colours and sides (side)
 
 Two shorter trainings follow, in which bags come without questions about yes and no. They have errors, as the tower's features
-do, and LLaMA learns which of them to trust. In the last one, a sixth of the rows each has boxes or points, in each of the three
-representations, so that no way to write places starts ahead; two words before the scene name it. The exam asks about held-out
-scenes. (llama.log calls the exam "gate", copy "retell", and text "told".)
+do, and LLaMA learns which of them to trust. In the last one, the six ways to write places, boxes or points in one of three
+representations, have a sixth of the rows each; two words before the scene name the way. The exam asks about held-out scenes.
+(llama.log calls the exam "gate", copy "retell", and text "told".)
 """
 
 import math
