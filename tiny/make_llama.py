@@ -20,6 +20,7 @@ representations, have a sixth of the rows each; two words before the scene name 
 import math
 import random
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ import sentencepiece
 import torch
 
 import data
-from coords import KINDS, CoordFormat
+from coords import KINDS
 from data import Object, article, ask_loc, ask_neg, ask_rev, encode_segment
 from formats.fast_cpu import keep_freed_memory
 from formats.files import read_json, run_command
@@ -40,12 +41,13 @@ from tiny.shapes import COLOURS, NUMBERS, draw_scene
 FOLDER = Path(__file__).parent / "llama"
 CONFIG, FORMAT = VARIANTS["tiny"].text_config, VARIANTS["tiny"].coord_format()
 GRID, WORDING = FORMAT.representation.grid, data.Wording(FORMAT)  # data.ask_* take a scene as a record, for its size, and a shape as an object
-FORMATS = {kind: CoordFormat(kind, FORMAT.side, FORMAT.geometry, FORMAT.patch) for kind in KINDS}
+FORMATS = {kind: replace(VARIANTS["tiny"], kind=kind).coord_format() for kind in KINDS}
 WAYS = {f" {kind} {location}": data.Wording(FORMATS[kind], location=location) for kind in KINDS for location in data.LOCATIONS}
-STEPS, STEPS_AGAIN, STEPS_WAYS, BATCH, QUESTIONS = 6800, 700, 2400, 8, 6
-# {form: its documents in a step / BATCH}; {step: the forms that come in turn until then}; rows and forms of the second training
-# and of the third; options of sentencepiece; keys of config.json. One easy skill at a time, and nothing else; then all of them
-# together, because a skill that is not practised is forgotten. All of them from the start teach nothing (LOG.md).
+STEPS, BATCH, QUESTIONS = 6800, 8, 6
+# {form: its documents in a step / BATCH}; {step: the forms that come in turn until then}; the plan of the second training and of
+# the third (share: of the learning rates); options of sentencepiece; keys of config.json. One easy skill at a time, and nothing
+# else; then all of them together, because a skill that is not practised is forgotten. All of them from the start teach nothing
+# (LOG.md).
 WEIGHT, SCHEDULE, AGAIN, IN_ALL_WAYS, TOKENIZER, HF_CONFIG = read_json(Path(__file__).with_suffix(".json")).values()
 # Standard deviations of the sides in bags, in fractions of the image: of the part that all cells of a shape share, of the rest,
 # and how much that grows towards a cell that the shape hardly covers. Of linear regression on an earlier tower's patches (off
@@ -113,7 +115,7 @@ def draw_unique(rng):
 
 def document(tokenizer, rng, form, errors=EXACT, way=""):
     """Draw one packed row of a form that SCHEDULE, AGAIN or IN_ALL_WAYS names. way: a key of WAYS"""
-    scene, pairs, texts, wording = draw_unique(rng), [], [], WAYS.get(way, WORDING)
+    scene, pairs, texts, wording = draw_unique(rng), [], [], WAYS[way] if way else WORDING
     if form == "copy":
         parts = [f"{scene.phrase(shape)} at {wording.place(shape.box_px, scene.size)}" for shape in scene.shapes]
         is_shuffled = rng.random() < 0.5
@@ -136,7 +138,8 @@ def document(tokenizer, rng, form, errors=EXACT, way=""):
         pairs = [("", scene.caption(rng))]
     if form == "text":
         texts = [scene.tell(wording, rng) for _ in range(rng.randint(1, 3))]
-    template, way = "plain" if form in ("copy", "caption") else "v1", way if form in ("text", "place", "name") else ""
+    template = "plain" if form in ("copy", "caption") else "v1"
+    way = way if form in ("text", "place", "name") else ""  # only these write places
     return pack_scene(scene, tokenizer, rng, pairs, texts, template, errors=errors, way=way)
 
 
@@ -182,9 +185,9 @@ def make_tokenizer(scenes=6000):
 
 @torch.no_grad()
 def exam(llama, tokenizer, form, scenes=150, errors=EXACT, way=""):
-    """Ask about held-out scenes: {kind of question: share answered right}, also the mean IoU of LocPred's boxes, or how many of
-    its points lie in their box. Answers are teacher-forced: right if each of their tokens is the most likely one at its place."""
-    rng, hits, wording = random.Random("llama held out"), defaultdict(list), WAYS.get(way, WORDING)
+    """Ask about held-out scenes: {kind of question: share answered right}, of LocPred also acc@0.5 and mean IoU of its boxes, or
+    the share of its points in their box. Answers are teacher-forced: right if each token is the most likely one at its place."""
+    rng, hits, wording = random.Random("llama held out"), defaultdict(list), WAYS[way] if way else WORDING
     for _ in range(scenes):
         scene = draw_unique(rng)
         shape, absent = rng.choice(scene.unique()), rng.choice(scene.absent())
@@ -204,8 +207,8 @@ def exam(llama, tokenizer, form, scenes=150, errors=EXACT, way=""):
         number = torch.tensor(row["segments"])[torch.tensor(row["labels"]) != data.IGNORE]  # (N,): the question of each token
         for i, kind in enumerate(questions, start=1):
             hits[kind].append(bool((guess == truth)[number == i].all()))
-        located = SimpleNamespace(answer=tokenizer.decode(guess[number == 1].tolist()), size=scene.size)
-        located.truth = {"box_px": shape.box_px}
+        answer = tokenizer.decode(guess[number == 1].tolist())
+        located = SimpleNamespace(answer=answer, size=scene.size, truth={"box_px": shape.box_px})
         data.judge_loc(located, wording)
         hits["loc acc@0.5, or in the box"].append(located.correct)
         hits["loc mean IoU"].append(located.truth.get("iou", math.nan))
@@ -245,12 +248,12 @@ def learn(llama, tokenizer, steps, draw):
                 print(f"exam {form}: {exam(llama, tokenizer, form)}", flush=True)
 
 
-def in_all_ways(tokenizer, step):
-    """Draw a step of the third training: (form, rows, share of the learning rates)."""
-    form = IN_ALL_WAYS["forms"][step % len(IN_ALL_WAYS["forms"])]
-    ways, seeds = list(WAYS), [random.Random(f"six {step} {i}") for i in range(IN_ALL_WAYS["rows"][form])]
-    rows = [document(tokenizer, rng, form, TODAY, ways[(step + i) % len(ways)]) for i, rng in enumerate(seeds)]
-    return form, rows, 0.5 * min(1, (step + 1) / 30, (STEPS_WAYS - step) / (0.7 * STEPS_WAYS))
+def draw_later(tokenizer, plan, errors, ways, step):
+    """Draw a step of the second or third training, its rows in each of `ways` in turn: (form, rows, share of the learning rates)."""
+    form, steps = plan["forms"][step % len(plan["forms"])], plan["steps"]
+    seeds = [random.Random(f"{plan['seed']} {step} {i}") for i in range(plan["rows"][form])]
+    rows = [document(tokenizer, rng, form, errors, ways[(step + i) % len(ways)]) for i, rng in enumerate(seeds)]
+    return form, rows, plan["share"] * min(1, (step + 1) / 30, (steps - step) / (0.7 * steps))
 
 
 def main():
@@ -265,14 +268,10 @@ def main():
         rows = [document(tokenizer, random.Random(f"{step} {i}"), form) for i in range(BATCH * WEIGHT[form])]
         return form, rows, min(1, (step + 1) / 30, (end - step) / DECAY)
 
-    def again(step):
-        form = AGAIN["forms"][step % len(AGAIN["forms"])]
-        rows = [document(tokenizer, random.Random(f"cont {step} {i}"), form, EARLIER) for i in range(AGAIN["rows"][form])]
-        return form, rows, 0.3 * min(1, (step + 1) / 30, (STEPS_AGAIN - step) / (0.7 * STEPS_AGAIN))
-
     learn(new_llama(), tokenizer, STEPS, first)
-    for steps, draw in (STEPS_AGAIN, again), (STEPS_WAYS, partial(in_all_ways, tokenizer)):
-        learn(Llama.from_pretrained(FOLDER).float().requires_grad_(), tokenizer, steps, draw)  # in half precision until here
+    for plan, errors, ways in (AGAIN, EARLIER, [""]), (IN_ALL_WAYS, TODAY, [*WAYS]):
+        llama = Llama.from_pretrained(FOLDER).float().requires_grad_()  # the files hold half precision
+        learn(llama, tokenizer, plan["steps"], partial(draw_later, tokenizer, plan, errors, ways))
     for way in WAYS:
         print(f"exam{way}: {exam(Llama.from_pretrained(FOLDER).float(), tokenizer, 'bag', errors=TODAY, way=way)}")
 

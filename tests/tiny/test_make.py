@@ -1,6 +1,7 @@
 """The scripts that trained tiny/llama and tiny/clip still start: their documents, targets, losses and exams."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def test_the_committed_llama_reads_bags_in_all_ways():
 def test_a_step_of_the_last_training_has_rows_of_every_way():
     """Places in a row are in one way, which two words before the scene name. Only the form for sides asks for sides."""
     tokenizer = Tokenizer(ROOT / "tiny/llama")
-    form, rows, share = make_llama.in_all_ways(tokenizer, 31)
+    draw = partial(make_llama.draw_later, tokenizer, make_llama.IN_ALL_WAYS, make_llama.TODAY, [*make_llama.WAYS])
+    form, rows, share = draw(31)
     texts = [tokenizer.decode([i for i in row["input_ids"] if i > 0]) for row in rows]
     for number, text in enumerate(texts):
         kind, location = [*make_llama.WAYS][(31 + number) % 6].split()
@@ -53,7 +55,7 @@ def test_a_step_of_the_last_training_has_rows_of_every_way():
         assert ("0." in text) == (kind == "nfp")
     assert share == 0.5 and len(rows) == make_llama.IN_ALL_WAYS["rows"][form]
     for step in range(12):
-        form, rows, _ = make_llama.in_all_ways(tokenizer, step)
+        form, rows, _ = draw(step)
         texts = [tokenizer.decode([i for i in row["input_ids"] if i > 0]) for row in rows]
         assert any("located above or below" in text for text in texts) == (form == "side"), form
 
