@@ -4,7 +4,7 @@
 
 Parameter names are those of HF `openai/clip-vit-*` under `vision_model.`, including the typo `pre_layrnorm`, so checkpoints
 load strictly. The tower returns what LLaVA uses: the patches after the second-to-last block, without the class token and
-without `post_layernorm`. The last block is kept, so that a checkpoint can be written back, and never run.
+without `post_layernorm`. The last block never runs; it is kept so that a checkpoint can be saved whole.
 
     B images   S image side in pixels   P patches   Dv hidden_size   H heads   K head size
 """
@@ -95,7 +95,7 @@ def preprocess(image, config, geometry="squash"):
         image = square
     if geometry == "crop":
         image = image.resize(resized(image.size, side), Image.Resampling.BICUBIC)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
+        left, top = (image.width - side) // 2, (image.height - side) // 2  # as in coords.window: change both
         image = image.crop((left, top, left + side, top + side))
     else:
         image = image.resize((side, side), Image.Resampling.BICUBIC)

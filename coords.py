@@ -7,8 +7,8 @@ A name ends with its frame (box_px, point_px, or xy_px for either):
     _unit  fractions of the MODEL's square input image, floats in [0, 1]
     _bins  the same square in integers 0..n_bins, both ends included: what IVB text holds
 
-`CoordFormat` takes box_px to text and back. A geometry (`window`, the rectangle by which `clip_vit.preprocess` cuts images)
-turns pixels into fractions of the model's square, and a representation turns fractions into the numbers in the text.
+`CoordFormat` takes box_px to text and back. A geometry turns pixels into fractions of the model's square (`window` is the
+rectangle that `clip_vit.preprocess` shows there), and a representation turns fractions into the numbers in the text.
 """
 
 import math
@@ -184,7 +184,7 @@ class CoordFormat:
         if self.kind not in REPRESENTATIONS:
             raise ValueError(f"unknown coordinate kind {self.kind!r}; choose one of {KINDS}")
         if not isinstance(self.side, int) or self.patch < 1 or self.side < self.patch or self.side % self.patch:
-            raise ValueError(f"side {self.side} is not a multiple of the patch size {self.patch}; use 224 or 336")
+            raise ValueError(f"side {self.side} is not a multiple of the patch size {self.patch}, such as {16 * self.patch}")
         window((1, 1), self.geometry, self.side)  # raises if the geometry is unknown
         object.__setattr__(self, "representation", REPRESENTATIONS[self.kind](self.side, self.patch))
 
@@ -248,15 +248,15 @@ class CoordFormat:
 
     def _checked(self, xy_px, size, length):
         """Return a location in original pixels as fractions of the model's square. Raise ValueError if it is invalid."""
-        what = "box (x1, y1, x2, y2)" if length == 4 else "point (x, y)"
+        what = "box (x1, y1, x2, y2; not COCO's x, y, w, h)" if length == 4 else "point (x, y)"
         width, height = size
         if not (width > 0 and height > 0):
             raise ValueError(f"image size {size} is not (width, height) in pixels")
         xy_px = tuple(float(v) for v in xy_px)
         if len(xy_px) != length:
-            raise ValueError(f"{xy_px} has {len(xy_px)} numbers; expected a {what} (convert COCO's (x, y, w, h) first)")
+            raise ValueError(f"{xy_px} has {len(xy_px)} numbers; it should be a {what}")
         if problem := fault(xy_px, size):
-            raise ValueError(f"{xy_px} is {problem}: no {what} in pixels of an image of size {size}")
+            raise ValueError(f"{xy_px} is no {what} in pixels of an image of size {size}: {problem}")
         if max(xy_px) <= 1 < min(size) and any(v % 1 for v in xy_px):
             raise ValueError(f"{xy_px} looks like fractions; multiply by width and height: a {what} is in pixels of {size}")
         return self.unit_from_px(xy_px, size)

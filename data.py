@@ -4,7 +4,7 @@
 
 A `Record` holds what the files say about an image or a clip: objects with box_px, absent categories, captions, conversations.
 Text is written only when an example is drawn, so the representation, the objectives and the wording are options of a run.
-A row holds the image once and k question/answer segments behind it (`|` marks the tokens with loss):
+A row holds the image once and k question/answer segments after it (`|` marks the tokens with loss):
 
     <s> A chat between ... questions. USER: <image>     the prefix, which all segments share
       \\n Localize the object described cup in terms of (x1,y1,x2,y2) bbox? ASSISTANT: |It is located at (4, 52, 13, 63)</s>|
@@ -361,15 +361,15 @@ def pack(prefix, segments, max_length):
     """Pack a prefix and k (ids, labels) segments into one row of at most max_length tokens: a dict of equally long lists.
 
     input_ids, labels
-    segments   0 for the prefix, then 1..k
-    positions  each segment continues from the prefix
+    segment_of  0 in the prefix, then 1..k
+    positions   each segment continues from the prefix
     The first segment is cut if it is too long (ValueError if that leaves no answer token). Later ones are added while
     they fit.
     """
     row = {
         "input_ids": list(prefix),
         "labels": [IGNORE] * len(prefix),
-        "segments": [0] * len(prefix),
+        "segment_of": [0] * len(prefix),
         "positions": list(range(len(prefix))),
     }
     for number, (ids, labels) in enumerate(segments, start=1):
@@ -378,29 +378,25 @@ def pack(prefix, segments, max_length):
             break
         ids, labels = ids[:room], labels[:room]
         if all(label == IGNORE for label in labels):
-            raise ValueError(f"a question leaves no room for its answer in {max_length} tokens; raise max_length")
+            raise ValueError(f"a question leaves no room for its answer in {max_length} tokens; raise the recipe's max_length")
         row["input_ids"] += ids
         row["labels"] += labels
-        row["segments"] += [number] * len(ids)
+        row["segment_of"] += [number] * len(ids)
         row["positions"] += range(len(prefix), len(prefix) + len(ids))
     return row
 
 
-def placeholders(input_ids):
+def find_places(input_ids):
     """Return where input_ids (B, T) hold IMAGE_ID, counted through rows laid end to end: long (images * N,)."""
     return (input_ids == IMAGE_ID).flatten().nonzero().squeeze(1)
 
 
 def collate(rows):
-    """Pad rows on the right to one length and find their answers: dict of tensors for `LocVLM.forward`.
+    """Pad rows on the right to one length and find their answers: dict of the tensors that `LocVLM.forward` takes.
 
-    input_ids, positions  long (B, T)
-    segments              long (B, T), -1 on padding; None if no row has more than one segment
-    placeholders          long (images * N,): where visual tokens go, in rows laid end to end
-    answers               long (3, A): for each of A answer tokens its row, the column that predicts it, and its id
-    The lookups run here, on the CPU, so that a GPU never waits for them.
+    segment_of is None unless a row has several segments. Lookups run here, on the CPU, so that a GPU never waits for them.
     """
-    is_packed = any(max(row["segments"]) > 1 for row in rows)
+    is_packed = any(max(row["segment_of"]) > 1 for row in rows)
     # on a GPU, compiled kernels are made for each length; FlexAttention, for packed rows, is fastest in blocks of 128
     multiple = (128 if is_packed else 32) if torch.cuda.is_available() else 1
     longest = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
@@ -409,18 +405,18 @@ def collate(rows):
         return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])  # (B, T)
 
     input_ids, labels = padded("input_ids", 0), padded("labels", IGNORE)
-    segments, positions = padded("segments", -1), padded("positions", 0)
+    segment_of, positions = padded("segment_of", -1), padded("positions", 0)
     # A token is predicted from the one before it: the shift is here, and nowhere else. Before a segment's first token
     # stands the prefix, whose last column is that token's position - 1.
     row_of, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # (A,) each: answer tokens, at column + 1
-    opens = segments[row_of, columns + 1] != segments[row_of, columns]  # stage 1's captions: no question is before
+    opens = segment_of[row_of, columns + 1] != segment_of[row_of, columns]  # stage 1's captions: no question is before
     before = torch.where(opens, positions[row_of, columns + 1] - 1, columns)
     return {
         "input_ids": input_ids,
-        "placeholders": placeholders(input_ids),
+        "places": find_places(input_ids),
         "positions": positions,
-        "segments": segments if is_packed else None,
-        "answers": torch.stack([row_of, before, labels[row_of, columns + 1]]),
+        "segment_of": segment_of if is_packed else None,
+        "targets": torch.stack([row_of, before, labels[row_of, columns + 1]]),  # (3, A)
     }
 
 
@@ -430,10 +426,8 @@ def collate(rows):
 class Examples:
     """Records as training rows. What a row holds depends on the seed and its number in the run alone.
 
-    Read it from the bottom: `batch` draws with `order` and `row`, which calls `text_row`, which calls `draw_segments`.
-
     config          the model's: vision_config, and how many visual tokens an image becomes
-    questions       segments behind each image
+    questions       how many segments follow an image, at most
     instruct_share  share of them that come from the conversations
     max_length      tokens of a row
     features        formats.features.Features, or None: the images are read
@@ -458,7 +452,7 @@ class Examples:
             first = next(r.id for r, f in zip(records, fitting, strict=True) if f is not r)
             problem = f"{self.left_out} conversations (the first is about image {first}) are too long"
             raise ValueError(f"{problem}: question and image exceed {max_length} tokens; skip them with --skip-bad")
-        self.records = [record for record in fitting if self.draw_segments(record, random.Random(0))]
+        self.records = [record for record in fitting if self.draw_turns(record, random.Random(0))]
         asks_for_boxes = template != "plain" and any(OBJECTIVES[name].about != "absent" for name in wording.objectives)
         annotated = [record for record in records if record.present or record.absent] if asks_for_boxes else []
         if annotated and not any(targets_of(record, "object", wording, random.Random(0)) for record in annotated):
@@ -474,38 +468,34 @@ class Examples:
         self.is_weighted = bool((self.weights != 1).any())
         self.orders = {}  # epoch -> its order
 
-    def drop_long(self, record):
-        """Return a record without the conversations whose first question leaves no room for an answer."""
-        room = self.max_length - len(self.prefix if record.image else self.text_prefix) - 1  # the space that sentencepiece adds
+    def batch(self, samples):
+        """Collate the rows with these numbers in the run: (batch, ids of their records)."""
+        rows, images, records = zip(*(self.row(*self.order(sample)) for sample in samples), strict=True)
+        vision, images = self.config.vision_config, [image for image in images if image is not None]
+        of_features = self.config.frames + vision.num_patches, vision.hidden_size
+        shape = of_features if self.features else (3, vision.image_size, vision.image_size)
+        batch = collate(rows)
+        batch["pixel_values"] = torch.stack(images) if images else torch.empty(0, *shape)
+        return batch, [record.id for record in records]
 
-        def fits(turns):  # a piece is at least one byte, so most texts need no tokenizer here
-            text = f"\n{turns[0][0]} {ASSISTANT}"
-            return len(text.encode()) < room or len(self.tokenizer.encode(text)) < room
+    def order(self, sample):
+        """Return (index of the record, seed of its text) for row number `sample` of the run, counted over all epochs.
 
-        kept = tuple(turns for turns in record.conversations if self.template == "plain" or fits(turns))
-        return record if len(kept) == len(record.conversations) else replace(record, conversations=kept)
-
-    def draw_segments(self, record, rng):
-        """Draw the k segments of one row, each a list of turns: captions in stage 1, else instructions and objectives."""
-        if self.template == "plain":
-            captions = record.captions or [turns[0][1] for turns in record.conversations]
-            chosen = rng.sample(captions, min(self.questions, len(captions))) if record.image else []
-            return [(("", caption),) for caption in chosen]
-        drawn = [((q, a),) for _, _, q, a in draw_questions(record, self.wording, rng, self.descriptions)]
-        conversations = rng.sample(record.conversations, len(record.conversations))
-        share = self.instruct_share if drawn else 1.0
-        conversations = conversations[: int(share * self.questions + rng.random())]
-        return conversations + drawn[: self.questions - len(conversations)]
-
-    def text_row(self, record, text_seed):
-        """Draw the text of a record: a packed row. text_seed: the epoch, see `order`."""
-        rng = random.Random(f"{self.seed} {text_seed} {record.id}")
-        first = "\n" if record.image else self.tokenizer.space
-        drawn, prefix = self.draw_segments(record, rng), self.prefix if record.image else self.text_prefix
-        segments = [encode_segment(self.tokenizer, self.template, turns, first) for turns in drawn]
-        if len(prefix) + sum(len(ids) for ids, _ in segments) > self.max_length:
-            rng.shuffle(segments)  # a full row drops its last segments; chance decides which, not their kind
-        return pack(prefix, segments, self.max_length)
+        A record of weight w is drawn floor(w) or ceil(w) times an epoch; rounding the epoch to whole rows may change this by
+        one. Each epoch has new text; with weights, so has each row, because an epoch may hold a record twice.
+        """
+        epoch, place = divmod(sample, self.epoch_length)
+        order = self.orders.get(epoch)
+        if order is None:
+            rng = np.random.default_rng([self.seed, epoch])
+            order = rng.permutation(len(self.records))
+            if self.is_weighted:
+                # systematic resampling: records laid end to end, as long as their weights, with evenly spaced marks on them
+                ends = self.weights[order].cumsum()
+                marks = (np.arange(self.epoch_length) + rng.random()) * ends[-1] / self.epoch_length
+                order = rng.permutation(order[np.searchsorted(ends, marks, side="right").clip(max=len(ends) - 1)])
+            self.orders = {epoch: order}  # another prefetching thread may replace it: read only the local name below
+        return int(order[place]), (f"{epoch} {place}" if self.is_weighted else epoch)
 
     def row(self, index, text_seed):
         """Draw record `index`: (packed row, image (3, S, S) or features (P, Dv) or None, record).
@@ -527,39 +517,46 @@ class Examples:
             self.unreadable.add(record.id)
             return self.row((index + 1) % len(self.records), text_seed)
 
-    def order(self, sample):
-        """Return (index of the record, text_seed) for row number `sample` of the run, counted over all epochs.
+    def text_row(self, record, text_seed):
+        """Draw the text of a record: a packed row."""
+        rng, (prefix, first) = random.Random(f"{self.seed} {text_seed} {record.id}"), self.start_of(record)
+        segments = [encode_segment(self.tokenizer, self.template, turns, first) for turns in self.draw_turns(record, rng)]
+        if len(prefix) + sum(len(ids) for ids, _ in segments) > self.max_length:
+            rng.shuffle(segments)  # a full row drops its last segments; chance decides which, not their kind
+        return pack(prefix, segments, self.max_length)
 
-        A record of weight w is drawn floor(w) or ceil(w) times an epoch; rounding the epoch to whole rows may change this by
-        one. text_seed makes the text of each epoch new. With weights, a record may come twice: then each row's text is new.
-        """
-        epoch, place = divmod(sample, self.epoch_length)
-        order = self.orders.get(epoch)
-        if order is None:
-            rng = np.random.default_rng([self.seed, epoch])
-            order = rng.permutation(len(self.records))
-            if self.is_weighted:
-                # systematic resampling: records laid end to end, as long as their weights, with evenly spaced marks on them
-                ends = self.weights[order].cumsum()
-                marks = (np.arange(self.epoch_length) + rng.random()) * ends[-1] / self.epoch_length
-                order = rng.permutation(order[np.searchsorted(ends, marks, side="right").clip(max=len(ends) - 1)])
-            self.orders = {epoch: order}  # another prefetching thread may replace it: read only the local name below
-        return int(order[place]), f"{epoch} {place}" if self.is_weighted else epoch
+    def start_of(self, record):
+        """Return the ids before a row's first question, and the text that this question starts with."""
+        return (self.prefix, "\n") if record.image else (self.text_prefix, self.tokenizer.space)
 
-    def batch(self, samples):
-        """Collate the rows with these numbers in the run: (batch, ids of their records)."""
-        rows, images, records = zip(*(self.row(*self.order(sample)) for sample in samples), strict=True)
-        vision, images = self.config.vision_config, [image for image in images if image is not None]
-        of_features = self.config.frames + vision.num_patches, vision.hidden_size
-        shape = of_features if self.features else (3, vision.image_size, vision.image_size)
-        batch = collate(rows)
-        batch["pixel_values"] = torch.stack(images) if images else torch.empty(0, *shape)
-        return batch, [record.id for record in records]
+    def draw_turns(self, record, rng):
+        """Draw the turns of each segment of one row: captions in stage 1, else instructions and objectives."""
+        if self.template == "plain":
+            captions = record.captions or [turns[0][1] for turns in record.conversations]
+            chosen = rng.sample(captions, min(self.questions, len(captions))) if record.image else []
+            return [(("", caption),) for caption in chosen]
+        drawn = [((q, a),) for _, _, q, a in draw_questions(record, self.wording, rng, self.descriptions)]
+        conversations = rng.sample(record.conversations, len(record.conversations))
+        share = self.instruct_share if drawn else 1.0
+        conversations = conversations[: int(share * self.questions + rng.random())]
+        return conversations + drawn[: self.questions - len(conversations)]
+
+    def drop_long(self, record):
+        """Return a record without the conversations whose first question leaves no room for an answer."""
+        prefix, first = self.start_of(record)
+        room = self.max_length - len(prefix)
+
+        def fits(turns):  # a token is a byte or more, or the space that sentencepiece adds: most texts need no tokenizer
+            text = f"{first}{turns[0][0]} {ASSISTANT}"
+            return len(text.encode()) + 1 < room or len(self.tokenizer.encode(text)) < room
+
+        kept = tuple(turns for turns in record.conversations if self.template == "plain" or fits(turns))
+        return record if len(kept) == len(record.conversations) else replace(record, conversations=kept)
 
 
 def marked(tokenizer, row):
     """Write a packed row as text: visual tokens counted, tokens with loss between « and », a line per segment."""
-    tokens = zip(row["input_ids"], row["labels"], row["segments"], strict=True)
+    tokens = zip(row["input_ids"], row["labels"], row["segment_of"], strict=True)
     parts, last = [], 0
     for (segment, has_loss, is_image), run in groupby(tokens, lambda t: (t[2], t[1] != IGNORE, t[0] == IMAGE_ID)):
         ids = [token for token, _, _ in run]

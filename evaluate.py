@@ -226,8 +226,8 @@ def spatial_items(records, wording, rng):
             for name, text in texts.items():
                 objects, word = ((one, two), other) if name == setting else ((three, one), side)
                 truth = {"setting": name, "word": word, "boxes_px": [o.box_px for o in objects]}
-                if name == setting:  # has the image a triplet by the strict rule, perhaps not the one drawn above?
-                    truth["whole_boxes"] = any(spatial_triplets([record], random.Random(0), axis, strict=True))
+                if name == setting:  # the strict rule may find another triplet than the one drawn above
+                    truth["has_whole_boxes"] = any(spatial_triplets([record], random.Random(0), axis, strict=True))
                 items.append(item_of(record, f"{setting}:{name}", text, truth))
                 if name == "left/right":
                     items.append(mirror(items[-1]))
@@ -267,7 +267,7 @@ def spatial_metrics(items):
             metrics[f"{setting}, as its examples answer"] = mean(item.truth["opposite"] for item in of_setting)
         metrics[f"{setting}, questions"] = len(of_setting)
         if setting in SIDE_PROMPTS:
-            metrics[f"{setting}, questions with whole boxes"] = sum(item.truth["whole_boxes"] for item in of_setting)
+            metrics[f"{setting}, images with whole boxes"] = sum(item.truth["has_whole_boxes"] for item in of_setting)
     if any(item.mirrored for item in items):
         metrics["left/right, flip consistency"] = flip_consistency(items)
     return metrics
@@ -335,7 +335,10 @@ MEASURES = {  # task: (its questions, judge, metrics, prompts)
     "spatial": (spatial_items, judge_spatial, spatial_metrics, (*SIDE_PROMPTS.values(), "Q: ... A: ... Q: ... A: ... Q: ...")),
     "hal": (hal_items, judge_hal, hal_metrics, (HAL_PROMPT,)),
 }
-TASKS = {name: Task(partial(read_items, name, make), *rest, paper=paper_rows(name)) for name, (make, *rest) in MEASURES.items()}
+TASKS = {
+    name: Task(partial(read_items, name, make), judge, metrics, prompts, paper=paper_rows(name))
+    for name, (make, judge, metrics, prompts) in MEASURES.items()
+}
 
 
 # ----- answering
@@ -377,7 +380,7 @@ class Answerer:
         groups, images = list(opened[0].values()), opened[1]
         questions = [[item.question for item in group] for group in groups]
         ids = [item.id for group in groups for item in group]
-        answers = choose(model, images, groups) if choose else model.generate(images, questions, **self.decoding, keys=ids)
+        answers = choose(model, images, groups) if choose else model.generate(images, questions, **self.decoding, seeded_by=ids)
         return dict(zip(ids, sum(answers, []), strict=True))
 
     def describe(self):
@@ -456,8 +459,8 @@ def check_options(parser, args, refused=()):
     """Exit with a message if options do not go together. refused: further pairs (whether it is wrong, message)"""
     refused = [
         *refused,
-        (args.coco and not (args.images or getattr(args, "score", None)), "--coco without --images, the folder of its images"),
-        (args.images and not (args.coco or getattr(args, "questions", None)), "--images without --coco, the annotations"),
+        (args.coco and not (args.images or getattr(args, "score", None)), "--coco needs --images, the folder of its images"),
+        (args.images and not (args.coco or getattr(args, "questions", None)), "--images needs --coco, the annotations"),
         (not 0 <= args.temperature < math.inf, f"--temperature {args.temperature}; it must be 0 or more"),
     ]
     for name in ("limit", "batch", "max_new_tokens"):
@@ -482,7 +485,7 @@ def parse(argv):
     ignored = [f"--{name.replace('_', '-')}" for name in of_tasks if getattr(args, name)] + ["--task"] * (args.task != "all")
     is_one = int(os.environ.get("WORLD_SIZE", 1)) == 1
     return check_options(parser, args, [
-        (bool(args.ask) != bool(args.image), "--ask and --image belong together"),
+        (bool(args.ask) != bool(args.image), "--ask needs --image, and --image needs --ask"),
         (args.ask and ignored, f"--ask asks one question about one image; leave out {', '.join(ignored)}"),
         (args.out and not args.ask, "--out is the picture that --ask draws; the folder of the results is --into"),
         (args.ask and not is_one, "--ask runs in one process only"),

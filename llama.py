@@ -4,7 +4,7 @@ RMSNorm, rotary positions in HF's split-halves convention (Meta's interleaves th
 weights), SwiGLU, grouped-query heads if there are fewer key/value heads. Parameter names are those of HF `LlamaForCausalLM`
 without the leading `model.`, so checkpoints load strictly. Meta's own files load as well.
 
-Read `Llama.forward` first. `Llama.generate` is the same path with a cache. This file is text only; images enter in model.py.
+Read `Llama.hidden` first; training and `Llama.generate` both call it. This file is text only; images enter in model.py.
 
     B rows   T tokens   D hidden_size   H heads   G key/value heads   K head size   V vocabulary   L cache length
 """
@@ -60,7 +60,7 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, config):
         """Read a HF config. Raise ValueError for a feature that this decoder lacks; ignore other unknown keys."""
-        config = {**config, **config.get("text_config", {})}
+        config = {**config, **(config.get("text_config") or {})}
         # rope scaling has had three homes: rope_scaling with "type", then with "rope_type", then rope_parameters
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -115,10 +115,9 @@ class KVCache:
 
 
 def recomputed(function, *inputs):
-    """Call a function, drop what it computes on the way, and compute that again in the backward pass.
+    """Call a function, drop its intermediate results, and compute them again in the backward pass.
 
-    For elementwise work: quick to repeat, while its results would take as much memory as those of a matrix product. (The
-    matrix product that ends MLP.gated is not run again: it is inside only so that its input is not kept.)
+    Elementwise work is quick to repeat, while its results would take as much memory as those of a matrix product.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
@@ -207,7 +206,7 @@ class MLP(nn.Module):
         return recomputed(self.gated, self.gate_proj(x), self.up_proj(x))
 
     def gated(self, gate, up):
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(gate) * up)  # this product is not run again: it is inside so that its input is not kept
 
 
 class Block(nn.Module):
@@ -274,7 +273,7 @@ class Llama(nn.Module):
 
     def compile_layers(self, backend="inductor"):
         """Compile each block for training. Packed rows on a GPU then use FlexAttention, which a CPU cannot train with."""
-        # all layers share one count of graphs: for each stage and kind of mask, one for the first length, one for all others
+        # all layers share this limit, and each stage and kind of mask takes two graphs: the first length, then any length
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in self.layers:  # `body` alone: fsdp's hooks around a call of the block stay outside the graph
             block.body = torch.compile(partial(Block.body, block), fullgraph=True, backend=backend)
@@ -292,33 +291,33 @@ class Llama(nn.Module):
         return self
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, eos_token_id=None, temperature=0.0, seed=0, *, keys=None, prefix=None,
+    def generate(self, prompts, max_new_tokens, eos_token_id=None, temperature=0.0, seed=0, *, seeded_by=None, cache=None,
                  on_token=None):  # fmt: skip
         """Continue prompts of different lengths together: list of id lists -> list of id lists (without the end token).
 
         temperature  0 takes the most likely token; else multinomial over softmax(logits / temperature)
-        prefix       KVCache that prompts continue, a row each, or None; beyond its length, its capacity must hold the longest
-                     prompt and max_new_tokens. It is used up
+        cache        KVCache whose rows the prompts continue, or None; beyond its length, its capacity must hold the longest
+                     prompt and max_new_tokens. It cannot be used again
         on_token     called with (number of the prompt, its ids so far) for each new token
-        A row's answer does not depend on the other rows: padding lies between prefix and prompt and is masked, and each
-        row samples from its own generator, seeded by `seed` and its key in `keys`: by default its prompt.
+        A row's answer does not depend on the other rows: padding lies between cache and prompt and is masked, and each
+        row samples from its own generator, seeded by `seed` and its entry in `seeded_by`: by default its prompt.
         """
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt; each needs at least one token id: start with the tokenizer's bos id")
         device = self.embed_tokens.weight.device
-        longest, past = max(map(len, prompts)), 0 if prefix is None else prefix.length
+        longest, past = max(map(len, prompts)), 0 if cache is None else cache.length
         needed = past + longest + max_new_tokens
         if needed > self.config.max_position_embeddings:
             raise ValueError(
                 f"{past + longest} tokens and {max_new_tokens} new ones exceed max_position_embeddings = "
                 f"{self.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
             )
-        cache = prefix or KVCache(self.config, len(prompts), needed, device, self.embed_tokens.weight.dtype)
+        cache = cache or KVCache(self.config, len(prompts), needed, device, self.embed_tokens.weight.dtype)
         pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)  # (B,)
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)  # (B, T)
-        choose = chooser(keys or prompts, temperature, seed)
+        choose = chooser(seeded_by or prompts, temperature, seed)
 
-        # A row of the cache, with a prefix of 3, padding of 2 and a prompt of 2:   p p p . . q q a a a
+        # A row of the cache, with 3 positions filled, padding of 2 and a prompt of 2:   p p p . . q q a a a
         # Each query sees what is not padding and not later. Padding sees itself too: softmax over nothing is NaN.
         slots = torch.arange(needed, device=device)
         seen = (slots < past) | (slots >= past + pads[:, None])  # (B, L): not padding
@@ -377,13 +376,13 @@ class Llama(nn.Module):
         return llama
 
 
-def chooser(keys, temperature, seed):
+def chooser(seeded_by, temperature, seed):
     """Return the function (logits (B, V), number of the prompt of each row) -> B token ids: greedy, or sampling."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature {temperature} must be 0 or more")
     if temperature == 0:
         return lambda logits, prompt_of: logits.argmax(-1).tolist()
-    generators = [torch.Generator().manual_seed(seed ^ zlib.crc32(str(key).encode())) for key in keys]
+    generators = [torch.Generator().manual_seed(seed ^ zlib.crc32(str(key).encode())) for key in seeded_by]
 
     def sample(logits, prompt_of):
         rows = zip((logits / temperature).softmax(-1).cpu(), prompt_of, strict=True)

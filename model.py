@@ -1,10 +1,10 @@
 """The visual LLM: a frozen CLIP ViT sees, an adapter translates, LLaMA speaks (LocVLM, Sec. 3.1).
 
-The whole model is `LocVLM.forward`; read it first. `LocVLM.generate` is the same path with a cache, several questions behind
+The whole model is `LocVLM.forward`; read it first. `LocVLM.generate` is the same path with a cache, several questions after
 each image; `LocVLM.log_likelihood` scores given answers. An image enters as placeholder ids, one per visual token, whose
 embeddings the adapter's output replaces.
 
-    B rows   T tokens   P patches per image   N visual tokens per image (P, or what the adapter makes of P)
+    B rows   T tokens   P patches per image (of a clip: frames + P)   N visual tokens, what the adapter makes of them
     D LLaMA hidden_size   Dv CLIP hidden_size   V vocabulary   S image side   A answer tokens of a batch
 """
 
@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower, open_image, preprocess
 from coords import CoordFormat
-from data import IGNORE, Wording, collate, encode_prefix, encode_question, encode_segment, pack, placeholders
+from data import IGNORE, Wording, collate, encode_prefix, encode_question, encode_segment, find_places, pack
 from formats.fast_cpu import pack_linears
 from formats.llava_hf import read_adapter, read_checkpoint, write_checkpoint
 from llama import KVCache, Llama, LlamaConfig, read_tokenizer
@@ -36,9 +36,9 @@ class LinearAdapter(nn.Module):
         self.linear_1 = nn.Linear(vision_size, text_size)
 
     @staticmethod
-    def num_tokens(patches, frames):
-        """Return how many visual tokens an image or a clip becomes; ValueError for a number that does not fit."""
-        return frames + patches
+    def num_tokens(num_patches, frames):
+        """Return how many visual tokens an image or a clip becomes."""
+        return frames + num_patches
 
     def forward(self, patches):
         return self.linear_1(patches)
@@ -114,7 +114,7 @@ VARIANTS = {  # the paper's two models, one for a GPU of 24 GB (TinyLlama), and 
 
 
 def place_image(x, visual, places):
-    """Put visual tokens (images, N, D), in order, at `places` (see data.placeholders) of x (B, T, D); the rest stays."""
+    """Put visual tokens (images, N, D), in order, at `places` (see data.find_places) of x (B, T, D); the rest stays."""
     if len(places) != visual.shape[0] * visual.shape[1]:
         what = f"{len(places)} image placeholders but {visual.shape[:2].numel()} visual tokens"
         raise ValueError(f"{what} ({visual.shape[0]} images of {visual.shape[1]}); correct the adapter's num_tokens")
@@ -127,29 +127,29 @@ def check_lists(images, lists):
         raise ValueError(f"{len(images)} images, and for them {str(lists)[:100]}; pass a list of one list per image")
 
 
-def packed_mask(segments, as_blocks=False):
-    """Return who may look at whom in packed rows: segments (B, T) -> bool (B, 1, T, T), or FlexAttention's BlockMask.
+def packed_mask(segment_of, as_blocks=False):
+    """Return who may look at whom in packed rows: segment_of (B, T) -> bool (B, 1, T, T), or FlexAttention's BlockMask.
 
     A token sees the tokens before it that are in the prefix (segment 0) or in its own segment. Padding is segment -1.
     """
 
     def sees(row, head, query, key):  # FlexAttention's signature; all heads see alike
-        return (key <= query) & ((segments[row, key] == 0) | (segments[row, key] == segments[row, query]))
+        return (key <= query) & ((segment_of[row, key] == 0) | (segment_of[row, key] == segment_of[row, query]))
 
-    rows, length = segments.shape
+    rows, length = segment_of.shape
     if as_blocks:  # FlexAttention skips blocks of 128 x 128 in which nothing is seen
-        return create_block_mask(sees, rows, None, length, length, device=segments.device)
-    row, column = (torch.arange(size, device=segments.device) for size in (rows, length))
-    return sees(row[:, None, None, None], None, column[:, None], column)
+        return create_block_mask(sees, rows, None, length, length, device=segment_of.device)
+    row, column = (torch.arange(size, device=segment_of.device) for size in (rows, length))
+    return sees(row[:, None, None, None], None, column[:, None], column)  # (B, 1, 1, 1), (T, 1), (T,) -> (B, 1, T, T)
 
 
-def answer_loss(llama, x, answers, positions, segments=None, reduction="mean"):
+def answer_loss(llama, x, targets, positions, segment_of=None, reduction="mean"):
     """Next-token loss over the answer tokens of embedded, packed rows x (B, T, D). See `LocVLM.forward`."""
-    mask = None if segments is None else packed_mask(segments, llama.uses_flex)
+    mask = None if segment_of is None else packed_mask(segment_of, llama.uses_flex)
     hidden = llama.hidden(x, positions, mask)  # (B, T, D)
-    rows, columns, targets = answers
+    rows, columns, ids = targets
     logits = llama.lm_head(hidden[rows, columns])  # (A, V): about one token in ten meets the vocabulary
-    return F.cross_entropy(logits.float(), targets, reduction=reduction)
+    return F.cross_entropy(logits.float(), ids, reduction=reduction)
 
 
 class LocVLM(nn.Module):
@@ -161,29 +161,32 @@ class LocVLM(nn.Module):
         self.language_model = Llama(config.text_config)
         self.tokenizer = None  # set by from_parts and from_pretrained; it belongs to the weights
 
-    def forward(self, pixel_values, input_ids, placeholders, positions, answers, segments=None, reduction="mean"):
+    def forward(self, pixel_values, input_ids, places, positions, targets, segment_of=None, reduction="mean"):
         """Next-token loss over the answer tokens: their mean, their sum, or ("none") that of each.
 
         pixel_values  float (images, 3, S, S), normalised by clip_vit.preprocess; or features (images, P, Dv) that the tower
                       made earlier, see formats.features
         input_ids     long (B, T), right-padded; one IMAGE_ID per visual token
-        placeholders, positions, answers (3, A), segments   see data.collate
+        places        long (images * N,): where the visual tokens go, in rows laid end to end
+        positions     long (B, T), for LLaMA's rotation
+        targets       long (3, A): of each answer token its row, the column that predicts it, and its id
+        segment_of    long (B, T): 0 in the prefix, 1 and up in questions, -1 in padding; None: one question a row
         """
         with torch.no_grad():  # the tower is frozen
             patches = self.vision_tower(pixel_values) if pixel_values.ndim == 4 else pixel_values  # (images, P, Dv)
         visual = self.adapter(patches)  # (images, N, D)
         x = self.language_model.embed_tokens(input_ids.clamp(min=0))  # (B, T, D); IMAGE_ID is negative: any row, replaced below
-        x = place_image(x, visual, placeholders)  # (B, T, D)
-        return answer_loss(self.language_model, x, answers, positions, segments, reduction)
+        x = place_image(x, visual, places)  # (B, T, D)
+        return answer_loss(self.language_model, x, targets, positions, segment_of, reduction)
 
     @torch.inference_mode()
-    def generate(self, images, questions, max_new_tokens=64, temperature=0.0, seed=0, on_text=None, keys=None):
+    def generate(self, images, questions, max_new_tokens=64, temperature=0.0, seed=0, on_text=None, seeded_by=None):
         """Answer k questions about each image: list of lists of str -> list of lists of str.
 
-        images     list of PIL images, paths, or preprocessed (3, S, S) tensors; of clips, if config.frames (see `see`)
+        images     list of PIL images, paths, or preprocessed (3, S, S) tensors; clips as `encode_images` takes
         questions  one list per image; their lengths may differ
         on_text    called with (number of the question over all images, its answer so far) as tokens arrive
-        keys       what seeds the sampling of each question over all images; by default its text, so that all images draw alike
+        seeded_by  what seeds the sampling of each question over all images; by default its text, so that all images draw alike
         The tower and LLaMA read each image once; its keys and values serve all its questions. Greedy at temperature 0; the
         paper samples at 0.2.
         """
@@ -193,11 +196,11 @@ class LocVLM(nn.Module):
         if not image_of:
             return [[] for _ in questions]
         device = llama.embed_tokens.weight.device
-        visual = self.adapter(self.see(images))  # (images, N, D)
+        visual = self.adapter(self.encode_images(images))  # (images, N, D)
 
         prefix = encode_prefix(tokenizer, "v1", visual.shape[1])
         input_ids = torch.tensor([prefix] * len(images), device=device)  # (images, T)
-        x = place_image(llama.embed_tokens(input_ids.clamp(min=0)), visual, placeholders(input_ids))  # (images, T, D)
+        x = place_image(llama.embed_tokens(input_ids.clamp(min=0)), visual, find_places(input_ids))  # (images, T, D)
         cache = KVCache(llama.config, len(images), len(prefix), device, x.dtype)
         llama.hidden(x, cache=cache)  # the prefix, once; below, each question continues a copy of it
 
@@ -206,7 +209,7 @@ class LocVLM(nn.Module):
 
         on_token = on_text and (lambda row, ids: on_text(row, tokenizer.decode(ids).strip()))
         sampling = (max_new_tokens, tokenizer.eos_token_id, temperature, seed)
-        answers = llama.generate(prompts, *sampling, keys=keys, prefix=cache, on_token=on_token)
+        answers = llama.generate(prompts, *sampling, seeded_by=seeded_by, cache=cache, on_token=on_token)
         answers = iter(tokenizer.decode(ids).strip() for ids in answers)
         return [[next(answers) for _ in of_image] for of_image in questions]
 
@@ -223,12 +226,12 @@ class LocVLM(nn.Module):
         if longest > (limit := self.config.text_config.max_position_embeddings):
             raise ValueError(f"{longest} tokens exceed max_position_embeddings = {limit}; shorten the question or the answer")
         batch = collate([pack(prefix, of_image, 10**9) for of_image in segments])  # each turn was measured above
-        patches = self.see(images)  # (images, P, Dv)
+        patches = self.encode_images(images)  # (images, P, Dv)
         batch = {key: value.to(patches.device) for key, value in batch.items() if value is not None}
         log_p = iter((-self(patches, **batch, reduction="none")).tolist())  # row by row, in the order of its segments
         return [[[next(log_p) for i in labels if i != IGNORE] for _, labels in of_image] for of_image in segments]
 
-    def see(self, images):
+    def encode_images(self, images):
         """Run the tower: images -> (images, P, Dv), or clips -> (clips, frames + P, Dv).
 
         A clip is a path that video.read_frames takes, a list of PIL frames, or one still PIL image.

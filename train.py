@@ -1,7 +1,7 @@
 """Train a LocVLM: stage 1 the adapter, stage 2 the adapter and LLaMA; on clips again, stages 3 and 4 (Sec. 3.1, 3.5, 4.1).
 
     torchrun train.py                                         the shapes world and the tiny model, both stages, then evaluation
-    torchrun --nproc-per-node 8 train.py --stages 1 --preset llava --vision clip-vit-large-patch14 --llm vicuna-7b-v1.3 \\
+    torchrun --nproc-per-node 8 train.py --stages 1 --preset paper --vision clip-vit-large-patch14 --llm vicuna-7b-v1.3 \\
         --parallel fsdp --data chat.json --images images.zip --out runs/b1
     torchrun --nproc-per-node 8 train.py --stages 2 --preset paper --init-from runs/b1 --parallel fsdp \\
         --data annotations/instances_train2017.json,llava_instruct_80k.json --images train2017 --out runs/b2
@@ -121,8 +121,8 @@ class TrainConfig:
     kind: typing.Literal["", *KINDS] = opt("", "how coordinates are written [as in --init-from, else ivb]")
     geometry: typing.Literal["", *GEOMETRIES] = opt("", "how an image becomes a square [as in --init-from, else squash]")
     location: typing.Literal["", *LOCATIONS] = opt("", "what a location is [as in --init-from, else box]")
-    words: typing.Literal["", *WORDS] = opt("", "names of objects: category, description, either [as in --init-from, else name]")
-    questions: int = opt(0, "questions behind each image [preset]")
+    words: typing.Literal["", *WORDS] = opt("", "what objects are called; name: their category [as in --init-from, else name]")
+    questions: int = opt(0, "questions after each image, at most [preset]")
     # optimisation
     preset: typing.Literal[tuple(PRESETS)] = opt("tiny", "recipe; --batch, --lr, ... replace its numbers in every stage")
     batch: int = opt(0, "images per step, over all processes [preset]")
@@ -258,7 +258,7 @@ def train_stage(config, stage, model, examples, run, processes):
             group["lr"] = lr * ratio
 
         # the loss is the mean over all A answer tokens of the step, in whichever micro-batch and process they are
-        answer_tokens = processes.sum(sum(batch["answers"].shape[1] for batch, _ in micro_batches))
+        answer_tokens = processes.sum(sum(batch["targets"].shape[1] for batch, _ in micro_batches))
         loss_sum = 0.0
         for i, (batch, _) in enumerate(micro_batches):
             meter.count(batch)
@@ -292,8 +292,8 @@ def stop_run(row, micro_batches, run, processes):
     ids = [i for _, ids in micro_batches for i in ids]
     raise FloatingPointError(
         f"loss {row['loss']}, gradient norm {row['grad_norm']} at stage {row['stage']}, step {row['step']}, lr {row['lr']:.3g}"
-        f", process {processes.rank}, images {ids}; the last checkpoint in {run.folder} is good; lower --lr, or look at these "
-        "images with python -m tools.show"
+        f", process {processes.rank}, images {ids}; start again with a lower --lr and another --out, or look at these images "
+        "with python -m tools.show"
     )
 
 
@@ -334,7 +334,7 @@ def world_sources(config, processes):
         folder, images, files = processes.from_first(ensure_clips), "clips", ["clips_train.json"]
     else:
         c, folder, images = build_model(config, "meta").config, processes.from_first(ensure_world), "images"
-        wording = Wording(c.coord_format(), location=c.location)  # texts hold places, written as the model's
+        wording = Wording(c.coord_format(), location=c.location)  # how texts write places
         files = ["instances_train.json", "captions_train.json", processes.from_first(partial(ensure_side_texts, folder, wording))]
     return [(str(folder / file), str(folder / images), 1.0) for file in (*files, "conversations_train.json")]
 
@@ -421,10 +421,11 @@ def evaluate_held_out(config, sources):
     for path, images, _ in sources:
         if held_out := held_out_of(path, images):
             data = ["--coco", held_out[0], "--images", held_out[1]] if config.sources else []  # none: the shapes world
+            argv = [config.out, *data, "--limit", "200"]
             try:
-                evaluate.main([config.out, "--task", "all", *data, "--limit", "200"])
-            except (ValueError, OSError, torch.OutOfMemoryError) as error:  # then: python evaluate.py RUN --batch 32
-                print(f"not evaluated: {error}")
+                evaluate.main(argv)
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
+                print(f"not evaluated: {error}; try again, perhaps with --batch 32: python evaluate.py {' '.join(argv)}")
 
 
 def main(config):
@@ -471,8 +472,8 @@ def main(config):
     if processes.world > 1:
         dist.barrier()
         dist.destroy_process_group()
-        os.environ["WORLD_SIZE"] = "1"
-    torch.backends.cuda.enable_math_sdp(True)  # no fused kernel answers with a mask and grouped heads on every GPU
+        os.environ["WORLD_SIZE"] = "1"  # so that evaluate.main waits for no other process
+    torch.backends.cuda.enable_math_sdp(True)  # off since Processes.start: some GPUs have no other kernel for generation
     if processes.rank == 0:
         if config.evaluate:
             evaluate_held_out(config, sources)

@@ -46,7 +46,7 @@ class Meter:
 
     def count(self, batch):
         """Add the operations of a micro-batch."""
-        size = len(batch["pixel_values"]), *batch["input_ids"].shape, batch["answers"].shape[1]
+        size = len(batch["pixel_values"]), *batch["input_ids"].shape, batch["targets"].shape[1]
         self.flops += step_flops(self.config, self.stage, *size, self.runs_tower)
 
     def row(self):

@@ -295,8 +295,8 @@ def test_random_text_never_raises():
         ((0.02, 0.23, 0.06, 0.28), "multiply by width and height"),
         ((-3, 120, 30, 145), "outside the image"),
         ((10, 120, 513, 145), "outside the image"),
-        ((10, 120, 30), "expected a box"),
-        ((10, 120, 30, 145, 1), "expected a box"),
+        ((10, 120, 30), "it should be a box"),
+        ((10, 120, 30, 145, 1), "it should be a box"),
     ],
 )
 def test_pixels_are_refused_with_a_hint(box, hint):
@@ -312,7 +312,7 @@ def test_pixels_are_refused_with_a_hint(box, hint):
         ((math.nan, 1), "not finite"),
         ((0.5, 0.5), "multiply"),
         ((513, 1), "outside"),
-        ((1, 2, 3, 4), "expected a point"),
+        ((1, 2, 3, 4), "it should be a point"),
     ],
 )
 def test_points_are_refused_with_a_hint(point, hint):

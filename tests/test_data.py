@@ -188,7 +188,7 @@ def test_prompt_and_image_carry_no_loss(tokenizer):
     assert row["labels"][: len(prefix)] == [IGNORE] * len(prefix)
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         assert label in (IGNORE, token)
-    starts = [row["segments"].index(s) for s in (1, 2)]
+    starts = [row["segment_of"].index(s) for s in (1, 2)]
     assert [row["positions"][s] for s in starts] == [len(prefix)] * 2, "each segment continues from the prefix"
 
 
@@ -199,9 +199,9 @@ def test_stage_one_supervises_the_caption_alone(tokenizer):
 
 
 def test_an_answer_without_room_is_an_error(tokenizer):
-    with pytest.raises(ValueError, match="raise max_length"):
+    with pytest.raises(ValueError, match="raise the recipe's max_length"):
         pack(list(range(300)), [encode_segment(tokenizer, "plain", [("", "A red circle, a cup and a dog")])], 290)
-    with pytest.raises(ValueError, match="raise max_length"):
+    with pytest.raises(ValueError, match="raise the recipe's max_length"):
         prefix = encode_prefix(tokenizer, "v1", 4)
         pack(prefix, [encode_segment(tokenizer, "v1", [("Where is the object?", "It.")])], len(prefix) + 5)
 
@@ -244,7 +244,7 @@ def test_rows_are_padded_to_few_lengths_beside_a_gpu(tokenizer, monkeypatch):
     plain = collate(rows)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     padded = collate(rows)
-    assert padded["input_ids"].shape == padded["positions"].shape == (2, 160) and torch.equal(padded["answers"], plain["answers"])
+    assert padded["input_ids"].shape == padded["positions"].shape == (2, 160) and torch.equal(padded["targets"], plain["targets"])
     assert torch.equal(padded["input_ids"][:, :152], plain["input_ids"]) and not padded["input_ids"][:, 152:].any()
     packed = pack([1], [([5, 6, 7], [IGNORE, 6, 7])] * 2, 200)
     assert collate(rows[:1])["input_ids"].shape == (1, 32) and collate([packed])["input_ids"].shape == (1, 128)
@@ -293,9 +293,11 @@ def test_a_question_longer_than_the_context_is_told_before_training(coco, tokeni
     with pytest.raises(ValueError, match="1 conversations.*--skip-bad"):
         examples_of([long], tokenizer, max_length=200)
     alone = Record("2", None, (0, 0), conversations=long.conversations[:1])  # no image before it
-    asked = tokenizer.encode("\n" + alone.conversations[0][0][0] + " ASSISTANT:")
-    room = len(encode_prefix(tokenizer, "v1", 0)) + len(asked) + 2
+    asked = tokenizer.encode(tokenizer.space + alone.conversations[0][0][0] + " ASSISTANT:")
+    room = len(encode_prefix(tokenizer, "v1", 0)) + len(asked) + 1  # and one token of the answer
     assert examples_of([alone], tokenizer, max_length=room).left_out == 0
+    with pytest.raises(ValueError, match="1 conversations"):
+        examples_of([alone], tokenizer, max_length=room - 1)
     examples = examples_of([long], tokenizer, max_length=200, skip_bad=True)
     assert examples.left_out == 1 and len(examples.records[0].conversations) == 1
 
@@ -318,7 +320,7 @@ def test_stage_one_reads_llavas_chat_as_captions(coco, tokenizer):
 def test_shares_of_conversations_and_descriptions(tokenizer):
     talks = tuple(((f"Q{i}?", "A."),) for i in range(9))
     examples = examples_of([replace(RECORD, conversations=talks)], tokenizer, questions=4, instruct_share=0.34)
-    counts = [sum(turns in talks for turns in examples.draw_segments(examples.records[0], random.Random(i))) for i in range(400)]
+    counts = [sum(turns in talks for turns in examples.draw_turns(examples.records[0], random.Random(i))) for i in range(400)]
     assert set(counts) == {1, 2} and abs(sum(counts) / 400 - 4 * 0.34) < 0.1
     wording, rng, cup = Wording(CoordFormat("ivb"), words="mixed"), random.Random(0), data.Object("cup", None, "a red cup")
     assert 160 < sum(wording.words_for(cup, rng) == "cup" for _ in range(400)) < 240
@@ -336,4 +338,4 @@ def test_a_row_holds_at_most_its_budget_of_tokens(tokenizer):
     segments = [encode_segment(tokenizer, "v1", [(f"Question {i}?", "It.")]) for i in range(9)]
     prefix, size = encode_prefix(tokenizer, "v1", 4), len(segments[0][0])
     row = pack(prefix, segments, len(prefix) + 3 * size + 1)
-    assert row["segments"][-1] == 3 and len(row["input_ids"]) == len(prefix) + 3 * size
+    assert row["segment_of"][-1] == 3 and len(row["input_ids"]) == len(prefix) + 3 * size

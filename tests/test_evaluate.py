@@ -170,11 +170,11 @@ def test_above_and_below_are_asked_as_the_paper_prints_it_too():
 
 def test_a_word_counts_where_it_is_said_and_strictly_where_only_it_is():
     items = [
-        judged(judge_spatial, text, setting="left/right", word="left", whole_boxes=True)
+        judged(judge_spatial, text, setting="left/right", word="left", has_whole_boxes=True)
         for text in ("To the left.", "left or right", "Right", "", "leftover")
     ]
     metrics = spatial_metrics(items)
-    right = judged(judge_spatial, "right", setting="left/right", word="right", whole_boxes=True)
+    right = judged(judge_spatial, "right", setting="left/right", word="right", has_whole_boxes=True)
     both = spatial_metrics([*items, right])
     assert (both["left/right"], both["left/right, left"], both["left/right, macro"]) == (3 / 6, 2 / 5, (2 / 5 + 1) / 2)
     assert (
@@ -573,10 +573,10 @@ def test_the_blind_baseline_and_the_paper_stand_beside_ours(run, capsys):
     "words, message",
     [
         (["--task", "gqa-like"], "invalid choice"),
-        (["--images", "x"], "--images without --coco"),
-        (["--coco", "x"], "--coco without --images"),
+        (["--images", "x"], "--images needs --coco"),
+        (["--coco", "x"], "--coco needs --images"),
         (["--blind", "--with-blind"], "not allowed with"),
-        (["--ask", "Where?"], "--ask and --image"),
+        (["--ask", "Where?"], "--ask needs --image"),
         (["--batch", "0"], "--batch below 1"),
         (["--temperature", "nan"], "--temperature nan"),
         (["--ask", "Where?", "--image", "x", "--blind", "--task", "hal"], "leave out --blind, --task"),

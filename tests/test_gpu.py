@@ -90,7 +90,7 @@ def work(name, layers, options):
     is_bf16 = Processes.start(config).dtype == torch.bfloat16
     train.main(config)
     if rank == 0:
-        largest = max(batches, key=lambda batch: (batch["input_ids"].numel(), batch["answers"].shape[1]))
+        largest = max(batches, key=lambda batch: (batch["input_ids"].numel(), batch["targets"].shape[1]))
         stage = config.stage_list[-1]
         planned = plan_step(config_of(name, layers), stage, largest, config.parallel, world, is_bf16, config.recompute)
         write_json(f"{config.out}/memory.json", {"peak": max(peaks[1:]), "plan": planned.total, "parts": str(planned)})
@@ -278,7 +278,7 @@ def test_a_step_reaches_its_share_of_the_peak(world, tmp_path):
 def test_flex_attention_equals_sdpa():
     """Four questions behind an image, heads of 128, bf16: hidden states and the gradient that reaches the embeddings."""
     config, found = config_of("b"), []
-    segments = batch_of(config, made_row(config, 2, 4), 2)["segments"].to(DEVICE)
+    segments = batch_of(config, made_row(config, 2, 4), 2)["segment_of"].to(DEVICE)
     segments = torch.nn.functional.pad(segments, (0, -segments.shape[1] % 128), value=-1)
     llama = model_of("b").language_model
     x = torch.randn(*segments.shape, config.text_config.hidden_size, device=DEVICE)

@@ -98,7 +98,7 @@ def test_a_shared_prefix_equals_prompts_that_spell_it_out(llama):
     with torch.inference_mode():
         llama.hidden(llama.embed_tokens(torch.tensor(prefixes)), cache=cache)
         cache.take_rows(rows, 5 + 8 + 12)
-        answers = llama.generate(PROMPTS, 12, prefix=cache)
+        answers = llama.generate(PROMPTS, 12, cache=cache)
     assert answers == [uncached(llama, prefixes[row] + prompt, 12) for row, prompt in zip(rows, PROMPTS, strict=True)]
 
 
@@ -141,9 +141,9 @@ def test_a_sampled_answer_does_not_depend_on_its_company(llama):
 
 def test_one_prompt_under_several_keys_is_sampled_several_times(llama):
     """Else each of a thousand blank images would get the same answer, and its share would be 0 or 100 %."""
-    many = llama.generate(PROMPTS[:1] * 8, 20, temperature=1.0, keys=range(8))
+    many = llama.generate(PROMPTS[:1] * 8, 20, temperature=1.0, seeded_by=range(8))
     assert len(set(map(tuple, many))) > 4
-    assert many[3:4] == llama.generate(PROMPTS[:1], 20, temperature=1.0, keys=[3])
+    assert many[3:4] == llama.generate(PROMPTS[:1], 20, temperature=1.0, seeded_by=[3])
 
 
 def test_what_cannot_be_generated_is_refused(llama):

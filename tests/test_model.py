@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_mask
 
 from clip_vit import preprocess
-from data import IGNORE, IMAGE_ID, collate, encode_prefix, encode_question, encode_segment, pack, placeholders
+from data import IGNORE, IMAGE_ID, collate, encode_prefix, encode_question, encode_segment, find_places, pack
 from llama import Llama
 from model import ADAPTERS, VARIANTS, LocVLM, LocVLMConfig, packed_mask, place_image
 
@@ -99,15 +99,15 @@ def test_logits_loss_and_gradient_match_the_reference(golden_llava):
     model, reference = golden_llava
     real = reference["attention_mask"] == 1
     x = model.language_model.embed_tokens(reference["input_ids"].clamp(min=0))
-    x = place_image(x, model.adapter(model.vision_tower(reference["pixel_values"])), placeholders(reference["input_ids"]))
+    x = place_image(x, model.adapter(model.vision_tower(reference["pixel_values"])), find_places(reference["input_ids"]))
     assert_close(model.language_model.lm_head(model.language_model.hidden(x))[real], reference["logits"][real])
 
     positions = torch.arange(real.shape[1]).expand(real.shape)
     segments = torch.where(real, (positions >= 6).long(), -1)  # bos, a word, four patches, then one segment
-    rows = {key: reference[key] for key in ("input_ids", "labels")} | {"segments": segments, "positions": positions}
+    rows = {key: reference[key] for key in ("input_ids", "labels")} | {"segment_of": segments, "positions": positions}
     batch = collate([{key: rows[key][row][real[row]].tolist() for key in rows} for row in (0, 1)])
     assert torch.equal(batch["input_ids"], reference["input_ids"])
-    loss = model(reference["pixel_values"], **{**batch, "segments": segments})
+    loss = model(reference["pixel_values"], **{**batch, "segment_of": segments})
     loss.backward()
     assert_close(loss, reference["loss"])
     assert_close(model.adapter.linear_1.weight.grad, reference["adapter_gradient"])
@@ -237,7 +237,7 @@ def test_an_answer_is_what_decoding_token_by_token_gives(make_model, tokenizer):
     )
     while len(said) < 12:
         row = torch.tensor([ids + said])
-        x = place_image(llama.embed_tokens(row.clamp(min=0)), visual, placeholders(row))
+        x = place_image(llama.embed_tokens(row.clamp(min=0)), visual, find_places(row))
         said.append(int(llama.lm_head(llama.hidden(x))[0, -1].argmax()))
         if said[-1] == tokenizer.eos_token_id:
             break
@@ -247,10 +247,10 @@ def test_an_answer_is_what_decoding_token_by_token_gives(make_model, tokenizer):
 def test_what_makes_inference_fast_changes_no_answer(make_model):
     """The linear layers of tower and LLaMA in oneDNN's layout: the same patches but for rounding, the same answers."""
     model = make_model()
-    patches, answers = model.see(pictures()).detach(), model.generate(pictures(), QUESTIONS, max_new_tokens=16)
+    patches, answers = model.encode_images(pictures()).detach(), model.generate(pictures(), QUESTIONS, max_new_tokens=16)
     model.for_inference()
     assert type(model.vision_tower.encoder["layers"][0].mlp.fc1) is not torch.nn.Linear or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    torch.testing.assert_close(model.see(pictures()).detach(), patches, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.encode_images(pictures()).detach(), patches, rtol=0, atol=1e-5)
     assert model.generate(pictures(), QUESTIONS, max_new_tokens=16) == answers
 
 
@@ -301,7 +301,7 @@ def test_prompt_image_and_padding_carry_no_loss(tokenizer):
     rows = packed_rows(tokenizer, "v1")
     batch, found = collate(rows), []
     for number, row in enumerate(rows):
-        labels, ids, of_row = (torch.tensor(row[key]) for key in ("labels", "input_ids", "segments"))
+        labels, ids, of_row = (torch.tensor(row[key]) for key in ("labels", "input_ids", "segment_of"))
         supervised = labels != IGNORE
         assert torch.equal(labels[supervised], ids[supervised])
         assert not supervised[of_row <= 0].any()
@@ -310,9 +310,9 @@ def test_prompt_image_and_padding_carry_no_loss(tokenizer):
                 token for _, answer in turns for token in [*tokenizer.encode(answer), tokenizer.eos_token_id]
             ]
         found += [(number, label) for label in labels[supervised].tolist()]
-    at, columns, targets = batch["answers"]
+    at, columns, targets = batch["targets"]
     assert list(zip(at.tolist(), targets.tolist(), strict=True)) == found
-    assert (batch["segments"][at, columns] >= 0).all()
+    assert (batch["segment_of"][at, columns] >= 0).all()
 
 
 @pytest.mark.parametrize("template", ["v1", "plain"])
@@ -324,7 +324,7 @@ def test_the_loss_is_each_answer_token_predicted_from_what_precedes_it(make_mode
     model, row = make_model(), separate_rows(tokenizer, template)[0][0]
     ids, labels = torch.tensor([row["input_ids"]]), row["labels"]
     visual = model.adapter(model.vision_tower(pixel_values(1)))
-    x = place_image(model.language_model.embed_tokens(ids.clamp(min=0)), visual, placeholders(ids))
+    x = place_image(model.language_model.embed_tokens(ids.clamp(min=0)), visual, find_places(ids))
     predicted = F.log_softmax(model.language_model.lm_head(model.language_model.hidden(x))[0], dim=-1)
     by_hand = -torch.stack([predicted[t - 1, label] for t, label in enumerate(labels) if label != IGNORE]).mean()
     assert model(pixel_values(1), **collate([row])).item() == pytest.approx(by_hand.item(), rel=1e-5)
@@ -351,9 +351,9 @@ def test_each_image_lands_on_its_own_placeholders():
     """The i-th image's patches replace the i-th row's placeholders, in order; words stay; a count that differs is refused."""
     ids = torch.tensor([[1, IMAGE_ID, IMAGE_ID, 5], [1, 6, IMAGE_ID, IMAGE_ID]])
     words, visual = torch.zeros(2, 4, 3), torch.arange(1, 5).view(2, 2, 1).expand(2, 2, 3).float()
-    assert place_image(words, visual, placeholders(ids))[..., 0].tolist() == [[0, 1, 2, 0], [0, 0, 3, 4]]
+    assert place_image(words, visual, find_places(ids))[..., 0].tolist() == [[0, 1, 2, 0], [0, 0, 3, 4]]
     with pytest.raises(ValueError, match=r"4 image placeholders but 2 visual tokens \(1 images of 2\)"):
-        place_image(words, visual[:1], placeholders(ids))
+        place_image(words, visual[:1], find_places(ids))
 
 
 def test_another_image_changes_only_its_own_row(make_model, tokenizer):
@@ -361,8 +361,8 @@ def test_another_image_changes_only_its_own_row(make_model, tokenizer):
     model, rows = make_model(), separate_rows(tokenizer, "v1")[0][:2]
     images, batch = pixel_values(2), collate(rows)
     other = torch.stack([images[0], images[1].flip(2)])
-    answers = [batch["answers"][:, batch["answers"][0] == row] for row in (0, 1)]
-    losses = [[model(given, **{**batch, "answers": of_row}).item() for of_row in answers] for given in (images, other)]
+    answers = [batch["targets"][:, batch["targets"][0] == row] for row in (0, 1)]
+    losses = [[model(given, **{**batch, "targets": of_row}).item() for of_row in answers] for given in (images, other)]
     assert losses[0][0] == losses[1][0]
     assert losses[0][1] != losses[1][1]
 

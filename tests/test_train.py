@@ -700,7 +700,7 @@ def test_its_last_lines_say_what_to_try_next(parts, tmp_path, capsys, monkeypatc
     config = {**parts, "stages": "2", "steps": 1, "out": str(tmp_path / "a run")}
     train.main(TrainConfig(**config))
     (world_of(parts) / "instances_val.json").unlink()
-    assert asked[0][1:3] + asked[0][-2:] == ["--task", "all", "--limit", "200"]
+    assert asked[0][1] == "--coco" and asked[0][-2:] == ["--limit", "200"], "all tasks, as no --task is chosen"
     *before, look, ask, last = capsys.readouterr().out.splitlines()
     before = [line.split()[0] for line in before]
     assert before[0] == "reading" and "loading" in before, "what happens before the bar moves"

@@ -11,7 +11,7 @@ from conftest import TEXT, VISION, write_json_tokenizer
 from PIL import Image
 
 from clip_vit import CLIPVisionTower, open_image, preprocess
-from data import IMAGE_ID, SYSTEM, encode_prefix, encode_question, placeholders
+from data import IMAGE_ID, SYSTEM, encode_prefix, encode_question, find_places
 from formats.llava_hf import json_files
 from formats.tokenizer_json import JSONTokenizer
 from llama import Llama, LlamaConfig, Tokenizer, read_tokenizer
@@ -75,7 +75,7 @@ def test_a_run_opens_as_llava_hf(make_model, image_file, tmp_path, options):
     with torch.no_grad():
         input_ids = torch.tensor([ids])
         x = model.language_model.embed_tokens(input_ids.clamp(min=0))
-        x = place_image(x, model.adapter(model.vision_tower(pixel_values)), placeholders(input_ids))
+        x = place_image(x, model.adapter(model.vision_tower(pixel_values)), find_places(input_ids))
         ours = model.language_model.lm_head(model.language_model.hidden(x))[0]
         wanted = theirs(**inputs).logits[0]
     vocab_size = config.text_config.vocab_size

@@ -201,10 +201,10 @@ def exam(llama, tokenizer, form, scenes=150, errors=EXACT, way=""):
         texts = [scene.tell(wording, rng)] if form == "text" else []
         row = pack_scene(scene, tokenizer, rng, questions.values(), texts, errors=errors, way=way, stop=-1)  # no end tokens
         batch = data.collate([row])
-        x, (_, columns, truth) = embed(llama, [row], batch["input_ids"]), batch["answers"]
-        hidden = llama.hidden(x, batch["positions"], packed_mask(batch["segments"]))
+        x, (_, columns, truth) = embed(llama, [row], batch["input_ids"]), batch["targets"]
+        hidden = llama.hidden(x, batch["positions"], packed_mask(batch["segment_of"]))
         guess = llama.lm_head(hidden)[0, columns].argmax(-1)  # (N,): the most likely tokens of all answers
-        number = torch.tensor(row["segments"])[torch.tensor(row["labels"]) != data.IGNORE]  # (N,): the question of each token
+        number = torch.tensor(row["segment_of"])[torch.tensor(row["labels"]) != data.IGNORE]  # (N,): the question of each token
         for i, kind in enumerate(questions, start=1):
             hits[kind].append(bool((guess == truth)[number == i].all()))
         answer = tokenizer.decode(guess[number == 1].tolist())
@@ -238,7 +238,7 @@ def learn(llama, tokenizer, steps, draw):
         form, rows, share = draw(step)
         batch = data.collate(rows)
         x = embed(llama, rows, batch["input_ids"])  # (B, T, D)
-        loss = answer_loss(llama, x, batch["answers"], batch["positions"], batch["segments"])
+        loss = answer_loss(llama, x, batch["targets"], batch["positions"], batch["segment_of"])
         update(loss, {muon: LR_MUON * share, adamw: LR_ADAMW * share}, llama.parameters())
         if step % 25 == 24:  # the forms come in turns of another length
             print(f"step {step + 1} {form} {loss:.3f}", flush=True)

@@ -27,7 +27,7 @@ from transformers import (
 
 from clip_vit import CLIPVisionConfig as OurVision
 from clip_vit import CLIPVisionTower
-from data import IMAGE_ID, placeholders
+from data import IMAGE_ID, find_places
 from formats.weights import Stored, build, sort_tensors
 from llama import Llama
 from llama import LlamaConfig as OurText
@@ -152,7 +152,7 @@ def compare_large():
     errors.append(compare("LLaMA, width 4096", model.language_model(words), theirs(input_ids=words).logits))
     ids = torch.cat([words[:, :8], torch.full((1, 576), 32000), words[:, 8:]], dim=1)
     x = model.language_model.embed_tokens(ids)
-    x = place_image(x, model.adapter(model.vision_tower(pixel_values)), placeholders(ids.masked_fill(ids == 32000, IMAGE_ID)))
+    x = place_image(x, model.adapter(model.vision_tower(pixel_values)), find_places(ids.masked_fill(ids == 32000, IMAGE_ID)))
     ours = model.language_model.lm_head(model.language_model.hidden(x))
     errors.append(compare("LLaVA-1.5, two layers", ours, theirs(input_ids=ids, pixel_values=pixel_values).logits))
     sys.exit(f"{max(errors):.2e} is more than 1e-5" if max(errors) > 1e-5 else 0)

@@ -256,7 +256,7 @@ def test_the_papers_two_rules_of_a_half_are_both_counted():
         for item in items:
             judge_spatial(item, WORDING)
         metrics = spatial_metrics(items)
-        assert metrics["left/right, questions"] == 1 and metrics["left/right, questions with whole boxes"] == whole
+        assert metrics["left/right, questions"] == 1 and metrics["left/right, images with whole boxes"] == whole
         assert len(list(spatial_triplets([record(x1)], random.Random(0), 0, strict=True))) == whole
 
 

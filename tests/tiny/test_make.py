@@ -29,7 +29,7 @@ def test_every_form_of_document_is_learned_from():
         rows = [make_llama.document(tokenizer, random.Random(i), form, errors, way) for i in range(4)]
         batch = collate(rows)
         x = make_llama.embed(llama, rows, batch["input_ids"])
-        loss = answer_loss(llama, x, batch["answers"], batch["positions"], batch["segments"])
+        loss = answer_loss(llama, x, batch["targets"], batch["positions"], batch["segment_of"])
         assert loss.item() < 3, (form, way)
 
 

@@ -188,7 +188,7 @@ def test_a_row_of_text_alone_counts_no_image():
 def test_a_7b_model_needs_fsdp_on_80_gb():
     """Sixteen bytes a parameter do not fit into one GPU; split over eight they do, and recomputing takes less again."""
     config, batch = VARIANTS["b"], made_batch(8, 4, length=77, answer=30, before=36)
-    assert batch["input_ids"].shape == (8, 600) and batch["answers"].shape == (3, 8 * 120)
+    assert batch["input_ids"].shape == (8, 600) and batch["targets"].shape == (3, 8 * 120)
     whole = plan_step(config, 2, batch, "ddp", 8, bf16=True, recompute=True)
     split = plan_step(config, 2, batch, "fsdp", 8, bf16=True)
     assert not whole.fits(80 * 2**30) and split.fits(80 * 2**30)
@@ -283,7 +283,7 @@ def test_a_plan_of_stage_2_is_for_full_rows_of_answers(capsys):
     plan.main(["--variant", "tiny", "--stages", "2", "--batch", "32", "--micro-batch", "8", "--world-size", "8"])
     assert "  4 rows of at most 1024 tokens" in capsys.readouterr().out, "a step has no more for each process"
     row = plan.made_row(VARIANTS["tiny"], 2, questions=6, length=1024)
-    assert len(row["input_ids"]) == 1024 and max(row["segments"]) == 6
+    assert len(row["input_ids"]) == 1024 and max(row["segment_of"]) == 6
     assert sum(label != IGNORE for label in row["labels"]) == 1024 - plan.SYSTEM_TOKENS - 64
     with pytest.raises(ValueError, match="leaves no room for its answer in 80 tokens"):
         plan.made_row(VARIANTS["tiny"], 2, questions=6, length=80)

@@ -149,9 +149,9 @@ def test_all_objectives_have_the_same_conversations_and_bring_their_own_question
         talks, kinds = [], Counter()
         assert sum(record.image is None for record in examples.records) == (0 if "clips" in name or "no-text" in name else 15)
         for record in (record for record in examples.records if record.image):
-            segments = examples.draw_segments(record, random.Random(record.id))
+            segments = examples.draw_turns(record, random.Random(record.id))
             row = examples.text_row(record, 0)
-            assert len(segments) == max(row["segments"]), "none is cut"
+            assert len(segments) == max(row["segment_of"]), "none is cut"
             talks.append({segment for segment in segments if segment in record.conversations})
             answers = [segment[0][1] for segment in segments if segment not in record.conversations]
             kinds.update("neg" if a == NEG_ANSWER else "loc" if a.startswith("It is located") else "rev" for a in answers)
