@@ -57,7 +57,7 @@ class CLIPVisionConfig:
     @classmethod
     def from_dict(cls, config, processor=None):
         """Read a HF config, of the tower or a whole CLIP (`vision_config`), and of its image processor. Ignore unknown keys."""
-        config = config.get("vision_config", config)
+        config = config.get("vision_config") or config
         # HF leaves out of config.json what equals its own defaults, and those are ViT-B/32's
         defaults = {
             "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,

@@ -24,7 +24,7 @@ class JSONTokenizer:
             values.update(read_json(path) if path.is_file() else {})
         self.eos_token_id = self.find(named.get("eos_token"))
         if self.eos_token_id is None:  # the first, if there are several
-            ids = {**config, **config.get("text_config", {})}.get("eos_token_id")
+            ids = {**config, **(config.get("text_config") or {})}.get("eos_token_id")
             self.eos_token_id = ids[0] if isinstance(ids, list) and ids else ids
         if self.eos_token_id is None:
             raise ValueError(f"{self.path}: no end token; name it as eos_token in tokenizer_config.json beside it")

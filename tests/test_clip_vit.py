@@ -125,6 +125,7 @@ def test_the_image_processor_of_a_checkpoint_is_obeyed(tmp_path):
 def test_what_a_config_leaves_out_is_vit_b_32():
     """transformers once wrote only what differs from its defaults, and those are ViT-B/32's."""
     config = CLIPVisionConfig.from_dict({"model_type": "clip_vision_model"})
+    assert CLIPVisionConfig.from_dict({"model_type": "clip_vision_model", "vision_config": None}) == config
     assert (config.hidden_size, config.num_hidden_layers, config.patch_size, config.num_patches) == (768, 12, 32, 49)
     assert [CLIPVisionConfig(image_size=side).num_patches for side in (224, 336)] == [256, 576]
 

@@ -230,6 +230,7 @@ def test_old_and_new_config_files_say_the_same():
     )
     assert old == new
     assert (old.head_dim, old.rope_theta, LlamaConfig.from_dict({}).rope_theta) == (8, 5e5, 1e4)
+    assert LlamaConfig.from_dict({"text_config": None}) == LlamaConfig(), "an empty part is no part"
 
 
 def test_shards_a_tied_head_and_old_rotary_tables_load(tmp_path, llama):
