@@ -4,11 +4,11 @@
 
 A `Record` holds what the files say about an image or a clip: objects with box_px, absent categories, captions, conversations.
 Text is written only when an example is drawn, so the representation, the objectives and the wording are options of a run.
-A row holds the image once and k question/answer segments after it (`|` marks the tokens with loss):
+A row holds the image once and k question/answer segments after it (loss is on the tokens between « and »):
 
     <s> A chat between ... questions. USER: <image>     the prefix, which all segments share
-      \\n Localize the object described cup in terms of (x1,y1,x2,y2) bbox? ASSISTANT: |It is located at (4, 52, 13, 63)</s>|
-      \\n What is at location (60, 2, 90, 41) in image? ASSISTANT: |There is a dog.</s>|
+      \\n Localize the object described cup in terms of (x1,y1,x2,y2) bbox? ASSISTANT: «It is located at (4, 52, 13, 63)</s>»
+      \\n What is at location (60, 2, 90, 41) in image? ASSISTANT: «There is a dog.</s>»
 
 A segment sees the prefix and itself, no other segment (`model.packed_mask`). A packed row teaches what k rows would teach, and
 the image is read once. `python -m tools.show` prints such rows.

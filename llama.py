@@ -330,7 +330,7 @@ class Llama(nn.Module):
         running = set(prompt_of)
         for step in range(max_new_tokens):
             x = self.hidden(self.embed_tokens(ids), positions, mask, cache)  # (B, T, D), then (B, 1, D)
-            chosen = choose(self.lm_head(x[:, -1]).float(), prompt_of)
+            chosen = choose(self.lm_head(x[:, -1]).float(), prompt_of)  # logits (B, V) -> B ids
             for number, token in zip(prompt_of, chosen, strict=True):
                 if token == eos_token_id:
                     running.discard(number)
@@ -346,8 +346,8 @@ class Llama(nn.Module):
                 pads, seen = pads[keep], seen[keep]
                 prompt_of, chosen = [prompt_of[row] for row in keep], [chosen[row] for row in keep]
             ids = torch.tensor(chosen, device=device)[:, None]  # (B, 1)
-            positions = (past + longest + step - pads)[:, None]
-            mask = seen[:, None, None, : past + longest + step + 1]
+            positions = (past + longest + step - pads)[:, None]  # (B, 1)
+            mask = seen[:, None, None, : past + longest + step + 1]  # (B, 1, 1, L)
         return new_ids
 
     @classmethod

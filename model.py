@@ -118,7 +118,7 @@ def place_image(x, visual, places):
     if len(places) != visual.shape[0] * visual.shape[1]:
         what = f"{len(places)} image placeholders but {visual.shape[:2].numel()} visual tokens"
         raise ValueError(f"{what} ({visual.shape[0]} images of {visual.shape[1]}); correct the adapter's num_tokens")
-    return x.flatten(0, 1).index_copy(0, places, visual.flatten(0, 1).to(x.dtype)).view_as(x)
+    return x.flatten(0, 1).index_copy(0, places, visual.flatten(0, 1).to(x.dtype)).view_as(x)  # rows end to end, and back
 
 
 def check_lists(images, lists):
