@@ -1,15 +1,17 @@
 """Commands for data, planning and looking, `python -m tools.NAME`. `command` turns a function's parameters into options.
 
-data      annotation files, separated by commas: FILE, or FILE@IMAGES
-images    folder or zip of the images of every FILE without @IMAGES
-exclude   files that name COCO images to skip, separated by commas
-kind      how coordinates are written
-location  what a location is
-side      side of the model's square image
-geometry  how an image becomes that square
-batch     images at a time
-seed      of the draw
-out       file or folder to write
+data            annotation files, separated by commas: FILE, or FILE@IMAGES
+images          folder or zip of the images of every FILE without @IMAGES
+exclude         files that name COCO images to skip, separated by commas
+kind            how coordinates are written
+location        what a location is
+side            side of the model's square image
+geometry        how an image becomes that square
+batch           images at a time
+seed            of the draw
+vision          CLIP tower, for an original LLaVA that lacks it
+max_new_tokens  longest answer, in tokens
+out             file or folder to write
 """
 
 import argparse
@@ -43,8 +45,7 @@ def command(module, *functions):
         parser = argparse.ArgumentParser(description=HELP.sub("", names["__doc__"]), **raw)
         commands = parser.add_subparsers(dest="command", required=True) if len(functions) > 1 else None
         for function in functions:
-            about = inspect.getdoc(function)
-            target = commands.add_parser(function.__name__, description=about, **raw) if commands else parser
+            target = commands.add_parser(function.__name__, description=inspect.getdoc(function), **raw) if commands else parser
             target.set_defaults(function=function)
             for name, parameter in inspect.signature(function).parameters.items():
                 add_option(target, name, parameter, *lines[name])
@@ -58,17 +59,16 @@ def command(module, *functions):
 
 
 def add_option(parser, name, parameter, alias, line):
-    """Add a parameter of a function to a parser."""
-    default, kind, is_required = parameter.default, parameter.annotation, parameter.default is parameter.empty
+    is_required, kind = parameter.default is parameter.empty, parameter.annotation
+    default = None if is_required else parameter.default
     if kind is parameter.empty:
-        kind = str if is_required or default is None else type(default)
+        kind = str if default is None else type(default)
     how = {"choices": typing.get_args(kind)} if typing.get_origin(kind) is typing.Literal else {"type": kind}
     line, flags = line.replace("%", "%%"), ["--" + flag.replace("_", "-") for flag in (name, alias) if flag]
     if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
         parser.add_argument(name, help=line, nargs="+" if parameter.kind is parameter.VAR_POSITIONAL else None, **how)
-    elif is_required:
-        parser.add_argument(*flags, required=True, help=line, **how)
     elif default is False:
         parser.add_argument(*flags, action="store_true", help=line)
     else:
-        parser.add_argument(*flags, default=default, help=line + (f" (default: {default})" if default else ""), **how)
+        line += f" (default: {default})" if default else ""
+        parser.add_argument(*flags, required=is_required, default=default, help=line, **how)

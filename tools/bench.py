@@ -5,7 +5,6 @@
     python -m tools.bench evaluate    6 questions about each of 4 images at ViT-L/14's 336 px before that LLaMA
 
 Both sides read one folder of random weights, in fp32, and the same questions; no loss and no answer may differ (but in bf16).
-Each side runs in its own process. The last lines divide our figures by theirs.
 
 images     images in a batch
 questions  questions about each image
@@ -48,17 +47,17 @@ EVALUATED = LocVLMConfig(CLIPVisionConfig(image_size=336), SMOLLM2, ADAPTER)
 NAMES = ("dog", "cup", "traffic light", "orange", "dining table", "person", "bicycle", "laptop")
 
 
-def compare(measure, config, sides, threads):
+def compare(measure, config, sides, threads, **options):
     """Measure every side in a process of its own, with its own peak. Print its figures, then ours divided by theirs.
 
-    measure(side, folder of a model) -> ({name: figure}, answers, the same on all sides)
+    measure(side, folder of a model, **options) -> ({name: figure}, answers, the same on all sides)
     """
     found = {}
     with TemporaryDirectory() as folder:
         write_random_model(config, folder)
         for side in sides:
             with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as fresh:
-                found[side] = fresh.submit(measure, side, folder).result()
+                found[side] = fresh.submit(measure, side, folder, **options).result()
             print(f"{side}: " + ", ".join(f"{value:.3g} {name}" for name, value in found[side][0].items()), flush=True)
     for ours, theirs in product(sides, sides):
         if ours.startswith("ours") and theirs.startswith("theirs"):
@@ -79,13 +78,12 @@ def write_random_model(config, folder):
 
 def load(side, folder, dtype=torch.float32):
     """Open a folder as our model or as theirs: (the model, whose answers do not end; seconds; GiB of the process before)."""
+    Model = LocVLM
     if side.startswith("theirs"):
         try:
             from transformers import LlavaForConditionalGeneration as Model  # before the clock starts
         except ImportError as error:
             raise ImportError(f"cannot import transformers ({error}), the other side; pip install transformers") from None
-    else:
-        Model = LocVLM
     before, began = memory("VmRSS"), time.perf_counter()
     model = Model.from_pretrained(folder, dtype=dtype)
     seconds = time.perf_counter() - began
@@ -98,8 +96,7 @@ def load(side, folder, dtype=torch.float32):
 
 def memory(key):
     """Return this process's memory in GiB: `VmRSS` is now, `VmHWM` its peak."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{key}:\s*(\d+)", status, re.MULTILINE)[1]) / 2**20
+    return int(re.search(rf"^{key}:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 2**20
 
 
 def clock(call, times=3):
@@ -144,9 +141,7 @@ def measure_training(side, folder, allocator, images, questions, steps):
     optimizer, losses = torch.optim.AdamW(learned, lr=2e-5, fused=True), []
 
     def step():
-        out = model(**inputs)
-        loss = out if side == "ours" else out.loss
-        del out  # theirs holds the logits
+        loss = model(**inputs) if side == "ours" else model(**inputs).loss  # and not the rest, which holds the logits
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -157,14 +152,12 @@ def measure_training(side, folder, allocator, images, questions, steps):
 
 
 def train(images: positive = 4, questions: positive = 6, steps: positive = 5, threads: positive = 2):
-    """Compare steps (forward, backward, AdamW; the tower frozen). The goal: at least 4.5 times the speed in 0.28 of the peak.
-
-    First glibc is tuned to keep freed memory (formats.fast_cpu), then it is as it comes.
-    """
+    """Compare steps (forward, backward, AdamW; the tower frozen), glibc tuned to keep freed memory (formats.fast_cpu), then as
+    it comes. The goal: at least 4.5 times the speed in 0.28 of the peak."""
+    options = {"images": images, "questions": questions, "steps": steps}
     for allocator in ("tuned", "default"):
         print(f"allocator: {allocator}")
-        measure = partial(measure_training, allocator=allocator, images=images, questions=questions, steps=steps)
-        compare(measure, TRAINED, ("theirs", "ours"), threads)
+        compare(measure_training, TRAINED, ("theirs", "ours"), threads, allocator=allocator, **options)
 
 
 @torch.inference_mode()
@@ -191,8 +184,7 @@ def measure_generation(side, folder, tokens):
 
 def generate(tokens: positive = 32, threads: positive = 2):
     """Compare loading and greedy generation. The goal: twice the tokens/s, of one row and of eight."""
-    measure = partial(measure_generation, tokens=tokens)
-    compare(measure, GENERATING, ("theirs", "ours", "ours, compiled", "ours, bf16"), threads)
+    compare(measure_generation, GENERATING, ("theirs", "ours", "ours, compiled", "ours, bf16"), threads, tokens=tokens)
 
 
 @torch.inference_mode()
@@ -225,7 +217,7 @@ def measure_evaluation(side, folder, images, questions, tokens):
 def evaluate(images: positive = 4, questions: positive = 6, tokens: positive = 32, threads: positive = 2):
     """Compare answering: theirs as many rows at a time as there are questions, then images. The goal: 5 times the speed."""
     sides = ("ours", f"theirs, {images * questions} rows at a time", f"theirs, {images} rows at a time")
-    compare(partial(measure_evaluation, images=images, questions=questions, tokens=tokens), EVALUATED, sides, threads)
+    compare(measure_evaluation, EVALUATED, sides, threads, images=images, questions=questions, tokens=tokens)
 
 
 main = command(__name__, train, generate, evaluate)

@@ -112,13 +112,11 @@ def image_names(images, out):
 
 
 def read_faces(path, names):
-    """Read face boxes, in pixels of the stored orientation: ({file name: list of [x, y, width, height]}, {name: (width, height)}).
-    Sizes of images are those that the file states."""
+    """Read face boxes, in stored pixels: ({name: list of [x, y, width, height]}, {name: (width, height), where stated})."""
     faces = read_json(require_file(path, "face boxes: COCO-WholeBody's JSON, or {file name: [[x, y, w, h], ...]}"))
     sizes = {}
     if isinstance(faces, dict) and {"images", "annotations"} <= faces.keys():
-        keys = {"images": {"id", "file_name"}, "annotations": {"image_id"}}
-        require_lists(faces, keys, path, "COCO-WholeBody's file")
+        require_lists(faces, {"images": {"id", "file_name"}, "annotations": {"image_id"}}, path, "COCO-WholeBody's file")
         sizes = {image["file_name"]: (image["width"], image["height"]) for image in faces["images"]
                  if image.get("width") and image.get("height")}  # fmt: skip
         files = {image["id"]: image["file_name"] for image in faces["images"]}

@@ -4,8 +4,7 @@
     python -m tools.check --data chat.json@coco,captions.json@cc3m
 
 Reads the files as training does, decodes every image, and one frame of every clip. Lines that begin with "note" are about data
-that is used as it stands, and may be a mistake. Prints at most 50 lines per kind of problem in annotations, and 1,000 for each
-file.
+that is used as it stands, and may be a mistake. Prints at most 50 lines per kind of problem in annotations, 1,000 per file.
 
 data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES
 """
@@ -39,10 +38,9 @@ def check(path, images):
     except (FileNotFoundError, ValueError) as error:
         return [*(text for texts in found.values() for text in texts), str(error)]
     for kind, texts in found.items():
-        is_note = kind.startswith(NOTES)
-        most = 1 if is_note else 50
-        listed += [f"note: {text}" if is_note else text for text in texts[:most]]
-        listed += [f"{'note: ' * is_note}{len(texts) - most} more {kind}"] if len(texts) > most else []
+        lead, most = ("note: ", 1) if kind.startswith(NOTES) else ("", 50)
+        listed += [lead + text for text in texts[:most]]
+        listed += [f"{lead}{len(texts) - most} more {kind}"] if len(texts) > most else []
     listed += [f"{count} {reason}" for reason, count in skipped.items() if reason.startswith("clips")]
     has_data = any(record.objects or record.captions or record.conversations for record in records)
     if not has_data and all(text.startswith("note") for text in listed):
@@ -65,7 +63,6 @@ def check(path, images):
 
 
 def clip_problem(path, size):
-    """Return the problem of a clip, or None."""
     try:
         return ratio_problem(path, *read_frames(path, 1), size)
     except (FileNotFoundError, ValueError) as error:

@@ -1,16 +1,13 @@
 """Serve a page to try a model: choose or upload a picture, drag a box, ask; answers stream, and their boxes are drawn.
 
-    python -m tools.demo runs/default
     python -m tools.demo runs/b2 --images val2017 --port 8080
 
 The page is demo.html. The server is the standard library's, listens on this machine only, and refuses what other web pages
 send. A browser names a picture by its number, never by a path. Questions are answered one at a time, in order of arrival.
 
-run             run folder, or any checkpoint that LocVLM.from_pretrained takes
-images          folder or zip of images or clips to choose from (default: the held-out shapes)
-vision          folder of the CLIP tower, for an original LLaVA that lacks it
-port            of the page's address; 0 takes any free port
-max_new_tokens  longest answer
+run     run folder, or any checkpoint that LocVLM.from_pretrained takes
+images  folder or zip of images or clips to choose from (default: the held-out shapes)
+port    of the page's address; 0 takes any free port
 """
 
 import base64
@@ -55,7 +52,6 @@ def suffix_of(content):
             pixels = 0
             with suppress(ImportError):  # read_frames names the package to install
                 import av
-
                 with av.open(io.BytesIO(content)) as video:
                     pixels = max((stream.width * stream.height for stream in video.streams.video), default=0)
         else:
@@ -93,7 +89,9 @@ class Demo(ThreadingHTTPServer):
         config, self.wording = self.answerer.config, wording_of(args, self.answerer.config)
         shown, names = gallery(images, args, config)
         self.pictures, self.numbers = dict(enumerate(shown)), itertools.count(len(shown))
-        self.uploads, self.read = tempfile.TemporaryDirectory(), lru_cache(maxsize=4)(self.read_frames)
+        self.uploads = tempfile.TemporaryDirectory()
+        # path -> what the model reads of a picture, as PIL images: the frames of a clip, or one image
+        self.read = lru_cache(maxsize=4)(lambda path: frames_of(path, config.frames) if config.frames else [still(path)])
         self.waiting, self.changed = [], threading.Condition()
         side, kind = config.vision_config.image_size, config.kind
         reads = f"clips of {config.frames} frames" if config.frames else "images"
@@ -113,11 +111,6 @@ class Demo(ThreadingHTTPServer):
     def server_close(self):
         super().server_close()
         self.uploads.cleanup()
-
-    def read_frames(self, path):
-        """Return what the model reads of a picture, as PIL images: the frames of a clip, or one image."""
-        frames = self.answerer.config.frames
-        return frames_of(path, frames) if frames else [still(path)]
 
     def look(self, number):
         """Return (path, frames, names) of a picture by its number."""
@@ -188,9 +181,8 @@ class Demo(ThreadingHTTPServer):
         send({"question": question, "asked_px": asked})
         with self.turn(lambda ahead: send({"waiting": ahead})):
             images = [path if self.answerer.config.frames else frames[0]]  # a path: its frames as in training
-            [[answer]] = self.answerer.model.generate(
-                images, [[question]], on_text=lambda row, text: send({"answer": text}), **self.answerer.decoding
-            )
+            how = self.answerer.decoding | {"on_text": lambda row, text: send({"answer": text})}
+            [[answer]] = self.answerer.model.generate(images, [[question]], **how)
         found = [list(box_px) for box_px in boxes_to_draw(answer, fmt, size)]
         notes = [f"{place(box_px)} px" + (f": {why}" if (why := fault(box_px, size)) else "") for box_px in found]
         send({"answer": answer, "answer_px": drawable(found), "notes": notes, "done": True})
@@ -214,8 +206,7 @@ class Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):
             self.close_connection = True  # the browser is gone, and its question is not answered further
         except (ValueError, OSError, ImportError, LookupError, ArithmeticError, RecursionError) as error:
-            status = {PermissionError: 403, LookupError: 404}.get(type(error), 400)
-            self.send_row({"error": str(error)}, status)
+            self.send_row({"error": str(error)}, {PermissionError: 403, LookupError: 404}.get(type(error), 400))
 
     do_POST = do_GET
 
@@ -258,7 +249,6 @@ class Handler(BaseHTTPRequestHandler):
                 raise LookupError("no such page")
 
     def content(self, limit):
-        """Read what was posted."""
         length = int(self.headers.get("Content-Length", -1))
         if not 0 <= length <= limit:
             raise ValueError(f"{length} bytes; send at most {limit / 1e6:g} MB")

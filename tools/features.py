@@ -25,7 +25,6 @@ from tools import command, positive
 
 def features(data, out, vision, geometry: Literal[GEOMETRIES] = "squash", frames=0, batch: positive = 32, skip_bad=False,
              images=""):  # fmt: skip
-    """Write the features of all images or clips of a mixture (formats.features)."""
     processes = rank, *_ = join_processes()
     tower = CLIPVisionTower.from_pretrained(vision, device=pick_device(os.environ.get("LOCAL_RANK", 0)))
     records, skipped = read_records(parse_sources(data, images))

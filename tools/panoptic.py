@@ -46,7 +46,7 @@ def panoptic(json, out, masks=None, stuff=False, check=False):
 
 
 def images_from_panoptic(json, masks, stuff, compared):
-    """Make the content of COCO instances from a panoptic file. compared: see `read_masks`"""
+    """Make the content of COCO instances from a panoptic file."""
     content, categories = read_panoptic(json, stuff)
     frames, listed, images, annotations = content["annotations"], {}, [], []
     require_lists({"images": []} | content, {"images": IMAGE}, json, "COCO's panoptic format")
@@ -56,13 +56,12 @@ def images_from_panoptic(json, masks, stuff, compared):
     if lacking := [frame["file_name"] for frame in frames if listed and id_text(frame.get("image_id")) not in listed]:
         raise ValueError(f"{json}: {some(lacking)} have an image_id that its images lack; are they of one version?")
     paths = [Path(masks) / Path(frame["file_name"]).with_suffix(".png") for frame in frames]
-    for number, (frame, path, size, boxes) in enumerate(read_masks(frames, paths, compared), start=1):
+    for number, (frame, path, size, boxes) in enumerate(read_masks(frames, paths, categories, compared), start=1):
         own = {"id": frame.get("image_id", number), "file_name": frame["file_name"], "width": size[0], "height": size[1]}
         images.append(listed.get(id_text(own["id"]), own))
         if size != (images[-1]["width"], images[-1]["height"]):
             raise ValueError(f"{path} is {size}, but {json} lists {images[-1]}; are they of one version?")
-        for box in (box for box in boxes if box["category_id"] in categories):
-            annotations.append({**box, "id": len(annotations) + 1, "image_id": images[-1]["id"]})
+        annotations += [box | {"id": i, "image_id": images[-1]["id"]} for i, box in enumerate(boxes, len(annotations) + 1)]
     return {"images": images, "annotations": annotations, "categories": list(categories.values())}
 
 
@@ -79,10 +78,9 @@ def clips_from_panoptic(folder, stuff, compared):
             if (before := categories.setdefault(key, category)["name"]) != category["name"]:
                 raise ValueError(f"{path}: category {key} is {category['name']}, but {before} in an earlier file")
         masks = [path.with_suffix("") / Path(frame["file_name"]).with_suffix(".png").name for frame in frames]
-        for index, (_, _, size, boxes) in enumerate(read_masks(frames, masks, compared)):
+        for index, (_, _, size, boxes) in enumerate(read_masks(frames, masks, wanted, compared)):
             sizes.add(size)
-            boxes = [{"track_id": box.pop("id"), **box} for box in boxes if box["category_id"] in wanted]
-            annotations += [{"video_id": name, "frame": index, **box} for box in boxes]
+            annotations += [{"video_id": name, "frame": index, "track_id": box.pop("id"), **box} for box in boxes]
         if len(sizes) != 1:
             raise ValueError(f"{path} has masks of sizes {sorted(sizes)}; the frames of a clip have one size")
         ((width, height),) = sizes
@@ -103,11 +101,9 @@ def read_panoptic(path, stuff):
     return content, {key: category for key, category in categories.items() if stuff or category.get("isthing", 1)}
 
 
-def read_masks(frames, paths, compared):
-    """Yield (frame, path of its mask, size of the mask, boxes of its segments) for each of a panoptic file's annotations.
-
-    compared  list to which (path, id, bbox in the JSON, bbox of the mask) of each segment with a bbox is added
-    """
+def read_masks(frames, paths, categories, compared):
+    """Yield (frame, path of its mask, size of the mask, boxes of its segments of these categories) of a panoptic file's
+    annotations. Add (path, id, bbox in the JSON, bbox of the mask) of each segment with a bbox to the list `compared`."""
     if missing := [path.name for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{len(missing)} masks are not in {paths[0].parent} ({some(missing)}); each frame needs one")
     for frame, path in zip(tqdm(frames, disable=None), paths, strict=True):
@@ -118,14 +114,12 @@ def read_masks(frames, paths, compared):
             raise ValueError(f"{path}: {error}") from None
         pairs = zip(frame["segments_info"], boxes, strict=True)
         compared += [(path, box["id"], segment["bbox"], box["bbox"]) for segment, box in pairs if "bbox" in segment]
-        yield frame, path, mask.size, boxes
+        yield frame, path, mask.size, [box for box in boxes if box["category_id"] in categories]
 
 
 def boxes_from_panoptic(segments_info, png):
     """Find the box of every segment, in order: list of {id, category_id, iscrowd, area, bbox}, with COCO's bbox.
-
-    png    the mask, a PIL image whose pixels encode a segment's id as R + 256 G + 65536 B; 0 is no segment
-    """
+    A pixel of the mask, a PIL image, encodes a segment's id as R + 256 G + 65536 B; 0 is no segment."""
     rgb = np.asarray(png.convert("RGB")).astype(np.int32)  # before the sum: bytes would overflow
     ids = rgb @ np.array([1, 256, 65536], np.int32)  # (H, W)
     listed, drawn = {segment["id"] for segment in segments_info}, set(np.unique(ids).tolist()) - {0}

@@ -91,11 +91,8 @@ class BytesAlive(TorchDispatchMode):
 
 def plan_step(config, stage, batch, parallel="ddp", world=1, bf16=False, recompute=False):
     """Plan a step of a LocVLMConfig in one of `world` processes, from the shapes of its batch (see data.collate).
-
-    bf16: layers compute in bfloat16; weights and optimizer are always float32.
-    """
-    is_fsdp = parallel == "fsdp"
-    if is_fsdp:
+    bf16: layers compute in bfloat16; weights and optimizer are always float32."""
+    if is_fsdp := parallel == "fsdp":
         require_untied(config.text_config)
     dtype = torch.bfloat16 if bf16 and is_fsdp else torch.float32  # ddp computes under autocast
     with FakeTensorMode():

@@ -1,21 +1,18 @@
-"""Make the paper's training data from COCO: PRefCOCO-100K, and from it Localize-Instruct-200K (Sec. 3.4, 4.1; App. B, C).
+"""Make the paper's training data from COCO: caption makes PRefCOCO-100K, localize Localize-Instruct-200K (Sec. 3.4, 4.1).
 
     torchrun --nproc-per-node 8 -m tools.prefcoco caption --model llava-v1.5-7b --vision clip-vit-large-patch14-336 \\
         --coco annotations/instances_train2017.json --images train2017_blurred --out prefcoco.json
     python -m tools.prefcoco localize --prefcoco prefcoco.json --coco annotations/instances_train2017.json --out localize.json
 
-caption lets a visual LLM describe objects; localize turns the descriptions into conversations about locations. A killed caption
-run resumes with the same command, on any number of processes, and ends in the same files.
+A killed caption run resumes with the same command, on any number of processes, and ends in the same files.
 
-model           run, llava-hf or LLaVA folder
-vision          CLIP, for an original LLaVA that does not hold its tower
-coco            instances_*.json, the same one for both
-images          folder of its images, faces blurred; localize only compares their sizes
-max_new_tokens  longest caption
-temperature     0 is greedy
-limit           use the first so many images only
-prefcoco        file that `caption` wrote
-neg_ratio       absent objects asked for, per described one
+model        run, llava-hf or LLaVA folder
+coco         instances_*.json, the same one for both
+images       folder of its images, faces blurred; localize only compares their sizes
+temperature  0 is greedy
+limit        use the first so many images only
+prefcoco     file that `caption` wrote
+neg_ratio    absent objects asked for, per described one
 """
 
 import argparse
@@ -49,9 +46,7 @@ PROMPT = ("Describe the {category} in this image using one short sentence, refer
 def caption(model, coco, images, out, vision=None, batch: positive = 8, max_new_tokens: positive = 64, temperature=0.0, seed=0,
             limit: positive = None, exclude=""):  # fmt: skip
     """Describe every object whose category occurs once in its image, with a visual LLM: PRefCOCO (Sec. 3.4, App. C).
-
-    Write rejected captions, with the reason, to OUT's .rejected.json. Unfinished work lies in OUT.parts.
-    """
+    Write rejected captions, with the reason, to OUT's .rejected.json. Unfinished work lies in OUT.parts."""
     out, processes = Path(out), join_processes()
     parts, rejects = out.with_name(out.name + ".parts"), out.with_name(out.stem + ".rejected.json")
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -184,9 +179,7 @@ def caption_fault(text, category):
 def localize(prefcoco, coco, out, images="", kind: Literal[KINDS] = "ivb", location: Literal[*LOCATIONS] = "box", neg_ratio=1.0,
              seed=0, side=224, geometry: Literal[GEOMETRIES] = "squash"):  # fmt: skip
     """Make Localize-Instruct-200K from PRefCOCO: one conversation of LLaVA's per image and objective (Sec. 3.4, App. B).
-
-    NegPred asks about categories that are not in the image, half of them under a description from another image.
-    """
+    NegPred asks about categories that are not in the image, half of them under a description from another image."""
     require_new(out)
     described, descriptions, sizes = {}, {}, {}  # by image, by category, by image
     content = read_json(require_file(prefcoco, "a file that `tools.prefcoco caption` wrote"))

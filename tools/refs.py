@@ -42,8 +42,7 @@ def refs(file, out, /, instances=None, split="train", seed=0):
     for (image, size), about in objects.items():
         alone = tuple(o for group in about.values() if len(group) == 1 for o in group.values())
         skipped["sentences about two objects of an image"] += len(about) - len(alone)
-        record = Record(Path(image).stem, Path(image), size, alone)
-        rows += conversations(record, wording, random.Random(f"{seed} {image}"))
+        rows += conversations(Record(Path(image).stem, Path(image), size, alone), wording, random.Random(f"{seed} {image}"))
     write_json(out, rows)
     print(counted(skipped), end="")
     print(f"{out}: {len(rows)} conversations about {len(objects)} images")

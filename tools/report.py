@@ -1,11 +1,10 @@
 """Show an evaluation as one HTML page: figures beside the paper's, boxes on pictures as in its Fig. 3 to 5.
 
-    python -m tools.report runs/default                        writes runs/default/eval/report.html
-    python -m tools.report runs/default --out page.html
+    python -m tools.report runs/default
 
 Reads the results, the blind baseline in RUN/eval_blind, and RUN/log.jsonl, as far as they exist. This file computes the data;
-report.html lays it out and escapes every text. The page is one file without scripts that may load or run nothing: a model's
-answers may contain anything. The same files make the same bytes.
+report.html lays it out and escapes every text. The page is one file that may load or run nothing: a model's answers may contain
+anything. The same files make the same bytes.
 
 run  run folder, with evaluate.py's results in its eval folder
 out  where to write the page (default: RUN/eval/report.html)
@@ -72,15 +71,14 @@ def kind_of(row):
     return str(question), answer
 
 
-def choose(rows, count=CARDS):
+def choose(rows):
     """Choose rows to show, always the same: of each kind in turn, spread over all of its rows."""
-    kinds = {}
+    kinds = defaultdict(list)
     for row in rows:
         question, answer = kind_of(row)
-        kind = (question, re.sub("[0-9.]+", "", answer), str((row.get("truth") or {}).get("label")))
-        kinds.setdefault(kind, []).append(row)
-    groups = list(kinds.values())[:count]
-    shares = Counter([k for turn in range(count) for k, group in enumerate(groups) if turn < len(group)][:count])
+        kinds[question, re.sub("[0-9.]+", "", answer), str((row.get("truth") or {}).get("label"))].append(row)
+    groups = list(kinds.values())[:CARDS]
+    shares = Counter([k for turn in range(CARDS) for k, group in enumerate(groups) if turn < len(group)][:CARDS])
     chosen = []
     for k, group in enumerate(groups):
         start = (k + 1) / (len(groups) + 1)  # each begins elsewhere, as several kinds of question often ask about one image
@@ -206,12 +204,6 @@ def section(name, result, blind, answers, allowed):
     }  # fmt: skip
 
 
-def in_common(results):
-    """Return the values that all results share; where they differ, a note in place of the value."""
-    first, note = results[0], "differs, see Provenance"
-    return {key: value if all(result.get(key) == value for result in results) else note for key, value in first.items()}
-
-
 def page_data(run):
     """Return all that the page of a run folder shows: dicts, lists, numbers and texts."""
     ours, blind = (read_results(run / folder, list(TASKS)) for folder in ("eval", "eval_blind"))
@@ -222,8 +214,11 @@ def page_data(run):
     allowed = PICTURES_BYTES // max(1, sum(min(CARDS, count) for counts in verdicts for count in counts.values()))
     files = {f"{folder}/{name}.json": row for folder, rows in (("eval", ours), ("eval_blind", blind)) for name, row in rows.items()}
     log, bad_log_lines = read_lines(run / "log.jsonl")
+    first, *others = files.values()
+    note = "differs, see Provenance"
+    about = {key: value if all(other.get(key) == value for other in others) else note for key, value in first.items()}
     return {
-        "name": run.resolve().name, "about": in_common([*files.values()]),
+        "name": run.resolve().name, "about": about,
         "config": read_json(run / "config.json") if (run / "config.json").is_file() else {},
         "has_mixed_weights": len({json.dumps(result.get("weights_sha256"), sort_keys=True) for result in ours.values()}) > 1,
         "sections": [section(name, ours.get(name, {}), blind.get(name, {}), answers[name], allowed) for name in answers],

@@ -32,9 +32,8 @@ def show(data, images="", tokenizer="tiny/llama", template: Literal["v1", "plain
     if clips := [record.id for record in records if record.is_clip]:
         raise ValueError(f"{len(clips)} records are about clips ({some(clips)}); train.py --stages 4 --dry-run shows one")
     wording = Wording(CoordFormat(kind, side, geometry), TrainConfig(objectives=objectives).objective_list, location, words)
-    config = CLIPVisionConfig(image_size=side)
-    tokenizer = read_tokenizer(tokenizer)
-    examples = Examples(records, tokenizer, LocVLMConfig(config), wording, template=template, seed=seed)
+    config, tokenizer = LocVLMConfig(CLIPVisionConfig(image_size=side)), read_tokenizer(tokenizer)
+    examples = Examples(records, tokenizer, config, wording, template=template, seed=seed)
     for index in range(min(number, len(examples.records))):
         row, image, record = examples.row(*examples.order(index))
         size = f"{record.size[0]} x {record.size[1]} px" if any(record.size) else "size unknown"

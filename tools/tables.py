@@ -4,10 +4,9 @@
     python -m tools.tables all --seeds 0,1,2   all of these
     python -m tools.tables curves              boxes and sides after 220, 440, 880 and 1,760 steps, also drawn (curves.svg)
 
-tables.json holds settings, measures and the paper's figures. A run that several tables share is trained once, in
-runs/tables/NAME-SEED. NAME-SEED.recipe.json beside it says how it was made. A killed command resumes; a folder that was made by
-another recipe is removed and made again, and so is what was made from it. Each table is printed and written to
-runs/tables/table-N.md, the figures of each seed to table-N.json.
+A run that several tables share is trained once, in runs/tables/NAME-SEED. NAME-SEED.recipe.json beside it says how it was made.
+A killed command resumes; a folder that was made by another recipe is removed and made again, and so is what was made from it.
+Each table is printed and written to runs/tables/table-N.md, the figures of each seed to table-N.json.
 
 table  its number in the paper, all, or curves
 seeds  separated by commas
@@ -48,7 +47,7 @@ SEEN, UNSEEN = NAMES[:5], NAMES[5:]  # Tab. 8: the shapes that training is about
 
 
 def read_tables(path):
-    """Read tables.json: words, settings, measures and tables.
+    """Read tables.json: words, settings, measures, and tables with the paper's figures.
 
     words     what {WORDS} stand for in all of its texts; {SEED} is filled in by each run
     settings  name: (setting whose run it starts from, options of train.py; few images a step learn most in little time)
@@ -70,10 +69,9 @@ def has_centre(row):
     return any(u1 <= (x1 + x2) / 2 <= u2 and v1 <= (y1 + y2) / 2 <= v2 for x1, y1, x2, y2 in boxes_px)
 
 
-def matching(rows, *only):
+def matching(rows, only=None):
     """Keep the rows whose truth matches a pattern under each key of `only`, the fourth entry of a measure, if there is one."""
-    patterns = [pair for keys in only for pair in keys.items()]
-    return [row for row in rows if all(re.search(pattern, str(row["truth"][key])) for key, pattern in patterns)]
+    return [row for row in rows if all(re.search(pattern, str(row["truth"][key])) for key, pattern in (only or {}).items())]
 
 
 SCORES = {"right": lambda row: row["correct"], "contains": lambda row: row["truth"]["contains"], "point in box": has_centre}
@@ -82,7 +80,6 @@ OUT, STILL, MOVING, FEW, OTHER = (Path(WORDS[name]) for name in ("OUT", "STILL",
 
 
 def ensure_worlds():
-    """Write the worlds that are missing."""
     ensure_world(STILL)
     ensure_clips(MOVING)
     ensure_world(FEW, names=SEEN)
@@ -98,10 +95,8 @@ def ensure_worlds():
 
 def limit_conversations(world, name, pattern=""):
     """Write NAME_train.json: of each image or clip the first TALKS conversations whose answers match; their order is random.
-
     So every setting has the same conversations, whatever its objectives. A row holds all six (their share of --questions: 0.17 of
-    36, of clips 0.34 of 18) and, behind them, all questions of the objectives, at most three for each of four shapes.
-    """
+    36, of clips 0.34 of 18) and, behind them, all questions of the objectives, at most three for each of four shapes."""
     rows, count, path = [], Counter(), world / f"{name}_train.json"
     for row in read_json(world / "conversations_train.json") if not path.exists() else ():
         owner, answer = (row["image"], row["conversations"][1]["value"]) if "image" in row else (row["video_id"], row["a"])
@@ -226,8 +221,7 @@ def make(number, seeds):
     head += [f"paper: {name}" for name in paper_measures]
     about = f"Percent, mean ± standard deviation over {len(seeds)} seed(s) of n questions; in brackets the paired difference from "
     about += "the last row marked * above, ± its standard error, bold beyond two of these"
-    lines = [f"Tab. {number}, {title}", "", about, ""]
-    lines += ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    lines = [f"Tab. {number}, {title}", "", about, "", f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     reference = references[0]
     for label, name, paper in rows:
         base = {} if name == reference else figures[reference]
@@ -255,15 +249,13 @@ def draw_curves(figures, seeds, path):
         runs[setting][int(steps or WORDS["STEPS"])] = name
     rows = len(measures) // 4 + 1  # of four panels: the loss, then the measures
     picture = Figure(figsize=(12, 3 * rows), layout="constrained")
-    loss, *axes = picture.subplots(rows, 4).flat
-    for unused in axes[len(measures) :]:
-        unused.remove()
+    loss, *axes = (picture.add_subplot(rows, 4, place) for place in range(1, len(measures) + 2))
     for setting, run_after in runs.items():
         steps = sorted(run_after)
         losses = [row["loss"] for row in read_journal(OUT / f"{run_after[steps[-1]]}-{seeds[0]}" / "log.jsonl")]
         means = [statistics.mean(losses[i : i + 20]) for i in range(0, len(losses), 20)]
         loss.plot(range(10, 20 * len(means), 20), means, label=setting)
-        for axis, measure in zip(axes[: len(measures)], measures, strict=True):
+        for axis, measure in zip(axes, measures, strict=True):
             values = [figures[run_after[step]][measure] for step in steps]  # of each number of steps, a figure for each seed
             axis.plot(steps, list(map(statistics.mean, values)), marker="o")
             axis.fill_between(steps, list(map(min, values)), list(map(max, values)), alpha=0.2)
