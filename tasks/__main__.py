@@ -109,8 +109,7 @@ def main(argv=None):
     task = TASKS.get(args.task) or evaluate.TASKS[args.task]
     if args.judgements:
         require_file(args.judgements, "the judge's replies")
-    processes = join_processes()
-    rank, world, wait = processes
+    rank, world, wait = processes = join_processes()
     answerer = None if args.score and not (Path(args.run) / "config.json").is_file() else evaluate.Answerer(args, world)
     config = answerer.config if answerer else LocVLMConfig()
     if answerer and not args.max_new_tokens:  # judged answers may be long; half of the context is the question's

@@ -1,8 +1,7 @@
 """GQA (Tab. 5): compositional questions about everyday photos.
 
-Files      testdev_balanced_questions.json and images.zip, from cs.stanford.edu/people/dorarad/gqa; or LLaVA's JSON lines of the
-           same questions, with the official file as --answers; or lmms-lab's testdev_balanced_instructions/*.parquet, with
-           testdev_balanced_images/*.parquet as --images
+Files      testdev_balanced_questions.json and images.zip, from cs.stanford.edu/people/dorarad/gqa; or LLaVA's .jsonl, and that
+           file as --answers; lmms-lab's testdev_balanced_instructions/*.parquet, testdev_balanced_images/*.parquet (--images)
 Questions  {"201307251": {"question": "Is it overcast?", "answer": "yes", "imageId": "n161313", ...}}
 Score      exact match in LLaVA's way: lower case, without the last full stop. `contains` also counts answers in sentences. By
            type as officially, where the file has types: "binary" is every question that is no query, also "left or right?"
@@ -59,8 +58,6 @@ def judge_gqa(item, wording):
     judge_exact(item, wording, lambda answer, truth: normal(answer) == truth)
 
 
-TASKS = {"gqa": Task(
-    read_gqa, judge_gqa, gqa_metrics, PROMPTS, options=("short",), paper=paper_rows("gqa"),
-    files="questions: testdev_balanced_questions.json; or LLaVA's .jsonl, and answers: testdev_balanced_questions.json",
-    submission=lambda items: [{"questionId": item.id, "prediction": normal(item.answer)} for item in items],
-)}  # fmt: skip
+FILES = "questions: testdev_balanced_questions.json; or LLaVA's .jsonl, and answers: testdev_balanced_questions.json"
+TASKS = {"gqa": Task(read_gqa, judge_gqa, gqa_metrics, PROMPTS, FILES, ("short",), paper_rows("gqa"),
+                     submission=lambda items: [{"questionId": i.id, "prediction": normal(i.answer)} for i in items])}

@@ -5,13 +5,13 @@ asks an OpenAI-compatible endpoint, and NAME.judgements.jsonl keeps each reply, 
 """
 
 import ast
-import hashlib
 import json
 import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from hashlib import sha256
 from http.client import HTTPException
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -31,23 +31,20 @@ NO_REDIRECT.redirect_request = lambda *args: None  # a redirection would carry t
 
 def judge_answers(job, items, folder, args):
     """Judge all answers of a job, as the options say: (figures, who judged), or ({}, None) without a judge."""
-    requests, journal_path = list(judge_requests(items, args.judge_model)), folder / f"{job.name}.judgements.jsonl"
-    path = folder / f"{job.name}.requests.jsonl"
-
-    def messages_by_id(rows):
-        return [(row["custom_id"], row["body"]["messages"]) for row in rows]
-
-    if args.judgements and not args.fresh and path.is_file() and messages_by_id(read_journal(path)) != messages_by_id(requests):
-        fix = "leave out --judgements to write requests about these answers, or count the replies anyway with --fresh"
-        raise ValueError(f"{path} holds requests about other answers than these; {fix}")
+    requests, path = list(judge_requests(items, args.judge_model)), folder / f"{job.name}.requests.jsonl"
+    if args.judgements and not args.fresh and path.is_file():
+        before, now = ([(row["custom_id"], row["body"]["messages"]) for row in rows] for rows in (read_journal(path), requests))
+        if before != now:
+            fix = "leave out --judgements to write requests about these answers, or count the replies anyway with --fresh"
+            raise ValueError(f"{path} holds requests about other answers than these; {fix}")
     write_rows(path, requests)
     if args.judgements:
         rows = read_rows(args.judgements, "the judge's replies: JSON lines with custom_id and response")
         return read_judgements(rows, items), {"model": args.judge_model, "file": args.judgements}
     if not args.judge_url:
         return {}, None
-    whole = {row["custom_id"]: json.dumps([args.judge_url, row["body"]]) for row in requests}
-    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in whole.items()}
+    hashes = {row["custom_id"]: sha256(json.dumps([args.judge_url, row["body"]]).encode()).hexdigest() for row in requests}
+    journal_path = folder / f"{job.name}.judgements.jsonl"
     with open_journal(journal_path) as journal:
         if args.fresh:
             journal.truncate(0)
@@ -77,10 +74,9 @@ def reply_of(row):
 
 
 def parse_judgement(reply):
-    """Read {'pred': 'yes', 'score': 4.8} in a reply, whatever is around it: (True, 4), or None. Scores are 0..5."""
+    """Read the {'pred': 'yes', 'score': 4.8} that a reply of up to 10,000 characters holds: (True, 4), or None. Scores: 0..5"""
     try:
-        text = reply[reply.find("{") : reply.rfind("}") + 1] if len(reply) <= 10_000 else ""  # a longer one is no dictionary
-        judgement = ast.literal_eval(text)
+        judgement = ast.literal_eval(reply[reply.find("{") : reply.rfind("}") + 1] if len(reply) <= 10_000 else "{}")
         pred, score = judgement["pred"].lower(), int(judgement["score"])
     except (ValueError, SyntaxError, TypeError, KeyError, AttributeError, OverflowError, MemoryError, RecursionError):
         return None
@@ -94,11 +90,10 @@ def read_judgements(rows, items):
         name, reply = str(row.get("custom_id") if isinstance(row, dict) else None), reply_of(row)
         if name not in by_id:
             raise ValueError(f"judgement {index} has custom_id {name[:80]!r}, which no question has; is it another run's?")
-        if reply is None:  # the request failed; another row may hold its reply
-            continue
-        if name in replies:
-            raise ValueError(f"custom_id {name} comes twice among the judgements; remove one of them")
-        replies[name] = parse_judgement(reply)
+        if reply is not None:  # else the request failed; another row may hold its reply
+            if name in replies:
+                raise ValueError(f"custom_id {name} comes twice among the judgements; remove one of them")
+            replies[name] = parse_judgement(reply)
     valid = {name: judgement for name, judgement in replies.items() if judgement}
     for name, (is_right, score) in valid.items():
         by_id[name].truth["judged"] = {"right": is_right, "score": score}
@@ -123,9 +118,8 @@ def ask_judge(url, key, model, items, done=(), workers=4, retries=5, wait=1.0):
         for start in range(0, len(pending), workers):
             replies = list(pool.map(send, pending[start : start + workers]))
             yield from (reply for reply in replies if isinstance(reply, dict))  # also those beside one that failed
-            for failure in replies:
-                if isinstance(failure, ValueError):
-                    raise failure
+            if failures := [reply for reply in replies if isinstance(reply, ValueError)]:
+                raise failures[0]
 
 
 def send_request(row, url, headers, retries, wait):

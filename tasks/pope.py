@@ -1,8 +1,7 @@
 """POPE (Tab. 9): is there a ... in the image? Yes and no, about COCO's val2014.
 
-Files      coco_pope_{random,popular,adversarial}.json (JSON lines or an array), from github.com/RUCAIBox/POPE, output/coco: the
-           present ones, or those before August 2023, LLaVA's; or POPE's questions about GQA's images, output/seem/gqa; or
-           lmms-lab's .parquet, with images (test-*.parquet holds all three: --split adversarial)
+Files      coco_pope_{random,popular,adversarial}.json, lines or array, from github.com/RUCAIBox/POPE: output/coco, now or until
+           August 2023 (LLaVA's), or output/seem/gqa, about GQA's images; or lmms-lab's test-*.parquet: --split adversarial
 Questions  {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in ...?", "label": "yes"}
 Score      accuracy, precision, recall, F1 and share of yes (evaluate.says_no), and the mean F1 of the files beside each other
 Run        python -m tasks pope runs/b2 --questions coco_pope_adversarial.json --images val2014 --with-blind
@@ -55,7 +54,6 @@ def release_of(items):
 
 
 def pope_metrics(items):
-    """Count the five figures and answers with neither word, and name the release."""
     neither = mean(not {"yes", "no", "not"} & set(spaced(item.answer).split()) for item in items)
     return hal_metrics(items) | {"neither yes nor no": neither, f"questions ({release_of(items)})": len(items)}
 

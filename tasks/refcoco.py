@@ -1,8 +1,7 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: describe a box (refcoco, Tab. 10), and find what is described (rec).
 
-Files      refs(unc).p or refs(umd).p beside its instances.json, from github.com/lichengunc/refer; refs_val.json of the shapes
-           world; Shikra's or MDETR's form; lmms-lab's testB-*.parquet, with images. COCO's train2014. --split: in the paper,
-           testB, and RefCOCOg's val and test
+Files      refs(unc).p or refs(umd).p beside its instances.json, from github.com/lichengunc/refer; refs_val.json of the shapes;
+           Shikra's or MDETR's form; lmms-lab's testB-*.parquet. COCO's train2014. Paper: --split testB; RefCOCOg's val, test
 Questions  refcoco: "What is at location (4, 52, 13, 63) in image?"; rec: "Where is ...?" with each sentence of each ref. The
            prompt, RevLoc's or LocPred's, depends on the seed and the ref alone
 Score      refcoco: METEOR 1.5 of all answers together (pip install pycocoevalcap, and Java); rec: IoU >= 0.5, original pixels
@@ -96,10 +95,9 @@ def read_pickle(path, instances=None):
         if not images.get(image_id) or ann_id not in bboxes:
             problem = f"lacks image {image_id} or annotation {ann_id} of ref {name} in {path}"
             raise ValueError(f"{instances} {problem}; are they of one release?")
-        with naming(path, KeyError, TypeError):
-            sentences = [(str(s["sent_id"]), s["sent"]) for s in row["sentences"]]
         ref = {"ref_id": name, "file_name": images[image_id].file_name, "size": images[image_id].size, "split": row["split"]}
-        refs.append(ref | {"bbox": bboxes[ann_id], "sentences": sentences})
+        with naming(path, KeyError, TypeError):
+            refs.append(ref | {"bbox": bboxes[ann_id], "sentences": [(str(s["sent_id"]), s["sent"]) for s in row["sentences"]]})
     return refs
 
 
@@ -110,7 +108,7 @@ def read_split(args):
         path = find_image(args.images, ref["file_name"], "train2014")
         size = tuple(ref["size"] or image_size(path))
         box_px = try_box(ref["bbox"], size, skipped, "refs")
-        if box_px and ref["sentences"] and all(isinstance(text, str) for _, text in ref["sentences"]):
+        if box_px and ref["sentences"]:
             found.append((ref, path, size, box_px))
         elif box_px:
             skipped["refs without a sentence"] += 1
@@ -118,7 +116,6 @@ def read_split(args):
 
 
 def read_rec(args, wording):
-    """Ask where the object of each sentence is."""
     (refs, skipped), items = read_split(args), []
     for ref, path, size, box_px in refs:
         for name, text in ref["sentences"]:
@@ -128,7 +125,6 @@ def read_rec(args, wording):
 
 
 def read_refcoco(args, wording):
-    """Ask what is in each box. Boxes that a crop does not show are skipped."""
     require_meteor()
     (refs, skipped), items = read_split(args), []
     for ref, path, size, box_px in refs:
@@ -142,7 +138,6 @@ def read_refcoco(args, wording):
 
 
 def refcoco_metrics(items):
-    """Compute METEOR 1.5 of all answers, and of the answers without our own "There is a"."""
     sentences, answers = {item.id: item.truth["sentences"] for item in items}, {item.id: item.answer for item in items}
     bare = {name: re.sub(r"^\s*there is an? ", "", answer, flags=re.IGNORECASE) for name, answer in answers.items()}
     return {

@@ -1,8 +1,7 @@
 """Questions about clips (Tab. 6, 7): ActivityNet-QA, MSRVTT-QA, MSVD-QA and TGIF-QA's frame questions.
 
-Files      activitynet-qa: test_q.json and test_a.json (github.com/MILVLG/activitynet-qa); msrvtt-qa, msvd-qa: val_qa.json or
-           test_qa.json (github.com/xudejing/video-question-answering); tgif-qa: Test_frameqa_question.csv (github.com/
-           YunseokJANG/tgif-qa); or, for all four, Video-LLaVA's test_q.json and test_a.json. Missing clips are skipped
+Files      from github.com/MILVLG/activitynet-qa, github.com/xudejing/video-question-answering (MSRVTT and MSVD: val_qa.json or
+           test_qa.json) and github.com/YunseokJANG/tgif-qa; or Video-LLaVA's, for all four. Missing clips are skipped
 Questions  {"video_name": "1QIUV7WYKXg", "question": "is the athlete wearing trousers", "question_id": "1QIUV7WYKXg_3"}
 Score      a language model's judgement (judge.py), the paper's; exact match, ignoring case and punctuation; and `contains`
 Run        python -m tasks activitynet-qa runs/vid --questions test_q.json --answers test_a.json --images videos
@@ -29,11 +28,8 @@ ANSWERS = Rows("[{answer, type, question_id}]", {"question_id": str | int, "answ
 
 
 def read_video_qa(args, wording, types, prefix):
-    """Read questions and answers, and find each clip, in one of the ways of video_qa.json.
-
-    types   names of the question types that the files number
-    prefix  what is before a clip's number in its file name: video7010.mp4, vid1451.avi
-    """
+    """Read questions and answers, and find each clip. video_qa.json has `types`, the names of question types that the files
+    number, and `prefix`, what is before a clip's number in its file name: video7010.mp4, vid1451.avi"""
     rows, items, missing = QUESTIONS.read(args.questions), [], Counter()
     truth, skipped = match_answers(rows, ANSWERS, args)
     clips = find_clips(args.images) if args.images else {}  # --score needs none
@@ -41,8 +37,7 @@ def read_video_qa(args, wording, types, prefix):
     lines = [line.split() for line in read_text(mapping).splitlines()] if mapping.is_file() else []
     other = {line[1]: line[0] for line in lines if len(line) == 2}
     for name, row in rows.items():
-        number = str(row.get("video_id")).removeprefix(prefix)
-        clip = str(row.get("video_name") or row.get("gif_name") or prefix + number)
+        clip = str(row.get("video_name") or row.get("gif_name") or prefix + str(row.get("video_id")).removeprefix(prefix))
         names = [key for key in (clip, f"v_{clip}", other.get(clip)) if key in clips]
         if args.images and not names:
             missing[clip] += 1
@@ -60,6 +55,5 @@ def read_video_qa(args, wording, types, prefix):
 
 TASKS = {}
 for name, about in read_json(FOLDER / "video_qa.json").items():
-    read = partial(read_video_qa, types=about["types"], prefix=about["prefix"])
-    files, options = about["files"], ("short",)
-    TASKS[name] = Task(read, judge_exact, exact_metrics, PROMPTS, files, options, paper_rows(name), after=judge_answers)
+    files, read = about.pop("files"), partial(read_video_qa, **about)
+    TASKS[name] = Task(read, judge_exact, exact_metrics, PROMPTS, files, ("short",), paper_rows(name), after=judge_answers)

@@ -55,6 +55,5 @@ def vsr_metrics(items):
     return hal_metrics(items) | metrics | {"questions": len(items)}
 
 
-TASKS = {"vsr": Task(
-    read_vsr, judge_hal, vsr_metrics, PROMPTS, "questions: test.jsonl of one of its splits", ("short",), paper_rows("vsr"),
-)}  # fmt: skip
+FILES = "questions: test.jsonl of one of its splits"
+TASKS = {"vsr": Task(read_vsr, judge_hal, vsr_metrics, PROMPTS, FILES, ("short",), paper_rows("vsr"))}

@@ -19,7 +19,6 @@ def bare(question):
 
 
 def add_short(question, short):
-    """Return a question with the request for a short answer, or without."""
     return bare(question) + SHORT * short
 
 

@@ -13,8 +13,7 @@ questions about it in the chat format of stage 2, packed behind the shared scene
 
 Two shorter trainings follow, in which bags come without questions about yes and no. They have errors, as the tower's features
 do, and LLaMA learns which of them to trust. In the last one, the six ways to write places, boxes or points in one of three
-representations, have a sixth of the rows each; two words before the scene name the way. The exam asks about held-out scenes.
-(llama.log calls the exam "gate", copy "retell", and text "told".)
+representations, share the rows; two words before the scene name the way. In llama.log: gate (exam), retell (copy), told (text).
 """
 
 import math
@@ -40,14 +39,13 @@ from tiny.shapes import COLOURS, NUMBERS, draw_scene
 
 FOLDER = Path(__file__).parent / "llama"
 CONFIG, FORMAT = VARIANTS["tiny"].text_config, VARIANTS["tiny"].coord_format()
-GRID, WORDING = FORMAT.representation.grid, data.Wording(FORMAT)  # data.ask_* take a scene as a record, for its size, and a shape as an object
+GRID, WORDING = FORMAT.representation.grid, data.Wording(FORMAT)  # data.ask_* take a scene as record, and a shape as object
 FORMATS = {kind: replace(VARIANTS["tiny"], kind=kind).coord_format() for kind in KINDS}
 WAYS = {f" {kind} {location}": data.Wording(FORMATS[kind], location=location) for kind in KINDS for location in data.LOCATIONS}
 STEPS, BATCH, QUESTIONS = 6800, 8, 6
-# {form: its documents in a step / BATCH}; {step: the forms that come in turn until then}; the plan of the second training and of
-# the third (share: of the learning rates); options of sentencepiece; keys of config.json. One easy skill at a time, and nothing
-# else; then all of them together, because a skill that is not practised is forgotten. All of them from the start teach nothing
-# (LOG.md).
+# {form: its documents in a step / BATCH}; {step: the forms that come in turn until then}; plans of the second, third training
+# (share: of the learning rates); options of sentencepiece; keys of config.json. One easy skill at a time, and nothing else;
+# then all of them together, because a skill that is not practised is forgotten. All from the start teach nothing (LOG.md).
 WEIGHT, SCHEDULE, AGAIN, IN_ALL_WAYS, TOKENIZER, HF_CONFIG = read_json(Path(__file__).with_suffix(".json")).values()
 # Standard deviations of the sides in bags, in fractions of the image: of the part that all cells of a shape share, of the rest,
 # and how much that grows towards a cell that the shape hardly covers. Of linear regression on an earlier tower's patches (off
@@ -59,10 +57,8 @@ LR_MUON, LR_ADAMW = 3e-3, 1.2e-3  # matrices of the blocks; embeddings, head and
 
 def bags(scene, tokenizer, rng, errors=EXACT):
     """Write a scene as GRID x GRID bags of words, row by row: (cell, word id, weight) of each word. The cell of a shape holds
-    its colour, its name, and the sides of its box, weighted by their coordinates. All weights vary, as features do.
-
-    errors  EXACT, EARLIER, or TODAY: times 0.5 to 2, drawn for the scene. But for EXACT, colour and name are weaker at an edge
-    """
+    its colour, its name, and the sides of its box, weighted by their coordinates. All weights vary, as features do. errors:
+    EXACT, EARLIER, or TODAY (times 0.5 to 2, drawn for the scene); but for EXACT, colour and name are weaker at an edge"""
     cells, most = [[("image", 1.0)] for _ in range(GRID * GRID)], [0.1] * GRID * GRID
     scale = rng.uniform(0.5, 2) if errors is TODAY else 1
     in_common, rest, at_edge = (scale * std for std in errors)
@@ -216,7 +212,6 @@ def exam(llama, tokenizer, form, scenes=150, errors=EXACT, way=""):
 
 
 def new_llama():
-    """Return a LLaMA with random weights."""
     llama = Llama(CONFIG)
     for name, p in llama.named_parameters():
         if p.ndim == 2:

@@ -1,10 +1,9 @@
-"""Train the tiny tower that replaces CLIP: `python -m tiny.make_vision` writes tiny/clip (HF format), in half an hour on two cores.
+"""Train the tiny tower that replaces CLIP: `python -m tiny.make_vision` writes tiny/clip (HF format), 30 minutes on two cores.
 
 A ViT of CLIP's architecture learns the shapes world patch by patch. Its features hold, in fixed random directions, name and
-colour of the shape whose box covers the patch, and the four sides of that box; a patch of background holds nothing, and other
-directions are kept small. So a patch is what a bag of words is to the tiny LLaMA (tiny/make_llama.py), and a linear adapter can
-turn one into the other. LocVLM reads the last layer but one, so that one learns; the last block stays as it was drawn. Training
-on whole images made features without places (LOG.md). The exam at the end ("gate" in clip.log) reads names and boxes at the centres of shapes.
+colour of the shape whose box covers the patch, and that box's sides; of background nothing, and other directions stay small. A
+patch is to this tower what a bag of words is to the tiny LLaMA: a linear adapter can turn one into the other. LocVLM reads the
+last layer but one, so the last block stays as drawn. Training on whole images made features without places (LOG.md).
 """
 
 import math
@@ -61,15 +60,14 @@ def codes(boxes_unit, names, colours):
 
 @torch.no_grad()
 def exam(tower, directions, images, boxes_unit, names, colours):
-    """Read the patch at the centre of each shape: (share of right names, mean IoU)."""
+    """Read the patch at the centre of each shape: (share of right names, mean IoU). clip.log calls it "gate"."""
     read = tower(images.float()) @ directions.T  # (N, P, CODE)
     image, shape = (names >= 0).nonzero(as_tuple=True)
     truth_unit = boxes_unit[image, shape]
     column, row = ((truth_unit[:, :2] + truth_unit[:, 2:]) / 2 * GRID).long().unbind(1)
     read = read[image, row * GRID + column]
-    is_right = read[:, : len(NAMES)].argmax(-1) == names[image, shape]
     ious = [iou(a, b) for a, b in zip((read[:, -4:] / SIDE + 0.5).tolist(), truth_unit.tolist(), strict=True)]
-    return is_right.float().mean().item(), sum(ious) / len(ious)
+    return (read[:, : len(NAMES)].argmax(-1) == names[image, shape]).float().mean().item(), sum(ious) / len(ious)
 
 
 def update(loss, rates, clipped):

@@ -138,7 +138,6 @@ def write_clips(folder, clips=CLIPS, frames=8, seed=0):
 
 
 def ensure_clips(folder="data/moving"):
-    """Return the folder of the clips; write them if they are missing."""
     return world.ensure_world(folder, write_clips, "clips_val.json")
 
 
