@@ -32,7 +32,7 @@ from formats.schema import are_numbers, leaves_folder, require_lists
 from tools import command, positive
 
 JOURNAL = ".blur.jsonl"  # a row of options, then a row per image
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES = (".apng", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")  # all that training reads
 MODES = ("L", "RGB", "RGBA", "CMYK")  # modes that PIL can blur
 GROW = math.sqrt(2)  # the ellipse goes through the corners of a face's box
 SOFT = 0.025  # softness of the ellipse's edge, in lengths of the face: no line that a model could find

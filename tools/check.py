@@ -3,7 +3,7 @@
     python -m tools.check --coco annotations/instances_train2017.json --images train2017
     python -m tools.check --data chat.json@coco,captions.json@cc3m
 
-Reads the files as training does, decodes every image, and one frame of every clip. Lines that begin with "note" are about data
+Reads the files as training does, decodes every image, and one frame of every clip. Lines that begin with "note:" are about data
 that is used as it stands, and may be a mistake. Prints at most 50 lines per kind of problem in annotations, 1,000 per file.
 
 data, coco  annotation files, separated by commas: FILE, or FILE@IMAGES
@@ -24,7 +24,7 @@ def check_all(data, images=""):
     total = 0
     for path, folder, _ in parse_sources(data, images):
         problems = check(path, folder)
-        count = sum(not problem.startswith("note") for problem in problems)
+        count = sum(not problem.startswith("note: ") for problem in problems)
         print(*problems[:1000], f"{path}: {count or 'no'} lines of problems", sep="\n")
         total += count
     sys.exit(1 if total else 0)
@@ -43,7 +43,7 @@ def check(path, images):
         listed += [f"{lead}{len(texts) - most} more {kind}"] if len(texts) > most else []
     listed += [f"{count} {reason}" for reason, count in skipped.items() if reason.startswith("clips")]
     has_data = any(record.objects or record.captions or record.conversations for record in records)
-    if not has_data and all(text.startswith("note") for text in listed):
+    if not has_data and all(text.startswith("note: ") for text in listed):
         listed.append("nothing to train on: no image has a box to ask for, a caption or a conversation")
     try:
         records = merge(records)  # of the rows about an image, one may state its size

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from data import IGNORE, IMAGE_ID, collate, pack
 from formats.files import run_command
 from formats.meter import PEAK_FLOPS, step_flops
-from formats.processes import Processes, require_even, require_untied
+from formats.processes import Processes, has_bf16, require_even, require_untied
 from model import ADAPTERS, VARIANTS, LocVLM
 from tools import positive
 from train import PRESETS, TrainConfig, build_examples, build_model, build_records, parse_config, print_parts, unfreeze
@@ -172,7 +172,7 @@ def plan_stage(config, stage, model, records, world, room):
     print_parts(config, stage, model)
     row, basis = row_of(config, stage, records, model)
     features, bf16 = bool(config.features or model.config.frames), config.precision == "bf16"
-    bf16 |= config.precision == "auto" and bool(room or torch.cuda.is_available())
+    bf16 |= config.precision == "auto" and bool(room or has_bf16())
 
     def plan_of(micro, parallel, recompute):
         return plan_step(model.config, stage, batch_of(model.config, row, micro, features), parallel, world, bf16, recompute)

@@ -22,8 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from formats.files import read_json
-from formats.images import blur_manifest, open_image
-from tools.blur import blur, detect_faces, main
+from formats.images import IMAGES, blur_manifest, open_image
+from tools.blur import SUFFIXES, blur, detect_faces, main
 
 
 def files(folder):
@@ -148,13 +148,14 @@ def test_orientation_and_profile_stay_and_the_thumbnail_goes(tmp_path):
 @pytest.mark.parametrize(
     ("mode", "suffix"),
     [("CMYK", "jpg"), ("L", "JPEG"), ("RGBA", "png"), ("LA", "png"), ("P", "png"), ("I;16", "png"), ("1", "png")]
-    + [("RGB", "webp"), ("RGB", "bmp"), ("P", "gif"), ("RGB", "tif"), ("CMYK", "tiff")],
+    + [("RGB", "webp"), ("RGB", "bmp"), ("P", "gif"), ("RGB", "tif"), ("CMYK", "tiff"), ("RGB", "ppm"), ("RGB", "apng")],
 )
-def test_every_format_keeps_its_own(tmp_path, mode, suffix):
+def test_every_format_that_training_reads_keeps_its_own(tmp_path, mode, suffix):
+    assert set(SUFFIXES) == set(IMAGES)
     (tmp_path / "in").mkdir()
     image = Image.effect_noise((64, 48), 90)
     image = Image.fromarray(np.asarray(image).astype(np.uint16) * 256) if mode == "I;16" else image.convert(mode)
-    image.save(tmp_path / f"in/a.{suffix}")
+    image.save(tmp_path / f"in/a.{suffix}", format="PNG" if suffix == "apng" else None)
     (tmp_path / "faces.json").write_text(json.dumps({f"a.{suffix}": [[10, 10, 20, 20]]}))
     blur(tmp_path / "in", tmp_path / "out", faces=tmp_path / "faces.json")
     before, after = (Image.open(tmp_path / folder / f"a.{suffix}") for folder in ("in", "out"))

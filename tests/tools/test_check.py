@@ -129,6 +129,13 @@ def test_a_bad_row_is_named_by_check_and_skipped_and_counted(coco, damage, words
     assert len(records) == 2 and skipped.total() == 1 and words in next(iter(skipped))
 
 
+def test_an_error_about_a_file_of_notes_is_no_note(tmp_path, capsys):
+    (tmp_path / "notes.json").write_text("[{")
+    with pytest.raises(SystemExit) as stopped:
+        check_command.check_all(str(tmp_path / "notes.json"), str(tmp_path))
+    assert stopped.value.code == 1 and "1 lines of problems" in capsys.readouterr().out
+
+
 def test_a_row_about_a_missing_clip_among_images_is_named(coco):
     clip = {"id": "v", "video": "v.mp4", "conversations": LLAVA[0]["conversations"]}
     (coco / "x.json").write_text(json.dumps([LLAVA[0], clip]))
