@@ -76,8 +76,7 @@ def static_objects(boxes, size):
         if None in boxes_px or len({box.frame for box in track}) < len(track):
             continue
         mean = tuple(sum(edge) / len(edge) for edge in zip(*boxes_px, strict=True))
-        pairs = ((box_px, axis) for box_px in boxes_px for axis in (0, 1))
-        moves = (abs(box_px[i] + box_px[i + 2] - mean[i] - mean[i + 2]) / 2 * STATIC_SIDE / size[i] for box_px, i in pairs)
+        moves = (abs(b[i] + b[i + 2] - mean[i] - mean[i + 2]) / 2 * STATIC_SIDE / size[i] for b in boxes_px for i in (0, 1))
         if max(moves) <= STATIC + 1e-6:  # float noise must not decide
             objects.append(Object(name, mean))
     return objects
@@ -85,9 +84,7 @@ def static_objects(boxes, size):
 
 def merge(records):
     """Join the Records about one image file, so that its questions share a prefix. The largest weight counts.
-
-    An object stays unique only if every record that has its category has it once, with the same box.
-    """
+    An object stays unique only if every record that has its category has it once, with the same box."""
     merged, real = {}, cache(os.path.realpath)  # folders may be links, as LLaVA's coco/train2017 often is
     for record in records:
         key = os.path.join(real(record.image.parent), record.image.name) if record.image else len(merged)
@@ -97,25 +94,19 @@ def merge(records):
         if any(first.size) and any(record.size) and first.size != record.size:
             sizes = f"{first.size} and {record.size}; correct the one that its pixels do not have"
             raise ValueError(f"{record.image} has two sizes in these annotations, {sizes}")
-        record = respelled(record, first)
+        record, objects = respelled(record, first), []
+        for name in dict.fromkeys(o.name for o in first.objects + record.objects):
+            same = [{o.name: o for o in r.objects}.get(name) for r in (first, record) if name in r.present]
+            if None not in same and all(abs(a - b) <= 0.02 for a, b in zip(same[0].box_px, same[-1].box_px, strict=True)):
+                objects.append(replace(same[0], description=same[0].description or same[-1].description))
         present = tuple(dict.fromkeys(first.present + record.present))
         merged[key] = replace(
             first, size=first.size if any(first.size) else record.size, weight=max(first.weight, record.weight),
-            objects=common_objects(first, record) if record.present else first.objects, present=present,
+            objects=tuple(objects), present=present,
             absent=tuple(name for name in dict.fromkeys(first.absent + record.absent) if name not in present),
             captions=first.captions + record.captions, conversations=first.conversations + record.conversations,
         )  # fmt: skip
     return list(merged.values())
-
-
-def common_objects(first, record):
-    """Join the unique objects of two records about one image; see `merge`."""
-    objects = []
-    for name in dict.fromkeys(o.name for o in first.objects + record.objects):
-        same = [{o.name: o for o in r.objects}.get(name) for r in (first, record) if name in r.present]
-        if None not in same and all(abs(a - b) <= 0.02 for a, b in zip(same[0].box_px, same[-1].box_px, strict=True)):
-            objects.append(replace(same[0], description=same[0].description or same[-1].description))
-    return tuple(objects)
 
 
 def respelled(record, first):
@@ -130,9 +121,7 @@ def respelled(record, first):
 
 def read_records(sources, exclude=()):
     """Read a mixture of annotation files, (file, images folder or zip, weight) each: one Record per image.
-
-    The weight says how often an epoch draws each image of the file. `exclude` holds COCO image ids to skip (`image_ids`).
-    """
+    The weight says how often an epoch draws each image of the file. `exclude` holds COCO image ids to skip (`image_ids`)."""
     records, skipped = [], Counter()
     for path, images, weight in sources:
         of_file, reasons = read_file(path, images)
@@ -140,9 +129,7 @@ def read_records(sources, exclude=()):
         skipped += reasons
     merged = merge(records)
     kept = [record for record in merged if record.is_clip or coco_id(record.image) not in exclude]
-    if len(kept) < len(merged):
-        skipped["images that --exclude lists"] = len(merged) - len(kept)
-    return kept, skipped
+    return kept, skipped + Counter({"images that --exclude lists": len(merged) - len(kept)})  # + drops a 0
 
 
 def parse_sources(text, images=""):
@@ -194,10 +181,8 @@ def unreadable(records):
 
 def note_fractions(records, geometry):
     """Print a note if conversations hold boxes as fractions, which LLaVA-1.5's data measure in the padded square."""
-    if geometry == "pad":
-        return
-    count = sum(bool(FRACTIONS.search(text)) for r in records for turns in r.conversations for turn in turns for text in turn)
-    if count:
+    texts = (text for r in records for turns in r.conversations for turn in turns for text in turn)
+    if geometry != "pad" and (count := sum(bool(FRACTIONS.search(text)) for text in texts)):
         print(f"note: {count} texts hold boxes as fractions, which LLaVA-1.5 means of the padded square; see --geometry pad")
 
 
@@ -209,7 +194,7 @@ def require_usable(records, source, kind=""):
 
 def coco_id(image):
     """Return the COCO id of an image file, the same in all years (COCO_val2014_000000581857.jpg -> 581857), or None."""
-    found = re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", Path(image).stem) if image else None
+    found = re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", Path(str(image).replace("\\", "/")).stem) if image else None
     return int(found[1]) if found else None
 
 
@@ -227,8 +212,7 @@ def image_ids(path):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         with naming(path, json.JSONDecodeError):
             content = [json.loads(line) if line[0] in "{[" else line for line in lines]
-        texts = [line for line in content if isinstance(line, str) and not line.isdigit()]
-        if lost := [text for text in texts if coco_id(text.replace("\\", "/")) is None]:
+        if lost := [line for line in content if isinstance(line, str) and not line.isdigit() and coco_id(line) is None]:
             problem = f"{len(lost)} of {len(lines)} lines name no COCO image (the first: {lost[0]:.80})"
             raise ValueError(f"{path}: {problem}; remove them") from None
 
@@ -241,9 +225,8 @@ def image_ids(path):
             for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
                 yield from visit(inner, name)
         elif key in ("image_id", "image", "images", "file_name") and value is not None:
-            yield coco_id(value.replace("\\", "/")) if isinstance(value, str) and not value.isdigit() else int(value)
+            yield coco_id(value) if isinstance(value, str) and not value.isdigit() else int(value)
 
-    found = set(visit(content)) - {None}
-    if not found:
+    if not (found := set(visit(content)) - {None}):
         raise ValueError(f"{path} names no COCO image (keys image_id, image or file_name)")
     return found

@@ -45,8 +45,6 @@ ids_in = cache(image_ids)  # a training file may be a gigabyte, and several eval
 
 @dataclass
 class Job:
-    """A task with its questions."""
-
     task: str
     name: str  # of its result files
     rules: object  # evaluate.Task
@@ -120,9 +118,7 @@ def by_picture(items):
 
 def batches(items, size):
     """Yield batches of up to `size` questions. Those about one picture stay together: its prefix is computed once.
-
-    Batches do not depend on the items' order or on who answers them: in bfloat16, the rest of a batch can change an answer.
-    """
+    The items' order and who answers do not change a batch: in bfloat16, the rest of a batch can change an answer."""
     batch, groups = [], by_picture(sorted(items, key=lambda item: item.id)).values()
     for piece in (group[i : i + size] for group in groups for i in range(0, len(group), size)):
         if len(batch) + len(piece) > size:
@@ -134,9 +130,7 @@ def batches(items, size):
 
 def answer_all(items, size, make_functions, parts, options, processes, fresh=False):
     """Answer items in all processes; rank 0 gives all of them their answers. Return (how many were answered now, seconds).
-
-    make_functions() returns the functions batch -> input, and input -> {id: answer}.
-    """
+    make_functions() returns the functions batch -> input, and input -> {id: answer}."""
     pieces = {batch[0].id: batch for batch in batches(items, size)}
     rows, now, seconds = work_in_parts(pieces, make_functions, parts, options, processes, restarts=True, fresh=fresh)
     if processes[0] == 0:
@@ -167,10 +161,8 @@ def hashes(items):
 
 
 def trained_on(run, files=""):
-    """Return (annotation files, COCO ids) that a run was trained on, or None if unknown.
-
-    files  separated by commas; if empty, those that train.py noted in the run and in the runs it started from, or its default data
-    """
+    """Return (annotation files, COCO ids) that a run was trained on, or None if unknown. files: separated by commas; if empty,
+    those that train.py noted in the run and in the runs it started from, or its default data"""
     if files:
         return files.split(","), image_ids_of(files)
     files, ids, visited = [], set(), set()
@@ -181,8 +173,7 @@ def trained_on(run, files=""):
         own = [path for path, _, _ in parse_sources(notes["data"], notes["images"])]
         if not own:  # the default data; this file names all images
             own = ["data/moving/clips_train.json" if notes["stages"] in ("3", "4") else "data/shapes/instances_train.json"]
-        excluded = [path for path in notes["exclude"].split(",") if path]
-        if not all(Path(path).is_file() for path in own + excluded):
+        if not all(Path(path).is_file() for path in own + notes["exclude"].split(",") if path):
             return None
         files, run, of_run = files + own, notes["init_from"], set()
         for path in own:
@@ -240,8 +231,7 @@ def run_jobs(args, jobs, wording, answerer, processes):
         items, how = copy.deepcopy(job.items), answering | {"blind": title == "blind"}  # judging changes the items
         parts, options = folders[title] / f"{job.name}.parts", {"questions_sha256": hashes(items)["questions_sha256"], **how}
         functions = partial(answerer.functions, title == "blind", job.rules.choose)
-        # rank 0's options are used, no others
-        paths = {item.image for item in items if item.image} if rank == 0 and title != "blind" else ()
+        paths = {item.image for item in items if item.image} if rank == 0 and title != "blind" else ()  # rank 0's options count
         options["image_bytes"] = sum(map(file_size, {split_zip(path)[0] or path for path in paths}))
         count, seconds = answer_all(items, args.batch, functions, parts, options, processes, args.fresh)
         if rank > 0:

@@ -40,9 +40,7 @@ def pack_linears(model, compiled=False):
 
 def keep_freed_memory():
     """Tell glibc to keep freed memory: returning pages and faulting them in again takes most of a training step on a CPU.
-
-    Not beside a GPU, where it would keep whole checkpoints.
-    """
+    Not beside a GPU, where it would keep whole checkpoints."""
     if sys.platform == "linux" and not torch.cuda.is_available():
         # M_TRIM_THRESHOLD: never shrink the heap; M_TOP_PAD: grow it in large steps; M_MMAP_MAX: no mappings for large blocks
         for setting, value in ((-1, 2**31 - 1), (-2, 2**28), (-4, 0)):

@@ -5,7 +5,6 @@ features.json  which tower, image side, geometry and number of frames made it, t
 """
 
 import hashlib
-import math
 import os
 import shutil
 from contextlib import suppress
@@ -56,11 +55,8 @@ class Features:
 
 @torch.inference_mode()
 def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_bad=False, processes=(0, 1, lambda: None)):
-    """Write the features of all records' images. A killed run continues where it stopped.
-
-    skip_bad   an image or clip that cannot be used gets a row of zeros and is listed in features.json; else it ends the run
-    processes  of journal.join_processes
-    """
+    """Write the features of all records' images. A killed run continues where it stopped. processes: of join_processes
+    skip_bad: an image or clip that cannot be used gets a row of zeros and is listed in features.json; else it ends the run"""
     config, device, out, batch = tower.config, next(tower.parameters()).device, Path(out), 1 if frames else batch
     parts, file, rank = out / "features.parts", out / "features.npy", processes[0]
     images = sorted({os.path.abspath(record.image) for record in records if record.image})
@@ -72,8 +68,8 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
         return print(f"{out} is complete") if rank == 0 else None
     bad = {os.path.abspath(image): problem for image, problem in unreadable(records).items()}
     if bad and not skip_bad:
-        some_problems = "; ".join([*bad.values()][:3])
-        raise ValueError(f"{len(bad)} of {len(images)} images cannot be used: {some_problems}; --skip-bad skips them")
+        first = "; ".join([*bad.values()][:3])
+        raise ValueError(f"{len(bad)} of {len(images)} images cannot be used: {first}; --skip-bad skips them")
     if rank == 0 and not (parts.exists() and file.exists()):
         make_array(file, parts, (len(images), frames + config.num_patches, config.hidden_size))
 
@@ -116,17 +112,14 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
 
 def make_array(file, parts, shape):
     """Make a file of zeros, float16. Raise ValueError if its folder exists already, or the disk is too small for it.
-
-    parts  folder of the journals, made before the file: a folder that has it is of a killed run, and is resumed. Where the file
-           is missing, journals are about one that is gone, and are removed
-    """
+    A folder with `parts`, the journals' folder, is of a killed run. As its file is missing, its journals are removed."""
     if not parts.exists():
         require_new(file.parent)
     with writing(file.parent):
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
     remove_temporary(file.parent.iterdir())
-    size, free = 2 * math.prod(shape) / 2**30, shutil.disk_usage(file.parent).free / 2**30
+    size, free = 2 * np.prod(shape) / 2**30, shutil.disk_usage(file.parent).free / 2**30
     if free < size:  # later it would be a bus error: the file is mapped
         parts.rmdir()
         with suppress(OSError):  # it holds other files

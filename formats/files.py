@@ -57,7 +57,6 @@ def naming(path, *errors):
 
 
 def read_config(folder, name="config.json"):
-    """Read a folder's config.json as a dict."""
     path = local(folder, name) / name
     content = read_json(require_file(path, "a checkpoint folder: its config beside its weights"))
     if not isinstance(content, dict):
@@ -82,8 +81,7 @@ def normalization(processor, side):
     size = processor.get("crop_size" if is_cropped else "size")
     size = size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
     if size not in (None, side):
-        sides = f"{size} px, the tower reads {side}"
-        raise ValueError(f"preprocessor_config.json makes images of {sides}; correct the one that is wrong")
+        raise ValueError(f"preprocessor_config.json makes images of {size} px, the tower reads {side}; correct the wrong one")
     for key, value in (("do_normalize", True), ("do_rescale", True), ("resample", 3)):  # 3: bicubic
         if processor.get(key, value) not in (value, None):
             raise ValueError(f"unsupported {key} = {processor[key]} in preprocessor_config.json; CLIP's is {value}")
@@ -105,7 +103,6 @@ def known_fields(cls, config):
 
 
 def read_json(path):
-    """Read a JSON file; the error of a damaged one names it."""
     try:
         return json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -185,11 +182,8 @@ def remove_temporary(paths):
 
 
 def run_command(name, main, place="--out"):
-    """Run a program's main function. What a user or the system can cause ends it in one line, a closed pipe in silence.
-
-    place  the option that chooses where the program writes
-    A ValueError not raised by this code, such as that of int("x"), is followed by file and line.
-    """
+    """Run a program's main function. What a user or the system can cause ends it in one line, a closed pipe in silence. A
+    ValueError not raised by this code, as of int("x"), is followed by file and line. place: the option for where to write"""
     try:
         try:
             main()

@@ -45,12 +45,12 @@ def snapshot(name, revision):
     except Exception as error:  # the library's own, or those of the HTTP client that its version uses
         ref = cached / "refs" / (revision or "main")
         folder = cached / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision or "main")
-        problem = "the hub cannot be reached or does not have it"
+        problem, why = "the hub cannot be reached or does not have it", " ".join(str(error).split())
         if not folder.is_dir():
-            where = f"no folder here, none in {cached.parent}, and {problem} ({one_line(error)})"
+            where = f"no folder here, none in {cached.parent}, and {problem} ({why})"
             raise FileNotFoundError(f"no model {name}{f'@{revision}' if revision else ''}: {where}") from None
         if not constants.HF_HUB_OFFLINE:
-            print(f"{name} is read from the cache ({folder.name}), for {problem}: {one_line(error)}")
+            print(f"{name} is read from the cache ({folder.name}), for {problem}: {why}")
         return folder, []
 
 
@@ -58,12 +58,8 @@ def snapshot(name, revision):
 def download(name, revision, file):
     """Download one file of a model into the cache, with a progress bar, or continue an earlier download."""
     from huggingface_hub import hf_hub_download
-
     try:  # by the revision, not its commit, so that the library notes which commit it is
         hf_hub_download(name, file, revision=revision)
     except Exception as error:
-        raise OSError(f"{file} of {name} cannot be downloaded ({one_line(error)}); the same command continues") from None
-
-
-def one_line(error):
-    return " ".join(str(error).split())
+        why = " ".join(str(error).split())
+        raise OSError(f"{file} of {name} cannot be downloaded ({why}); the same command continues") from None

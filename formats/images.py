@@ -1,7 +1,6 @@
 """Image files in folders, zips and parquet files: open one, look at its size, tell images and clips apart by name."""
 
 import io
-import os
 import unicodedata
 import zipfile
 import zlib
@@ -39,11 +38,9 @@ def is_clip(path):
 
 
 def open_image(path):
-    """Open an image file as RGB, in its stored orientation (COCO's boxes ignore the EXIF rotation, and so do we).
-
-    Transparency is dropped, as CLIP's own reader does. `path` may lead into a zip, or a parquet file: images.zip/000000000.jpg.
-    Raise FileNotFoundError, or ValueError if the file is damaged.
-    """
+    """Open an image file as RGB, in its stored orientation (COCO's boxes ignore the EXIF rotation, and so do we), without its
+    transparency, as CLIP's own reader. `path` may lead into a zip, or a parquet file: images.zip/000000000.jpg.
+    Raise FileNotFoundError, or ValueError if the file is damaged."""
     if not has_image(path):
         raise FileNotFoundError(f"no image file {path}")
     with naming(path, *PIL_ERRORS), image_file(path) as file:
@@ -58,7 +55,6 @@ def open_image(path):
 
 
 def to_rgb(image):
-    """Convert a PIL image to 8-bit RGB."""
     image.load()
     if image.mode.startswith("I"):  # 16-bit greyscale: PIL's own conversion would clip it to white
         grey = np.asarray(image).astype(np.int64)
@@ -137,7 +133,7 @@ def open_zip(path):
 def image_size(path):
     """Return (width, height) of an image file; JPEG and PNG of intact end, or in zips, are not decoded. Raises as open_image."""
     with suppress(*PIL_ERRORS, KeyError), image_file(path) as file, Image.open(file) as image:  # KeyError: not in its zip
-        file.seek(-12, os.SEEK_END)
+        file.seek(-12, io.SEEK_END)
         mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
         if split_zip(path)[0] or mark and mark in file.read():  # damage in the middle goes unnoticed, except in zips: checksums
             return image.size
@@ -148,8 +144,10 @@ def image_problem(path, size=(), decode=False):
     """Return the problem of an image file, or None. size: (width, height) that annotations state, if they do"""
     try:
         found = open_image(path).size if decode else image_size(path)
-    except FileNotFoundError as error:
-        return f"{error}{hint_of(Path(path))}"
+    except FileNotFoundError as error:  # is there almost that name in its nearest folder that exists, or one below?
+        folder = next((parent for parent in Path(path).parents if parent.is_dir()), None)
+        near = folder and names_by_stem(folder).get(unicodedata.normalize("NFC", Path(path).stem).casefold())
+        return f"{error}; {folder} has {near!r}" if near else str(error)
     except ValueError as error:
         return str(error)
     if not any(size) or found == tuple(size):
@@ -157,13 +155,6 @@ def image_problem(path, size=(), decode=False):
     turn = orientation(path)
     fix = f"; its EXIF orientation is {turn}: save it upright, or annotate the pixels as they are stored" if turn != 1 else ""
     return f"{path} is {found[0]} x {found[1]}, but the annotations say {size[0]} x {size[1]}{fix}"
-
-
-def hint_of(path):
-    """Return a hint at a file named almost like a missing one, in its nearest folder that exists or one below; or nothing."""
-    folder = next((parent for parent in path.parents if parent.is_dir()), None)
-    near = folder and names_by_stem(folder).get(unicodedata.normalize("NFC", path.stem).casefold())
-    return f"; {folder} has {near!r}" if near else ""
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,5 @@
 """Work that takes hours and may be killed at any moment: journals of JSON lines, options that must match, processes.
-
-A journal gets a line per piece of work, flushed to disk. After a kill, the same command reads the journal and continues.
-"""
+A journal gets a line per piece of work, flushed to disk. After a kill, the same command reads the journal and continues."""
 
 import atexit
 import errno
@@ -12,7 +10,6 @@ import signal
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -23,8 +20,7 @@ from formats.processes import prefetched
 
 def read_journal(path):
     """Read the rows of a journal. A last line that a kill cut short does not count; no file, no rows."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else ()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
 
 
 def open_journal(path):
@@ -78,7 +74,7 @@ def require_same_options(before, now, where):
 
 
 def require_new(path):
-    if Path(path).exists():
+    if os.path.exists(path):
         raise ValueError(f"{path} exists already; choose another --out")
 
 

@@ -6,7 +6,6 @@ mean of the others: never the most likely), and a linear adapter has an identity
 """
 
 import json
-import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -116,20 +115,18 @@ def write_checkpoint(model, folder, state_dict, notes):
     config, tokenizer = model.config, model.tokenizer
     # <image> takes the first id that is no piece of the tokenizer, if that lacks it; rows are a multiple of 64, as llava-hf's
     image_id, vocab_size = getattr(tokenizer, "image_token_id", None) or len(tokenizer), config.text_config.vocab_size
-    rows = vocab_size if image_id < vocab_size else 64 * math.ceil((image_id + 1) / 64)
+    rows = vocab_size if image_id < vocab_size else 64 * (image_id // 64 + 1)
     write_tensors(folder / "model.safetensors", llava_tensors(model, state_dict or model.state_dict(), rows))
     # our `encode` puts a space before every chunk beside an image; "always" makes other readers do so
     pieces = re.sub(rb'("prepend_scheme":\s*)"first"', rb'\1"always"', tokenizer.path.read_bytes())
     write_whole(folder / tokenizer.path.name, lambda path: path.write_bytes(pieces))
-    chat = "".join(read_json(HERE / "chat_template.json"))  # data.encode_prefix and encode_segment, for any number of turns
-    chat = Template(chat).substitute(SYSTEM=SYSTEM, USER=USER, ASSISTANT=ASSISTANT)
-    write_text(folder / "chat_template.jinja", chat)
-    ours = {
-        "adapter": config.adapter, **{key: getattr(config, key) for key in SETTINGS}, "n_bins": config.coord_format().side,
-        "template": "v1", "vocab_size": vocab_size, "tokenizer_sha256": sha256(folder / tokenizer.path.name),
-    }
+    chat = Template("".join(read_json(HERE / "chat_template.json")))  # data.encode_prefix and encode_segment, for any turns
+    write_text(folder / "chat_template.jinja", chat.substitute(SYSTEM=SYSTEM, USER=USER, ASSISTANT=ASSISTANT))
     files = json_files(config, tokenizer, image_id, rows)
-    files["config.json"]["locvlm"] = {**ours, **notes}
+    files["config.json"]["locvlm"] = {
+        "adapter": config.adapter, **{key: getattr(config, key) for key in SETTINGS}, "n_bins": config.coord_format().side,
+        "template": "v1", "vocab_size": vocab_size, "tokenizer_sha256": sha256(folder / tokenizer.path.name), **notes,
+    }
     for name, content in files.items():
         write_json(folder / name, content)
 
@@ -172,18 +169,13 @@ def json_files(config, tokenizer, image_id, rows):
     facts["named"] = {name: i for name, i in named.items() if i is not None}
     facts["special"] = {i: tokenizer.piece(i) for i in facts["named"].values()} | {image_id: "<image>"}
     if hasattr(tokenizer, "score"):  # a sentencepiece model, for which a tokenizer.json is made
-        vocab = {tokenizer.piece(i): i for i in range(len(tokenizer))}
-        facts |= {"vocab": vocab, "merges": merges_of(tokenizer, vocab, facts["special"])}
+        vocab = facts["vocab"] = {tokenizer.piece(i): i for i in range(len(tokenizer))}
+        merges = sorted(  # it implies that every pair of pieces that makes a piece merges, the best score first
+            (-tokenizer.score(i), vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
+            for piece, i in vocab.items()
+            if not (tokenizer.is_byte(i) or i in facts["special"])
+            for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab
+        )
+        facts["merges"] = [f"{left} {right}" for *_, left, right in merges]
     template = jinja2.Environment(finalize=json.dumps, undefined=jinja2.StrictUndefined).from_string
     return json.loads(template(read_text(HERE / "llava_hf.jinja")).render(facts))
-
-
-def merges_of(tokenizer, vocab, special):
-    """Return the merges that a sentencepiece model implies: every pair of pieces that makes a piece, the best score first."""
-    merges = sorted(
-        (-tokenizer.score(i), vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
-        for piece, i in vocab.items()
-        if not (tokenizer.is_byte(i) or i in special)
-        for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab
-    )
-    return [f"{left} {right}" for *_, left, right in merges]

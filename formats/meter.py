@@ -10,10 +10,8 @@ PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "NVL": 835e12, "H100": 989e12
 
 def step_flops(config, stage, images, rows, length, answers, runs_tower=True):
     """Count the operations of a forward and backward pass over images, and rows of `length` tokens with `answers` in all.
-
     Two per weight, token and pass: forward, the gradient that passes through, and the weight's own gradient if it learns.
-    Attention counts as if nothing were masked; recomputation does not count.
-    """
+    Attention counts as if nothing were masked; recomputation does not count."""
     v, t = config.vision_config, config.text_config
     passes, patches = 3 if stage in (2, 4) else 2, v.num_patches + 1
     block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
@@ -45,7 +43,6 @@ class Meter:
             since = time.time()
 
     def count(self, batch):
-        """Add the operations of a micro-batch."""
         size = len(batch["pixel_values"]), *batch["input_ids"].shape, batch["targets"].shape[1]
         self.flops += step_flops(self.config, self.stage, *size, self.runs_tower)
 

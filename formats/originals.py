@@ -52,9 +52,8 @@ def join(name, parts, width):
         shape = (height, columns[0] * len(parts))
         return Stored(shape, lambda a, b: torch.cat([part.read_rows(a, b) for part in parts], dim=1), parts[0].path)
 
-    def read_rows(start, stop):
-        cuts = [(min(max(start - i * height, 0), height), min(max(stop - i * height, 0), height)) for i in range(len(parts))]
-        return torch.cat([part.read_rows(*cut) for part, cut in zip(parts, cuts, strict=True)])
+    def read_rows(a, b):  # a slice ends where its part does
+        return torch.cat([part.read_rows(max(a - i * height, 0), max(b - i * height, 0)) for i, part in enumerate(parts)])
     return Stored((height * len(parts), *columns), read_rows, parts[0].path)
 
 
@@ -67,14 +66,23 @@ def split_halves(stored, head_dim):
 
 
 def original_clip(path):
-    """Read OpenAI's file or open_clip's, or the folder of one: ({our name: Stored}, what its shapes do not say of a
-    CLIPVisionConfig). None for any other folder, such as HF's."""
+    """Read the tower in OpenAI's file or open_clip's, or the folder of one: ({our name: Stored}, what its shapes do not say of
+    a CLIPVisionConfig). None for any other folder, such as HF's."""
     if not (file := Path(path) if Path(path).is_file() else openclip_path(path)):
         return None
-    config = file.with_name("open_clip_config.json")
+    config, ours = file.with_name("open_clip_config.json"), {}
     if file.name.startswith("open_clip"):
         require_file(config, "the config of these weights: OpenAI's and later ones differ in what they compute")
-    return openai_tensors(open_tensors(file), file), open_clip_values(config) if config.is_file() else {}
+    if "visual.class_embedding" not in (stored := open_tensors(file)):
+        fix = "pass one, or a folder with a config.json"
+        raise ValueError(f"{file} is no ViT of OpenAI's CLIP (no visual.class_embedding); {fix}")
+    for theirs in [name for name in stored if name.startswith("visual.") and name != "visual.proj"]:  # into the texts' space
+        name, tensor = renamed(theirs.removeprefix("visual."), "OpenAI"), stored[theirs]
+        parts = ("q_proj.", "k_proj.", "v_proj.") if ".in_proj_" in name else ("",)  # in one matrix
+        height = tensor.shape[0] // len(parts)
+        for i, part in enumerate(parts):
+            ours[name.replace("in_proj_", part)] = tensor.rows(i * height, (i + 1) * height)
+    return ours, open_clip_values(config) if config.is_file() else {}
 
 
 def open_clip_values(path):
@@ -90,19 +98,3 @@ def open_clip_values(path):
     values = {f"image_{key}": preprocess[key] for key in ("mean", "std") if key in preprocess}
     heads, activation = vision["width"] // vision.get("head_width", 64), "quick_gelu" if model.get("quick_gelu") else "gelu"
     return {"num_attention_heads": heads, "hidden_act": activation, **values}
-
-
-def openai_tensors(stored, source):
-    """Select the vision tower of an OpenAI state dict, under our names: {name: Stored}."""
-    if "visual.class_embedding" not in stored:
-        fix = "pass one, or a folder with a config.json"
-        raise ValueError(f"{source} is no ViT of OpenAI's CLIP (no visual.class_embedding); {fix}")
-    ours = {}
-    for name in [name for name in stored if name.startswith("visual.")]:
-        tensor, name = stored[name], renamed(name.removeprefix("visual."), "OpenAI")
-        parts = ("q_proj.", "k_proj.", "v_proj.") if ".in_proj_" in name else ()  # in one matrix
-        width = tensor.shape[0] // 3
-        ours |= {name.replace("in_proj_", part): tensor.rows(i * width, (i + 1) * width) for i, part in enumerate(parts)}
-        if not parts and name != "proj":  # into the space that images share with texts
-            ours[name] = tensor
-    return ours

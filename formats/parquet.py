@@ -52,11 +52,10 @@ def read_parquet(path):
     """Read the rows of all shards: a list of dicts. In files with images, "image" is the image's name."""
     rows = []
     for shard in shards(path):
-        with open_parquet(shard) as file:
+        with open_parquet(shard) as file, naming(shard, OSError):
             embedded, names = has_images(file), file.schema_arrow.names
             columns = ["image.path" if embedded and name == "image" else name for name in names]
-            with naming(shard, OSError):
-                read = file.read(columns).to_pylist()
+            read = file.read(columns).to_pylist()
             rows += [row | {"image": image_name(row, len(rows) + i)} if embedded else row for i, row in enumerate(read)]
     return rows
 

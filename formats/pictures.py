@@ -49,8 +49,7 @@ def still(path, mirrored=False, as_clip=None):
 
 
 def pictures_of(item, frames=0):
-    """Open what a model reads of a question's image or clip: so many frames, or 0: one still image. Raise ValueError if its aspect
-    ratio is not the annotations'."""
+    """Open what a model reads of a question: `frames` frames, or 0: a still. Raise ValueError for another aspect ratio."""
     pictures = frames_of(item.image, frames) if frames else [still(item.image, as_clip=item.is_clip)]
     if problem := ratio_problem(item.image, pictures[0], item.size):
         raise ValueError(f"{problem}; correct or remove its annotations")

@@ -1,7 +1,6 @@
 """Training in one or several processes (DDP, or sharded by FSDP2); precision; prefetching. Read train.train_stage first."""
 
 import os
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -88,9 +87,8 @@ class Processes:
 
     def wrap(self, model):
         """Average gradients over processes (DDP). FSDP does it by itself, see `shard`."""
-        if self.world == 1 or self.is_fsdp:
-            return model
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        is_alone = self.world == 1 or self.is_fsdp
+        return model if is_alone else DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def accumulate(self, parallel, is_last):
         """Let DDP average gradients once per step. FSDP does after each micro-batch: no process holds them whole."""
@@ -107,12 +105,12 @@ def prefetched(make, first, last, workers=2):
     # have not computed yet, so the caller's own count is fixed first, by asking for it
     torch.get_num_threads()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        pending = deque()
+        pending = []
         for i in range(first, last + workers):
             if i < last:
                 pending.append(pool.submit(make, i))
             if i >= first + workers:
-                yield pending.popleft().result()
+                yield pending.pop(0).result()
 
 
 def require_even(batch, world):

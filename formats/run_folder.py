@@ -45,10 +45,8 @@ class RunFolder:
 
     def __init__(self, config, rank, world, records=()):
         self.folder, self.state, self.rank, self.resumes = Path(config.out), Path(config.out, "state"), rank, config.resume
-        self.writer_class = None
-        if config.tensorboard and rank == 0:
-            module = import_package("torch.utils.tensorboard", "--tensorboard needs its package", "tensorboard")
-            self.writer_class = module.SummaryWriter
+        why = "--tensorboard needs its package"
+        self.tensorboard = config.tensorboard and rank == 0 and import_package("torch.utils.tensorboard", why, "tensorboard")
         if rank == 0:
             path, options = self.folder / "train.json", {k: v for k, v in asdict(config).items() if k not in FREE}
             options["adapter"] = config.adapter or "linear"  # as older runs note it
@@ -91,7 +89,8 @@ class RunFolder:
             write_rows(path, [row for row in read_journal(path) if (row["stage"], row["step"]) < (stage, first_step)])
             self.log_file = open(path, "a", encoding="utf-8")
             # a resumed run takes steps again: their rows are purged there as well
-            self.events = self.writer_class and self.writer_class(self.folder / f"tensorboard/stage-{stage}", purge_step=first_step)
+            folder = self.folder / f"tensorboard/stage-{stage}"
+            self.events = self.tensorboard and self.tensorboard.SummaryWriter(folder, purge_step=first_step)
             self.bar = tqdm(total=steps, initial=first_step, desc=f"stage {stage}", mininterval=1.0)
         return first_step
 

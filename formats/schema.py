@@ -31,7 +31,6 @@ def counted(skipped, lead=""):
 
 class Box(NamedTuple):
     """An annotation. If its box is invalid or a crowd's, box_px is None: the category is present, but not asked for."""
-
     name: str
     box_px: tuple | None
     frame: int | None = None  # of a clip
@@ -41,7 +40,6 @@ class Box(NamedTuple):
 @dataclass(eq=False)
 class Entry:
     """What a file says about one image or clip: a data.Record before its file is found and its objects are chosen."""
-
     id: str
     file_name: str | None  # None: text alone
     size: tuple  # (width, height), or (0, 0)
@@ -178,9 +176,7 @@ def require_lists(content, needs, path, expected):
 
 def entries_by_id(content, path, problems, kind="image"):
     """Read a COCO file's images or videos: {id: Entry, or None if its path leaves the folder}.
-
-    Ids of one file name share an Entry. Two files under one id are refused: nobody can tell whose the boxes are.
-    """
+    Ids of one file name share an Entry. Two files under one id are refused: nobody can tell whose the boxes are."""
     by_id, by_name = {}, {}
     for row in content[f"{kind}s"]:
         who = f"{kind} {row['id']}"
@@ -204,9 +200,7 @@ def entries_by_id(content, path, problems, kind="image"):
 
 def category_names(content, path, problems):
     """Read a COCO file's categories: {id: name}. Names that differ in case or blanks alone are one.
-
-    Dropped are parents that no annotation uses, such as the first category of every Roboflow export, and labelme's background.
-    """
+    Dropped are parents that no annotation uses, as the first category of every Roboflow export, and labelme's background."""
     used = {str(a["category_id"]).removesuffix(".0") for a in content["annotations"]}
     parents = {str(row.get("supercategory")) for row in content["categories"] if row.get("supercategory") != row["name"]}
     names, first_of = {}, {}
@@ -229,9 +223,7 @@ def category_names(content, path, problems):
 
 def coco_entries(content, path, problems, kind="image"):
     """Read COCO instances, or a clips_*.json (kind "video"). Identical annotations are one.
-
-    Where an annotation is lost, the category that it may have named does not count as absent.
-    """
+    Where an annotation is lost, the category that it may have named does not count as absent."""
     ids = {f"{kind}_id": id_text, "category_id": id_text}
     needs = {f"{kind}s": KINDS[kind], "annotations": ids, "categories": {"id", "name"}}
     require_lists(content, needs, path, EXPECTED[kind])
@@ -278,7 +270,6 @@ def coco_entries(content, path, problems, kind="image"):
 
 
 def read_annotation(a, name, entry, where, problems):
-    """Read one annotation of an image or clip."""
     bbox, frame, crowd, text, box_px = a.get("bbox"), a.get("frame"), a.get("iscrowd"), a.get("description"), None
     if entry.is_clip and not (isinstance(frame, int) and 0 <= frame < entry.frames):
         problems["annotations of frames beyond their clip's last"].append(f"{where}: no frame {frame}")
@@ -323,9 +314,7 @@ OTHER_KEY = re.compile("(image|img|picture|photo|video)s?(_?(path|file|url|name)
 
 def llava_entries(content, path, problems):
     """Read LLaVA's list of rows: an Entry of each that is valid. Raise ValueError if none is.
-
-    A row is about an image, about a clip ("video", or Video-ChatGPT's q, a and video_id), or text alone.
-    """
+    A row is about an image, about a clip ("video", or Video-ChatGPT's q, a and video_id), or text alone."""
     if not isinstance(content, list):
         raise ValueError(f"{path} is a JSON {type(content).__name__}, not LLaVA's list of rows")
     entries = []

@@ -1,20 +1,16 @@
 """Tokenizers that are a tokenizer.json, no tokenizer.model (LLaMA-3, SmolLM2, Qwen2), through the package `tokenizers`."""
 
-from pathlib import Path
-
-from formats.files import import_package, read_json, require_file
+from formats.files import import_package, naming, read_json, require_file
 
 
 class JSONTokenizer:
     """A tokenizer.json behind the interface of llama.Tokenizer. Its special tokens are named in the files beside it."""
 
     def __init__(self, folder):
-        self.path = require_file(Path(folder) / "tokenizer.json", "the tokenizer that belongs to the weights")
+        self.path = require_file(f"{folder}/tokenizer.json", "the tokenizer that belongs to the weights")
         tokenizers = import_package("tokenizers", f"{self.path} is read by a package of its own")
-        try:
+        with naming(self.path, Exception):  # the package has no class of its own
             self._model = tokenizers.Tokenizer.from_file(str(self.path))
-        except Exception as error:  # the package has no class of its own
-            raise ValueError(f"{self.path} cannot be read ({error}); replace the file") from None
         self._model.no_padding()
         self._model.no_truncation()
         self._length = 1 + max(self._model.get_vocab().values())

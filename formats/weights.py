@@ -1,7 +1,4 @@
-"""Weight files: read lazily and strictly, under every naming in use; written whole or not at all.
-
-`open_tensors` returns names and shapes, `sort_tensors` sorts them into the parts of a LLaVA, `build` reads piece by piece.
-"""
+"""Weight files: read lazily and strictly, under every naming in use; written whole or not at all."""
 
 import math
 import pickle
@@ -114,14 +111,12 @@ def open_file(path):
     return {name: Stored(shape, partial(read_rows, name), path) for name, shape in shapes.items()}
 
 
+def rows_of(tensor, start, stop):
+    return tensor[start:stop] if tensor.ndim else tensor  # a scalar has no rows
+
+
 def open_torch(path):
-    def read_rows(tensor, start, stop):
-        return tensor[start:stop] if tensor.ndim else tensor
-    return {name: Stored(tuple(tensor.shape), partial(read_rows, tensor), path) for name, tensor in load_torch(path).items()}
-
-
-def load_torch(path):
-    """Map a file that torch.save wrote into memory, without running any code in its pickle: {name: tensor}."""
+    """Map a file that torch.save wrote into memory, without running any code in its pickle: {name: Stored}."""
     try:  # files from before torch 1.6 are no zips, and cannot be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
@@ -131,9 +126,9 @@ def load_torch(path):
         raise ValueError(f"{path} is {script if 'TorchScript' in str(error) else 'damaged; download it again'}") from None
     tensors = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else None
     if not tensors:
-        keys = f" of {some(map(str, content))}" if isinstance(content, dict) else ""
+        keys = f" of {some([*map(str, content)])}" if isinstance(content, dict) else ""
         raise ValueError(f"{path} holds a {type(content).__name__}{keys}, no tensors by name; save the state_dict alone")
-    return tensors
+    return {name: Stored(tuple(tensor.shape), partial(rows_of, tensor), path) for name, tensor in tensors.items()}
 
 
 # Tensor names of a LLaVA, or of its CLIP or LLaMA alone, in every naming: HF's, LLaVA's own (model.mm_projector.0), llava-hf's
@@ -148,17 +143,15 @@ ADAPTER = {"0": "linear_1", "2": "linear_2", "weight": "linear_1.weight", "bias"
 
 def sort_tensors(stored, source):
     """Sort {name: Stored} into the three parts, under our names: {"vision_tower": {name: Stored}, ...}."""
-    parts, foreign = {part: {} for part in NAMES.groupindex}, []
-    for name in [name for name in stored if not re.fullmatch(IGNORED, name)]:
-        if found := NAMES.fullmatch(name):
-            part, (first, dot, rest) = found.lastgroup, found[found.lastgroup].partition(".")
-            ours = (ADAPTER.get(first, first) if part == "adapter" else first) + dot + rest
-            if parts[part].setdefault(ours, stored[name]) is not stored[name]:
-                raise ValueError(f"{source} holds {ours} twice, once as {name}; keep the one that belongs to the other weights")
-        else:
-            foreign.append(name)
-    if foreign:
-        raise ValueError(f"{source}: {some(sorted(foreign))} are no tensors of a CLIP, LLaMA or LLaVA; is it another model?")
+    parts, names = {part: {} for part in NAMES.groupindex}, [name for name in stored if not re.fullmatch(IGNORED, name)]
+    if foreign := sorted(name for name in names if not NAMES.fullmatch(name)):
+        raise ValueError(f"{source}: {some(foreign)} are no tensors of a CLIP, LLaMA or LLaVA; is it another model?")
+    for name in names:
+        found = NAMES.fullmatch(name)
+        part, (first, dot, rest) = found.lastgroup, found[found.lastgroup].partition(".")
+        ours = (ADAPTER.get(first, first) if part == "adapter" else first) + dot + rest
+        if parts[part].setdefault(ours, stored[name]) is not stored[name]:
+            raise ValueError(f"{source} holds {ours} twice, once as {name}; keep the one that belongs to the other weights")
     return parts
 
 
@@ -183,11 +176,11 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
         whole = filled[tensor] = torch.empty(tensor.shape, dtype=dtype, device=device)
         count, rows = tensor.shape[0] if tensor.shape else 1, max(1, PIECE_BYTES // (4 * math.prod(tensor.shape[1:])))
         for start in range(0, count, rows):
-            piece = tensor.read_rows(start, min(start + rows, count))
+            piece, part = tensor.read_rows(start, min(start + rows, count)), rows_of(whole, start, start + rows)
             if piece.dtype not in DTYPES:
                 raise ValueError(f"{tensor.path}: {name} is {piece.dtype}, a quantised or packed tensor; get bf16 or fp16")
-            whole[start : start + len(piece)] = piece
-            if not torch.isfinite(whole[start : start + len(piece)]).all():  # float16 ends at 65504
+            part.copy_(piece)
+            if not torch.isfinite(part).all():  # float16 ends at 65504
                 what = f"NaN, infinity or more than {dtype} holds"
                 raise ValueError(f"{tensor.path}: {name} holds {what}; the file is damaged, or its training diverged")
     module.load_state_dict({name: filled[stored[name]] for name in shapes}, assign=True)

@@ -474,6 +474,26 @@ def test_a_name_is_there_once_and_its_numbers_fit(tmp_path):
         build(make, stored, "large", torch.float16)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_learned_scalar_is_read_as_any_tensor(tmp_path, file):
+    """As an adapter of your own may have: no rows to read piece by piece."""
+    class Scaled(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    saved = Scaled().state_dict()
+    torch.save(saved, tmp_path / file) if file.endswith("bin") else save_file(saved, tmp_path / file)
+    loaded = build(Scaled, open_tensors(tmp_path), tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved) and loaded["scale"].shape == ()
+
+
+def test_a_file_of_more_than_a_state_dict_is_refused(tmp_path):
+    torch.save({"model": {"weight": torch.ones(2)}, "step": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="dict of model, step, no tensors by name; save the state_dict alone"):
+        open_tensors(tmp_path)
+
+
 def test_a_pickle_does_not_run(tmp_path):
     """What a malicious file asks for is not done."""
     target = tmp_path / "was_here"
