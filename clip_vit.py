@@ -116,7 +116,7 @@ class Embeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
-        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding(config.num_patches + 1, width)
 

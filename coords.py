@@ -16,7 +16,6 @@ import re
 from dataclasses import dataclass
 
 GEOMETRIES = ("squash", "pad", "crop")
-PATCH = 14  # CLIP ViT-L/14's, and so the side of a DIGA anchor cell
 
 _NUMBER = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"  # digits match in one way only: a megabyte of them costs no backtracking
 
@@ -178,7 +177,7 @@ class CoordFormat:
     kind: str = "ivb"
     side: int = 224
     geometry: str = "squash"
-    patch: int = PATCH
+    patch: int = 14  # CLIP ViT-L/14's
 
     def __post_init__(self):
         if self.kind not in REPRESENTATIONS:

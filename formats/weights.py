@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from formats.files import naming, read_config, require_file, sha256, some, write_json, write_whole, writing
 from formats.hub import local
@@ -155,10 +156,19 @@ def sort_tensors(stored, source):
     return parts
 
 
+class SkipInit(TorchFunctionMode):
+    """Draw no first weights where they are filled: on the meta device, drawing imports modules for more than a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
+
 def build(make, stored, source, dtype=torch.float32, device="cpu"):
     """Make a module on the meta device with make(), and fill it from {name: Stored}, strictly: `source` names it in errors.
     Memory: the module and a piece of a tensor. The device "meta" checks names and shapes, and reads no contents."""
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         module = make()
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     problems = {
@@ -180,7 +190,7 @@ def build(make, stored, source, dtype=torch.float32, device="cpu"):
             if piece.dtype not in DTYPES:
                 raise ValueError(f"{tensor.path}: {name} is {piece.dtype}, a quantised or packed tensor; get bf16 or fp16")
             part.copy_(piece)
-            if not torch.isfinite(part).all():  # float16 ends at 65504
+            if not torch.stack(part.aminmax()).isfinite().all():  # NaN passes through aminmax; float16 ends at 65504
                 what = f"NaN, infinity or more than {dtype} holds"
                 raise ValueError(f"{tensor.path}: {name} holds {what}; the file is damaged, or its training diverged")
     module.load_state_dict({name: filled[stored[name]] for name in shapes}, assign=True)

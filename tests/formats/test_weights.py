@@ -3,13 +3,15 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import weakref
 from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
 import torch
-from conftest import TEXT
+from conftest import ROOT, TEXT
 from safetensors.torch import load_file, save_file
 
 from clip_vit import CLIPVisionConfig, CLIPVisionTower
@@ -323,6 +325,12 @@ def test_shards_old_and_new_are_never_read_as_one_model(tmp_path, monkeypatch):
         write_tensors(path, {name: tensor + 1 for name, tensor in tensors.items()}, shard_bytes=900)
     with pytest.raises(FileNotFoundError, match=r"model-00001-of-00003.safetensors, but no \*.index.json"):
         open_tensors(tmp_path)
+
+
+def test_loading_draws_no_first_weights():
+    """Drawing on the meta device imports torch._dynamo: a second of each start of evaluate.py."""
+    code = "import sys; from model import LocVLM; LocVLM.from_parts('tiny/clip', 'tiny/llama'); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_loading_holds_one_piece_beside_the_model(monkeypatch):
