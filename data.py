@@ -212,8 +212,8 @@ def judge_loc(item, wording):
         points_px = wording.fmt.decode_points(item.answer, item.size)[:1]
         item.correct = any(x1 <= x <= x2 and y1 <= y <= y2 for x, y in points_px)
     else:
-        item.truth["iou"] = iou(item.boxes_px[0], item.truth["box_px"]) if item.boxes_px else 0.0
-        item.correct = item.truth["iou"] >= 0.5
+        item.measured["iou"] = iou(item.boxes_px[0], item.truth["box_px"]) if item.boxes_px else 0.0
+        item.correct = item.measured["iou"] >= 0.5
 
 
 def ask_neg(o, record, wording, rng):
@@ -261,8 +261,8 @@ def first_named(text, names):
 
 def judge_rev(item, wording):
     """Right if the first category that the answer names is the true one."""
-    item.truth["named"] = first_named(item.answer, item.truth["names"])
-    item.correct = item.truth["named"] == item.truth["name"]
+    item.measured["named"] = first_named(item.answer, item.truth["names"])
+    item.correct = item.measured["named"] == item.truth["name"]
 
 
 def judge_named(item, wording):

@@ -61,12 +61,13 @@ class Item:
     image: Path | None  # image file, member of a zip, or clip
     size: tuple | None  # (width, height) of the image if boxes are asked or drawn, else None
     question: str
-    truth: dict  # what the answer should be; the judge adds what it measured: iou, named, side, strict, opposite
+    truth: dict  # what the answer should be, and of what kind the question is
     answer: str = ""
     correct: bool | float | None = None  # a score 0..1 if the metric is graded, None if only all answers together count
     boxes_px: list = field(default_factory=list)  # locations in the answer, original pixels
     mirrored: bool = False  # asked about the image mirrored left to right; boxes are then in the mirrored image
     is_clip: bool = False
+    measured: dict = field(default_factory=dict)  # what the judge says beside `correct`: iou, named, side, strict, opposite
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def mirror(item):
     width, word = item.size[0], OPPOSITE[item.truth["word"]]
     boxes_px = [(width - x2, y1, width - x1, y2) for x1, y1, x2, y2 in item.truth["boxes_px"]]
     truth = item.truth | {"word": word, "boxes_px": boxes_px}
-    return replace(item, id=f"{item.id}:mirrored", truth=truth, boxes_px=[], mirrored=True)
+    return replace(item, id=f"{item.id}:mirrored", truth=truth, boxes_px=[], measured={}, mirrored=True)
 
 
 # ----- the objectives
@@ -156,8 +157,8 @@ def accuracy(items):
 
 def locpred_metrics(items):
     """For points, acc@0.5 is the share that lies in the true box; acc@0.75, mean IoU and invalid box are NaN."""
-    ious = [item.truth["iou"] for item in items if "iou" in item.truth]
-    with_iou = [item for item in items if item.boxes_px and "iou" in item.truth]
+    ious = [item.measured["iou"] for item in items if "iou" in item.measured]
+    with_iou = [item for item in items if item.boxes_px and "iou" in item.measured]
     return {
         "acc@0.5": mean(item.correct for item in items), "acc@0.75": mean(iou >= 0.75 for iou in ious), "mean IoU": mean(ious),
         "no box": mean(not item.boxes_px for item in items),
@@ -170,7 +171,7 @@ def negpred_metrics(items):
 
 
 def revloc_metrics(items):
-    return {"name accuracy": accuracy(items)["accuracy"], "named nothing": mean(i.truth["named"] is None for i in items)}
+    return {"name accuracy": accuracy(items)["accuracy"], "named nothing": mean(i.measured["named"] is None for i in items)}
 
 
 # ----- COCO-Spatial: left and right, above and below
@@ -240,14 +241,13 @@ def judge_spatial(item, wording):
     word, words = item.truth["word"], re.findall(r"[a-z]+", item.answer.lower())
     named = [side for side in (word, OPPOSITE[word]) if side in words]
     item.correct = word in named
-    item.truth["strict"] = named == [word]
-    item.truth["opposite"] = OPPOSITE[word] in named
-    item.truth["side"] = named[0] if len(named) == 1 else None
+    side = named[0] if len(named) == 1 else None
+    item.measured |= {"strict": named == [word], "opposite": OPPOSITE[word] in named, "side": side}
 
 
 def flip_consistency(items):
     """Return the share of questions answered with one side about the image and the opposite side about its mirror image."""
-    sides = {item.id: item.truth["side"] for item in items}
+    sides = {item.id: item.measured["side"] for item in items}
     pairs = [(sides[item.id], item.id.removesuffix(":mirrored")) for item in items if item.mirrored]
     return mean(side is not None and sides[other] == OPPOSITE[side] for side, other in pairs if other in sides)
 
@@ -261,10 +261,10 @@ def spatial_metrics(items):
         by_word = {word: mean(item.correct for item in of_setting if item.truth["word"] == word) for word in words}
         metrics |= {f"{setting}, {word}": share for word, share in by_word.items()}
         metrics[f"{setting}, macro"] = mean(by_word.values())  # the words are not asked equally often
-        metrics[f"{setting}, strict"] = mean(item.truth["strict"] for item in of_setting)
-        metrics[f"{setting}, neither word"] = mean(not i.correct and not i.truth["opposite"] for i in of_setting)
+        metrics[f"{setting}, strict"] = mean(item.measured["strict"] for item in of_setting)
+        metrics[f"{setting}, neither word"] = mean(not i.correct and not i.measured["opposite"] for i in of_setting)
         if setting.startswith("icl verbatim"):  # read as its own examples answer: about obj_3
-            metrics[f"{setting}, as its examples answer"] = mean(item.truth["opposite"] for item in of_setting)
+            metrics[f"{setting}, as its examples answer"] = mean(item.measured["opposite"] for item in of_setting)
         metrics[f"{setting}, questions"] = len(of_setting)
         if setting in SIDE_PROMPTS:
             metrics[f"{setting}, images with whole boxes"] = sum(item.truth["has_whole_boxes"] for item in of_setting)

@@ -39,7 +39,7 @@ from formats.schema import counted
 COMPARED = ("questions", "questions_sha256", "images", "weights_sha256", "data_sha256", "seed", "split", "decoding", "location",
             "template")  # fmt: skip
 # what a row keeps of an evaluate.Item
-ROW_KEYS = ("id", "image", "size", "question", "answer", "correct", "boxes_px", "mirrored", "is_clip", "truth")
+ROW_KEYS = ("id", "image", "size", "question", "answer", "correct", "boxes_px", "mirrored", "is_clip", "truth", "measured")
 ids_in = cache(image_ids)  # a training file may be a gigabyte, and several evaluations in one process need it
 
 

@@ -6,7 +6,7 @@ Questions  "Which side of the dog is the cat?" for each of the file's pairs (lef
 Score      the right word is in the answer; strict: and its opposite is not
 Run        python -m tasks coco-spatial runs/b2 --questions coco_spatial.json --images val2014
     >>> item = Item("9:0-1", None, None, "Which side of the dog is the cat?", {"word": "right"}, "To the left or right.")
-    >>> judge_spatial(item, None); item.correct, item.truth["strict"]
+    >>> judge_spatial(item, None); item.correct, item.measured["strict"]
     (True, False)
 """
 
@@ -56,8 +56,8 @@ def read_coco_spatial(args, wording):
 def coco_spatial_metrics(items):
     right, left = (mean(item.correct for item in items if item.truth["word"] == word) for word in ("right", "left"))
     metrics = {"accuracy": mean(item.correct for item in items), "right (the image)": right, "left (its mirror image)": left}
-    metrics |= {"flip consistency": flip_consistency(items), "strict": mean(item.truth["strict"] for item in items)}
-    metrics["neither word"] = mean(not item.correct and not item.truth["opposite"] for item in items)
+    metrics |= {"flip consistency": flip_consistency(items), "strict": mean(item.measured["strict"] for item in items)}
+    metrics["neither word"] = mean(not item.correct and not item.measured["opposite"] for item in items)
     return metrics | {"questions": len(items)}
 
 

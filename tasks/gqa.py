@@ -7,7 +7,7 @@ Score      exact match in LLaVA's way: lower case, without the last full stop. `
            type as officially, where the file has types: "binary" is every question that is no query, also "left or right?"
 Run        python -m tasks gqa runs/l2-vqa --questions testdev_balanced_questions.json --images gqa/images --short
     >>> item = Item("201307251", None, None, "Is it overcast?", {"answer": "yes"}, "Yes, it is.")
-    >>> judge_gqa(item, None); item.correct, item.truth["contains"]
+    >>> judge_gqa(item, None); item.correct, item.measured["contains"]
     (False, True)
 """
 

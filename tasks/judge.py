@@ -96,7 +96,7 @@ def read_judgements(rows, items):
             replies[name] = parse_judgement(reply)
     valid = {name: judgement for name, judgement in replies.items() if judgement}
     for name, (is_right, score) in valid.items():
-        by_id[name].truth["judged"] = {"right": is_right, "score": score}
+        by_id[name].measured["judged"] = {"right": is_right, "score": score}
     return {
         "judge accuracy": mean(is_right for is_right, _ in valid.values()),
         "judge score, as a share of 5": sum(score for _, score in valid.values()) / 5 / len(valid) if valid else float("nan"),

@@ -49,16 +49,16 @@ def read_vqa(args, wording):
 def judge_vqa(item, wording):
     """Score an answer by the ten annotators'; `contains` and `normalised` are the same score of a more tolerant comparison."""
     if "answers" in item.truth:
-        item.correct, item.truth["contains"] = vqa_scores(item.answer, item.truth["answers"])
-        item.truth["normalised"] = vqa_scores(vqa_normal(item.answer), item.truth["answers"])[0]
+        item.correct, item.measured["contains"] = vqa_scores(item.answer, item.truth["answers"])
+        item.measured["normalised"] = vqa_scores(vqa_normal(item.answer), item.truth["answers"])[0]
 
 
 def vqa_metrics(items):
     if items[0].correct is None:
         return {"questions without annotations": len(items)}
     metrics = {"accuracy": mean(item.correct for item in items)}
-    metrics["accuracy, normalised first"] = mean(item.truth["normalised"] for item in items)
-    metrics["contains"] = mean(item.truth["contains"] for item in items)
+    metrics["accuracy, normalised first"] = mean(item.measured["normalised"] for item in items)
+    metrics["contains"] = mean(item.measured["contains"] for item in items)
     for key, kind in sorted({(key, item.truth[key]) for item in items for key in ("answer_type", "question_type")}):
         metrics[f"{key.replace('_', ' ')} {kind}"] = mean(i.correct for i in items if i.truth[key] == kind)
     return metrics | {"questions": len(items)}

@@ -43,7 +43,7 @@ def contains(answer, truth):
 def judge_exact(item, wording, is_same=same_words):
     """Judge by exact match. `contains` also counts answers in sentences."""
     item.correct = is_same(item.answer, item.truth["answer"])
-    item.truth["contains"] = item.correct or contains(item.answer, item.truth["answer"])
+    item.measured["contains"] = item.correct or contains(item.answer, item.truth["answer"])
 
 
 def exact_metrics(items):
@@ -52,7 +52,7 @@ def exact_metrics(items):
     for kind in [None, *sorted({item.truth["type"] for item in items if "type" in item.truth})]:
         group, name = [item for item in items if kind in (None, item.truth.get("type"))], f", {kind}" if kind else ""
         metrics[f"exact match{name}"] = mean(item.correct for item in group)
-        metrics[f"contains{name}"] = mean(item.truth["contains"] for item in group)
+        metrics[f"contains{name}"] = mean(item.measured["contains"] for item in group)
     return metrics | {"questions": len(items)}
 
 

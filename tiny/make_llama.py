@@ -204,10 +204,10 @@ def exam(llama, tokenizer, form, scenes=150, errors=EXACT, way=""):
         for i, kind in enumerate(questions, start=1):
             hits[kind].append(bool((guess == truth)[number == i].all()))
         answer = tokenizer.decode(guess[number == 1].tolist())
-        located = SimpleNamespace(answer=answer, size=scene.size, truth={"box_px": shape.box_px})
+        located = SimpleNamespace(answer=answer, size=scene.size, truth={"box_px": shape.box_px}, measured={})
         data.judge_loc(located, wording)
         hits["loc acc@0.5, or in the box"].append(located.correct)
-        hits["loc mean IoU"].append(located.truth.get("iou", math.nan))
+        hits["loc mean IoU"].append(located.measured.get("iou", math.nan))
     return {kind: round(sum(h) / len(h), 3) for kind, h in sorted(hits.items())}
 
 

@@ -58,16 +58,16 @@ def place(box_px):
 
 def kind_of(row):
     """Return (the kind of question, the kind of answer), "" for either if there is nothing to say."""
-    truth, right = (row.get("truth") or {}), is_right(row.get("correct"))
+    truth, measured, right = row.get("truth") or {}, row.get("measured") or {}, is_right(row.get("correct"))
     question, answer = truth.get("setting") or truth.get("type") or "", ""
     if not str(row.get("answer") or "").strip():
         answer = "no answer"
-    elif is_number(truth.get("iou")):
-        answer = f"IoU {truth['iou']:.3f}" if truth["iou"] > 0 else "no overlap" if row.get("boxes_px") else "no box"
-    elif not right and "opposite" in truth:
-        answer = "the opposite word" if truth["opposite"] else "neither word"
-    elif not right and "named" in truth:
-        answer = "another name" if truth["named"] else "no name"
+    elif is_number(measured.get("iou")):
+        answer = f"IoU {measured['iou']:.3f}" if measured["iou"] > 0 else "no overlap" if row.get("boxes_px") else "no box"
+    elif not right and "opposite" in measured:
+        answer = "the opposite word" if measured["opposite"] else "neither word"
+    elif not right and "named" in measured:
+        answer = "another name" if measured["named"] else "no name"
     return str(question), answer
 
 

@@ -28,7 +28,7 @@ import torch
 import evaluate
 import train
 from data import Wording, encode_prefix, encode_question
-from formats.eval_folder import folders_of, name_of
+from formats.eval_folder import ROW_KEYS, folders_of, name_of
 from formats.files import read_json, sha256, write_json, write_text, write_whole
 from formats.journal import read_journal
 from formats.weights import weights_sha256
@@ -74,7 +74,7 @@ def matching(rows, only=None):
     return [row for row in rows if all(re.search(pattern, str(row["truth"][key])) for key, pattern in (only or {}).items())]
 
 
-SCORES = {"right": lambda row: row["correct"], "contains": lambda row: row["truth"]["contains"], "point in box": has_centre}
+SCORES = {"right": lambda row: row["correct"], "contains": lambda row: row["measured"]["contains"], "point in box": has_centre}
 WORDS, SETTINGS, MEASURES, TABLES = read_tables(Path(__file__).with_name("tables.json"))
 OUT, STILL, MOVING, FEW, OTHER = (Path(WORDS[name]) for name in ("OUT", "STILL", "MOVING", "FEW", "OTHER"))
 
@@ -175,7 +175,7 @@ def figure(heading, run, seed, is_blind=False):
     name, into = name_of(task, source), run / f"eval-{task}-{Path(source).parent.name}"
     argv = [*options.split(), "--words", "name", "--seed", str(seed), *["--blind"] * is_blind, "--into", str(into)]
     folder = folders_of(run, into)["blind" if is_blind else "ours"]
-    recipe = {"argv": argv, "data": hashes(word for word in argv if word.endswith(".json"))}
+    recipe = {"argv": argv, "data": hashes(word for word in argv if word.endswith(".json")), "row": list(ROW_KEYS)}
     if not is_made(folder, f"{name}.json", recipe):
         if task in evaluate.TASKS:
             evaluate.main([str(run), "--task", task, *argv])

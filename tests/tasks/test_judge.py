@@ -51,7 +51,7 @@ def test_judgements_are_joined_by_id_and_what_cannot_be_read_is_counted():
         "judge unparsable": 1,
         "judge missing": 2,
     }
-    assert items[0].truth["judged"] == {"right": True, "score": 4} and "judged" not in items[1].truth
+    assert items[0].measured["judged"] == {"right": True, "score": 4} and "judged" not in items[1].measured
     with pytest.raises(ValueError, match="q0 comes twice"):
         read_judgements([*rows, rows[1]], items)
     with pytest.raises(ValueError, match="'q9', which no question has"):

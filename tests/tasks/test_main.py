@@ -93,7 +93,7 @@ def test_answers_are_scored_without_a_model_in_any_order(run, tmp_path, monkeypa
     folder = Path(run[1]) / "eval"
     own = folder / "locpred-instances_val.jsonl"
     before, rows = result_of(folder, "locpred-instances_val"), [json.loads(line) for line in own.read_bytes().splitlines()]
-    assert list(rows[0]) == "id image size question answer correct boxes_px mirrored is_clip truth".split()
+    assert list(rows[0]) == "id image size question answer correct boxes_px mirrored is_clip truth measured".split()
     monkeypatch.setattr(evaluate, "weights_sha256", None)
     request.getfixturevalue("only_shapes")
     main([*run, "--score", str(own)])

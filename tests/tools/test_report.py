@@ -164,7 +164,7 @@ def test_hostile_text_stays_text(tmp_path, picture, text):
 )
 def test_a_box_that_is_no_box_is_not_drawn(tmp_path, picture, boxes):
     write(
-        tmp_path, "locpred", [row(picture, correct=False, boxes_px=boxes, truth={"box_px": [1, 2, 30, 20], "iou": 0.0})]
+        tmp_path, "locpred", [row(picture, correct=False, boxes_px=boxes, truth={"box_px": [1, 2, 30, 20]}, measured={"iou": 0.0})]
     )
     page = page_of(tmp_path)
     assert page.count('<rect class="truth"') == 1 and '<rect class="said"' not in page
@@ -213,8 +213,8 @@ def test_cards_are_spread_over_rows_and_kinds():
     """Of a hundred rows of one kind not the first ones; of several kinds, each."""
     chosen = report.choose([{"id": i, "answer": "a"} for i in range(100)])
     assert [r["id"] for r in chosen] == [8, 25, 41, 58, 75, 91]
-    misses = [{"id": i, "answer": "a", "truth": {"iou": 0.3}, "boxes_px": [1]} for i in range(95)]
-    misses += [{"id": 95, "answer": ""}, {"id": 96, "answer": "a", "truth": {"iou": 0.0}, "boxes_px": []}]
+    misses = [{"id": i, "answer": "a", "measured": {"iou": 0.3}, "boxes_px": [1]} for i in range(95)]
+    misses += [{"id": 95, "answer": ""}, {"id": 96, "answer": "a", "measured": {"iou": 0.0}, "boxes_px": []}]
     chosen = report.choose(misses)
     assert len(chosen) == 6 and {95, 96} < {r["id"] for r in chosen} and len({r["id"] for r in chosen}) == 6
     assert [len(report.choose(misses[:n])) for n in range(8)] == [0, 1, 2, 3, 4, 5, 6, 6]

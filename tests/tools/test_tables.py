@@ -45,9 +45,9 @@ def fake(tmp_path, monkeypatch):
         name = name_of(task, next(argv[argv.index(flag) + 1] for flag in ("--coco", "--questions") if flag in argv))
         metrics = {score: int(run[-1]) / 10 for other, score, *_ in tables.MEASURES.values() if other == task}
         truths = [{"setting": i + axis, "word": word} for i in ("", "icl ") for axis in AXES for word in ("left", "right")]
-        more = {"box_px": [0, 0, 9, 9], "types": ["detailed side"], "contains": True}
+        more = {"box_px": [0, 0, 9, 9], "types": ["detailed side"]}
         write_rows(f"{folder}/{name}.jsonl", [
-            {"correct": right, "boxes_px": [], "truth": truth | more} for right in (False, True) for truth in truths
+            {"correct": right, "boxes_px": [], "truth": truth | more, "measured": {"contains": True}} for right in (False, True) for truth in truths
         ])
         write_json(f"{folder}/{name}.json", {"metrics": metrics, "questions": 7})
 
