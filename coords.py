@@ -247,15 +247,15 @@ class CoordFormat:
 
     def _checked(self, xy_px, size, length):
         """Return a location in original pixels as fractions of the model's square. Raise ValueError if it is invalid."""
-        what = "box (x1, y1, x2, y2; not COCO's x, y, w, h)" if length == 4 else "point (x, y)"
+        what, other = ("box (x1, y1, x2, y2)", ", not COCO's x, y, w, h") if length == 4 else ("point (x, y)", "")
         width, height = size
         if not (width > 0 and height > 0):
             raise ValueError(f"image size {size} is not (width, height) in pixels")
         xy_px = tuple(float(v) for v in xy_px)
         if len(xy_px) != length:
-            raise ValueError(f"{xy_px} has {len(xy_px)} numbers; it should be a {what}")
+            raise ValueError(f"{xy_px} has {len(xy_px)} numbers; it should be a {what}{other}")
         if problem := fault(xy_px, size):
-            raise ValueError(f"{xy_px} is no {what} in pixels of an image of size {size}: {problem}")
+            raise ValueError(f"{xy_px}: {problem}; it should be a {what} in pixels of an image of size {size}{other}")
         if max(xy_px) <= 1 < min(size) and any(v % 1 for v in xy_px):
             raise ValueError(f"{xy_px} looks like fractions; multiply by width and height: a {what} is in pixels of {size}")
         return self.unit_from_px(xy_px, size)

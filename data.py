@@ -169,9 +169,9 @@ class Objective:
     task     its name in evaluate.py
     about    what a question is about: "object" (each unique one), "pair" (two of them), "absent" (a category not in the image)
     ask      (target, record, wording, rng) -> (question, answer); the target is an Object, or two for a pair
-    judge    (item, wording): sets item.correct, and item.boxes_px if the answer holds a location. It reads item.answer,
-             item.size and item.truth, which has the keys "answer" (the expected one) and "name", about an object "box_px",
-             about a pair "names" (for judge_rev: all categories); see evaluate.Item
+    judge    (item, wording): sets item.correct, item.boxes_px if the answer holds a location, and what else it found in
+             item.measured. It reads item.answer, item.size and item.truth, which has the keys "answer" (the expected one) and
+             "name", about an object "box_px", about a pair "names" (for judge_rev: all categories); see evaluate.Item
     prompts  its question templates, noted in the results
     """
 
@@ -378,7 +378,7 @@ def pack(prefix, segments, max_length):
             break
         ids, labels = ids[:room], labels[:room]
         if all(label == IGNORE for label in labels):
-            raise ValueError(f"a question leaves no room for its answer in {max_length} tokens; raise the recipe's max_length")
+            raise ValueError(f"no room for a question's answer in {max_length} tokens; raise max_length in train.PRESETS")
         row["input_ids"] += ids
         row["labels"] += labels
         row["segment_of"] += [number] * len(ids)

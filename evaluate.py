@@ -67,7 +67,7 @@ class Item:
     boxes_px: list = field(default_factory=list)  # locations in the answer, original pixels
     mirrored: bool = False  # asked about the image mirrored left to right; boxes are then in the mirrored image
     is_clip: bool = False
-    measured: dict = field(default_factory=dict)  # what the judge says beside `correct`: iou, named, side, strict, opposite
+    measured: dict = field(default_factory=dict)  # what else the judge found, for metrics and report, such as iou
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Task:
     """One measure: this file's five, or a benchmark in tasks/.
 
     read        (args, wording) -> (items, Counter {reason: rows or questions skipped}); args are the command line's
-    judge       (item, wording): sets item.correct, and item.boxes_px if the answer holds locations
+    judge       (item, wording): sets item.correct, item.boxes_px if the answer holds locations, and item.measured
     metrics     items -> {name: share or count}
     prompts     templates of the questions
     choose      (model, images, [items of each]) -> [answers of each], if the model does not write them: see tasks/whats_up.py

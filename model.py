@@ -4,7 +4,7 @@ The whole model is `LocVLM.forward`; read it first. `LocVLM.generate` is the sam
 each image; `LocVLM.log_likelihood` scores given answers. An image enters as placeholder ids, one per visual token, whose
 embeddings the adapter's output replaces.
 
-    B rows   T tokens   P patches per image (of a clip: frames + P)   N visual tokens, what the adapter makes of them
+    B rows   T tokens   P patches per image   N visual tokens, what the adapter makes of P (of a clip: of frames + P)
     D LLaMA hidden_size   Dv CLIP hidden_size   V vocabulary   S image side   A answer tokens of a batch
 """
 
@@ -38,7 +38,7 @@ class LinearAdapter(nn.Module):
 
     @staticmethod
     def num_tokens(num_patches, frames):
-        """Return how many visual tokens an image or a clip becomes."""
+        """Return how many visual tokens an image or a clip becomes; ValueError for a number that does not fit."""
         return frames + num_patches
 
     def forward(self, patches):
@@ -184,7 +184,7 @@ class LocVLM(nn.Module):
     def generate(self, images, questions, max_new_tokens=64, temperature=0.0, seed=0, on_text=None, seeded_by=None):
         """Answer k questions about each image: list of lists of str -> list of lists of str.
 
-        images     list of PIL images, paths, or preprocessed (3, S, S) tensors; clips as `encode_images` takes
+        images     list of PIL images, paths, or preprocessed (3, S, S) tensors; clips as `encode_images` takes them
         questions  one list per image; their lengths may differ
         on_text    called with (number of the question over all images, its answer so far) as tokens arrive
         seeded_by  what seeds the sampling of each question over all images; by default its text, so that all images draw alike

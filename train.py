@@ -121,7 +121,7 @@ class TrainConfig:
     kind: typing.Literal["", *KINDS] = opt("", "how coordinates are written [as in --init-from, else ivb]")
     geometry: typing.Literal["", *GEOMETRIES] = opt("", "how an image becomes a square [as in --init-from, else squash]")
     location: typing.Literal["", *LOCATIONS] = opt("", "what a location is [as in --init-from, else box]")
-    words: typing.Literal["", *WORDS] = opt("", "what objects are called; name: their category [as in --init-from, else name]")
+    words: typing.Literal["", *WORDS] = opt("", "objects by category (name), description, mixed [as in --init-from, else name]")
     questions: int = opt(0, "questions after each image, at most [preset]")
     # optimisation
     preset: typing.Literal[tuple(PRESETS)] = opt("tiny", "recipe; --batch, --lr, ... replace its numbers in every stage")
@@ -335,7 +335,8 @@ def world_sources(config, processes):
     else:
         c, folder, images = build_model(config, "meta").config, processes.from_first(ensure_world), "images"
         wording = Wording(c.coord_format(), location=c.location)  # how texts write places
-        files = ["instances_train.json", "captions_train.json", processes.from_first(partial(ensure_side_texts, folder, wording))]
+        texts = processes.from_first(partial(ensure_side_texts, folder, wording))
+        files = ["instances_train.json", "captions_train.json", texts]
     return [(str(folder / file), str(folder / images), 1.0) for file in (*files, "conversations_train.json")]
 
 
@@ -421,11 +422,10 @@ def evaluate_held_out(config, sources):
     for path, images, _ in sources:
         if held_out := held_out_of(path, images):
             data = ["--coco", held_out[0], "--images", held_out[1]] if config.sources else []  # none: the shapes world
-            argv = [config.out, *data, "--limit", "200"]
             try:
-                evaluate.main(argv)
+                evaluate.main([config.out, *data, "--limit", "200"])
             except (ValueError, OSError, torch.OutOfMemoryError) as error:
-                print(f"not evaluated: {error}; try again, perhaps with --batch 32: python evaluate.py {' '.join(argv)}")
+                print(f"not evaluated: {error}; evaluate.py can try again, perhaps with --batch 32")
 
 
 def main(config):

@@ -55,8 +55,10 @@ class Features:
 
 @torch.inference_mode()
 def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_bad=False, processes=(0, 1, lambda: None)):
-    """Write the features of all records' images. A killed run continues where it stopped. processes: of join_processes
-    skip_bad: an image or clip that cannot be used gets a row of zeros and is listed in features.json; else it ends the run"""
+    """Write the features of all records' images. A killed run continues where it stopped.
+
+    skip_bad   an image or clip that cannot be used gets a row of zeros and is listed in features.json; else it ends the run
+    processes  of journal.join_processes"""
     config, device, out, batch = tower.config, next(tower.parameters()).device, Path(out), 1 if frames else batch
     parts, file, rank = out / "features.parts", out / "features.npy", processes[0]
     images = sorted({os.path.abspath(record.image) for record in records if record.image})
@@ -112,7 +114,7 @@ def write_features(records, out, tower, geometry, *, frames=0, batch=32, skip_ba
 
 def make_array(file, parts, shape):
     """Make a file of zeros, float16. Raise ValueError if its folder exists already, or the disk is too small for it.
-    A folder with `parts`, the journals' folder, is of a killed run. As its file is missing, its journals are removed."""
+    Where the folder has `parts`, a run was killed: its journals are about a file that is gone, and are removed."""
     if not parts.exists():
         require_new(file.parent)
     with writing(file.parent):

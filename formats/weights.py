@@ -127,7 +127,7 @@ def open_torch(path):
         raise ValueError(f"{path} is {script if 'TorchScript' in str(error) else 'damaged; download it again'}") from None
     tensors = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else None
     if not tensors:
-        keys = f" of {some([*map(str, content)])}" if isinstance(content, dict) else ""
+        keys = f" of {some([*map(str, content)])}" if isinstance(content, dict) and content else ""
         raise ValueError(f"{path} holds a {type(content).__name__}{keys}, no tensors by name; save the state_dict alone")
     return {name: Stored(tuple(tensor.shape), partial(rows_of, tensor), path) for name, tensor in tensors.items()}
 
@@ -157,7 +157,7 @@ def sort_tensors(stored, source):
 
 
 class SkipInit(TorchFunctionMode):
-    """Draw no first weights where they are filled: on the meta device, drawing imports modules for more than a second."""
+    """Draw no first weights for modules filled from a file: on the meta device, drawing imports modules for a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":

@@ -1,7 +1,8 @@
 """GQA (Tab. 5): compositional questions about everyday photos.
 
-Files      testdev_balanced_questions.json and images.zip, from cs.stanford.edu/people/dorarad/gqa; or LLaVA's .jsonl, and that
-           file as --answers; lmms-lab's testdev_balanced_instructions/*.parquet, testdev_balanced_images/*.parquet (--images)
+Files      testdev_balanced_questions.json and images.zip, from cs.stanford.edu/people/dorarad/gqa; or LLaVA's JSON lines of the
+           same questions, with the official file as --answers; or lmms-lab's testdev_balanced_instructions/*.parquet, with
+           testdev_balanced_images/*.parquet as --images
 Questions  {"201307251": {"question": "Is it overcast?", "answer": "yes", "imageId": "n161313", ...}}
 Score      exact match in LLaVA's way: lower case, without the last full stop. `contains` also counts answers in sentences. By
            type as officially, where the file has types: "binary" is every question that is no query, also "left or right?"

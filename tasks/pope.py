@@ -1,7 +1,8 @@
 """POPE (Tab. 9): is there a ... in the image? Yes and no, about COCO's val2014.
 
-Files      coco_pope_{random,popular,adversarial}.json, lines or array, from github.com/RUCAIBox/POPE: output/coco, now or until
-           August 2023 (LLaVA's), or output/seem/gqa, about GQA's images; or lmms-lab's test-*.parquet: --split adversarial
+Files      coco_pope_{random,popular,adversarial}.json (JSON lines or an array), from github.com/RUCAIBox/POPE, output/coco: the
+           present ones, or those before August 2023, LLaVA's; or POPE's questions about GQA's images, output/seem/gqa; or
+           lmms-lab's .parquet, with images (test-*.parquet holds all three: --split adversarial)
 Questions  {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in ...?", "label": "yes"}
 Score      accuracy, precision, recall, F1 and share of yes (evaluate.says_no), and the mean F1 of the files beside each other
 Run        python -m tasks pope runs/b2 --questions coco_pope_adversarial.json --images val2014 --with-blind

@@ -1,7 +1,8 @@
 """Questions about clips (Tab. 6, 7): ActivityNet-QA, MSRVTT-QA, MSVD-QA and TGIF-QA's frame questions.
 
-Files      from github.com/MILVLG/activitynet-qa, github.com/xudejing/video-question-answering (MSRVTT and MSVD: val_qa.json or
-           test_qa.json) and github.com/YunseokJANG/tgif-qa; or Video-LLaVA's, for all four. Missing clips are skipped
+Files      activitynet-qa: test_q.json and test_a.json (github.com/MILVLG/activitynet-qa); msrvtt-qa, msvd-qa: val_qa.json or
+           test_qa.json (github.com/xudejing/video-question-answering); tgif-qa: Test_frameqa_question.csv (github.com/
+           YunseokJANG/tgif-qa); or, for all four, Video-LLaVA's test_q.json and test_a.json. Missing clips are skipped
 Questions  {"video_name": "1QIUV7WYKXg", "question": "is the athlete wearing trousers", "question_id": "1QIUV7WYKXg_3"}
 Score      a language model's judgement (judge.py), the paper's; exact match, ignoring case and punctuation; and `contains`
 Run        python -m tasks activitynet-qa runs/vid --questions test_q.json --answers test_a.json --images videos

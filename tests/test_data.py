@@ -199,9 +199,9 @@ def test_stage_one_supervises_the_caption_alone(tokenizer):
 
 
 def test_an_answer_without_room_is_an_error(tokenizer):
-    with pytest.raises(ValueError, match="raise the recipe's max_length"):
+    with pytest.raises(ValueError, match="raise max_length in train.PRESETS"):
         pack(list(range(300)), [encode_segment(tokenizer, "plain", [("", "A red circle, a cup and a dog")])], 290)
-    with pytest.raises(ValueError, match="raise the recipe's max_length"):
+    with pytest.raises(ValueError, match="raise max_length in train.PRESETS"):
         prefix = encode_prefix(tokenizer, "v1", 4)
         pack(prefix, [encode_segment(tokenizer, "v1", [("Where is the object?", "It.")])], len(prefix) + 5)
 

@@ -1,7 +1,7 @@
 """Train the tiny LLaMA that replaces Vicuna, on text alone: `python -m tiny.make_llama` writes tiny/llama (HF format).
 
 It learns the words of the shapes world, and to look things up in its context. A document is a scene in some form, then
-questions about it in the chat format of stage 2, packed behind the shared scene as they are behind an image:
+questions about it in the chat format of stage 2, packed after the shared scene as they are after an image:
 
     copy    "small red circle at (12, 30, 50, 66). ..." three times, word for word or in another order, with loss from the
             second time on, when all can be copied. Training starts with this form alone: looking-up grows from it (LOG.md)
@@ -140,7 +140,7 @@ def document(tokenizer, rng, form, errors=EXACT, way=""):
 
 
 def pack_scene(scene, tokenizer, rng, pairs, texts=(), template="v1", *, errors=EXACT, way="", stop=None):
-    """Pack a scene, and questions behind it: the scene as texts, with loss from the second on, or if there are none, in bags.
+    """Pack a scene, and questions after it: the scene as texts, with loss from the second on, or if there are none, in bags.
     The row has one more entry, "bags": (column, word id, weight) of each word in them. `embed` replaces the ids there, 0."""
     before = data.encode_prefix(tokenizer, template, 1)[:-1] + tokenizer.encode(way)  # without the placeholder of an image
     texts = [tokenizer.encode(text) for text in texts]

@@ -1,8 +1,8 @@
 """Train the tiny tower that replaces CLIP: `python -m tiny.make_vision` writes tiny/clip (HF format), 30 minutes on two cores.
 
 A ViT of CLIP's architecture learns the shapes world patch by patch. Its features hold, in fixed random directions, name and
-colour of the shape whose box covers the patch, and that box's sides; of background nothing, and other directions stay small. A
-patch is to this tower what a bag of words is to the tiny LLaMA: a linear adapter can turn one into the other. LocVLM reads the
+colour of the shape whose box covers the patch, and that box's sides; of background nothing, and other directions stay small. So
+a patch holds what a bag of words holds for the tiny LLaMA: a linear adapter can turn one into the other. LocVLM reads the
 last layer but one, so the last block stays as drawn. Training on whole images made features without places (LOG.md).
 """
 

@@ -9,7 +9,7 @@ side            side of the model's square image
 geometry        how an image becomes that square
 batch           images at a time
 seed            of the draw
-vision          CLIP tower, for an original LLaVA that lacks it
+vision          folder of the CLIP tower, for an original LLaVA that lacks it
 max_new_tokens  longest answer, in tokens
 out             file or folder to write
 """

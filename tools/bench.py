@@ -5,6 +5,7 @@
     python -m tools.bench evaluate    6 questions about each of 4 images at ViT-L/14's 336 px before that LLaMA
 
 Both sides read one folder of random weights, in fp32, and the same questions; no loss and no answer may differ (but in bf16).
+Each side runs in its own process. The last lines divide our figures by theirs.
 
 images     images in a batch
 questions  questions about each image

@@ -102,8 +102,8 @@ def read_panoptic(path, stuff):
 
 
 def read_masks(frames, paths, categories, compared):
-    """Yield (frame, path of its mask, size of the mask, boxes of its segments of these categories) of a panoptic file's
-    annotations. Add (path, id, bbox in the JSON, bbox of the mask) of each segment with a bbox to the list `compared`."""
+    """Yield (frame, path of its mask, size of the mask, boxes of its segments in `categories`) for each of a panoptic file's
+    frames. Add (path, id, bbox in the JSON, bbox of the mask) of each segment with a bbox to the list `compared`."""
     if missing := [path.name for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{len(missing)} masks are not in {paths[0].parent} ({some(missing)}); each frame needs one")
     for frame, path in zip(tqdm(frames, disable=None), paths, strict=True):

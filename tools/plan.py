@@ -156,7 +156,7 @@ def row_of(config, stage, records, model):
     recipe = config.recipe(stage)
     if stage > 1:
         length = min(recipe.max_length, model.config.text_config.max_position_embeddings)
-        return made_row(model.config, stage, recipe.questions, length), "full, every token behind the image an answer"
+        return made_row(model.config, stage, recipe.questions, length), "full, every token after the image an answer"
     if records and model.tokenizer:
         examples = build_examples(config, stage, records, model)
         rows = [examples.text_row(examples.records[index], seed) for index, seed in map(examples.order, range(64))]

@@ -4,7 +4,8 @@
         --coco annotations/instances_train2017.json --images train2017_blurred --out prefcoco.json
     python -m tools.prefcoco localize --prefcoco prefcoco.json --coco annotations/instances_train2017.json --out localize.json
 
-A killed caption run resumes with the same command, on any number of processes, and ends in the same files.
+caption lets a visual LLM describe objects; localize turns the descriptions into conversations about locations. A killed caption
+run resumes with the same command, on any number of processes, and ends in the same files.
 
 model        run, llava-hf or LLaVA folder
 coco         instances_*.json, the same one for both

@@ -58,7 +58,8 @@ def place(box_px):
 
 def kind_of(row):
     """Return (the kind of question, the kind of answer), "" for either if there is nothing to say."""
-    truth, measured, right = row.get("truth") or {}, row.get("measured") or {}, is_right(row.get("correct"))
+    truth, right = row.get("truth") or {}, is_right(row.get("correct"))
+    measured = truth | (row.get("measured") or {})  # which older rows have among the truth
     question, answer = truth.get("setting") or truth.get("type") or "", ""
     if not str(row.get("answer") or "").strip():
         answer = "no answer"

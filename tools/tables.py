@@ -96,7 +96,7 @@ def ensure_worlds():
 def limit_conversations(world, name, pattern=""):
     """Write NAME_train.json: of each image or clip the first TALKS conversations whose answers match; their order is random.
     So every setting has the same conversations, whatever its objectives. A row holds all six (their share of --questions: 0.17 of
-    36, of clips 0.34 of 18) and, behind them, all questions of the objectives, at most three for each of four shapes."""
+    36, of clips 0.34 of 18) and, after them, all questions of the objectives, at most three for each of four shapes."""
     rows, count, path = [], Counter(), world / f"{name}_train.json"
     for row in read_json(world / "conversations_train.json") if not path.exists() else ():
         owner, answer = (row["image"], row["conversations"][1]["value"]) if "image" in row else (row["video_id"], row["a"])

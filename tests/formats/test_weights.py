@@ -500,6 +500,9 @@ def test_a_file_of_more_than_a_state_dict_is_refused(tmp_path):
     torch.save({"model": {"weight": torch.ones(2)}, "step": 3}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="dict of model, step, no tensors by name; save the state_dict alone"):
         open_tensors(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds a dict, no tensors by name"):
+        open_tensors(tmp_path)
 
 
 def test_a_pickle_does_not_run(tmp_path):

@@ -285,7 +285,7 @@ def test_a_plan_of_stage_2_is_for_full_rows_of_answers(capsys):
     row = plan.made_row(VARIANTS["tiny"], 2, questions=6, length=1024)
     assert len(row["input_ids"]) == 1024 and max(row["segment_of"]) == 6
     assert sum(label != IGNORE for label in row["labels"]) == 1024 - plan.SYSTEM_TOKENS - 64
-    with pytest.raises(ValueError, match="leaves no room for its answer in 80 tokens"):
+    with pytest.raises(ValueError, match="no room for a question's answer in 80 tokens"):
         plan.made_row(VARIANTS["tiny"], 2, questions=6, length=80)
 
 

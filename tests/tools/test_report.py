@@ -209,6 +209,11 @@ def test_a_clip_is_some_of_its_frames_each_under_the_boxes(tmp_path, picture):
     assert page.count("<img") == page.count('<rect class="truth"') == report.FRAMES and "frame 4 of 4 shown" in page
 
 
+def test_rows_of_before_measured_have_it_among_the_truth():
+    rows = {"truth": {"iou": 0.3}}, {"measured": {"iou": 0.3}, "truth": {}}, {"measured": {"iou": 0.3}, "truth": None}
+    assert {report.kind_of({"answer": "a", **row}) for row in rows} == {("", "IoU 0.300")}
+
+
 def test_cards_are_spread_over_rows_and_kinds():
     """Of a hundred rows of one kind not the first ones; of several kinds, each."""
     chosen = report.choose([{"id": i, "answer": "a"} for i in range(100)])
