@@ -91,7 +91,7 @@ def read_jobs(tasks, args, wording):
         else:
             print(f"{job.name}: no image of {files[0]} has a question for it")
     if not jobs:
-        hint = "is it the right file, or split?" if task.files else "it needs boxes and absent categories"
+        hint = "is it the right file, or split?" if task.files else "it needs boxes, absent categories, or a larger --limit"
         raise ValueError(f"{files[0]} yields no question for {', '.join(tasks)}; {hint}")
     items = [item for job in jobs for item in job.items]
     if not getattr(args, "score", None):  # which opens no image
