@@ -253,7 +253,7 @@ class CoordFormat:
             raise ValueError(f"image size {size} is not (width, height) in pixels")
         xy_px = tuple(float(v) for v in xy_px)
         if len(xy_px) != length:
-            raise ValueError(f"{xy_px} has {len(xy_px)} numbers; it should be a {what}{other}")
+            raise ValueError(f"{xy_px} has {len(xy_px)} numbers; it should be a {what}")
         if problem := fault(xy_px, size):
             raise ValueError(f"{xy_px}: {problem}; it should be a {what} in pixels of an image of size {size}{other}")
         if max(xy_px) <= 1 < min(size) and any(v % 1 for v in xy_px):

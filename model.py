@@ -22,7 +22,7 @@ from coords import CoordFormat
 from data import IGNORE, Wording, collate, encode_prefix, encode_question, encode_segment, find_places, pack
 from formats.fast_cpu import pack_linears
 from formats.llava_hf import read_adapter, read_checkpoint, write_checkpoint
-from formats.weights import SkipInit
+from formats.weights import without_contents
 from llama import KVCache, Llama, LlamaConfig, read_tokenizer
 from video import encode_clip, frames_of
 
@@ -276,7 +276,7 @@ class LocVLM(nn.Module):
             rows = f"{len(tokenizer)} pieces, more than the {llama.config.vocab_size} rows of the embedding"
             raise ValueError(f"{tokenizer.path} has {rows}; pass the tokenizer that belongs to these weights")
         name = next(name for name, adapter_class in ADAPTERS.items() if adapter_class is type(adapter))
-        with torch.device("meta"), SkipInit():
+        with without_contents():
             model = cls(LocVLMConfig(tower.config, llama.config, name, **settings))
         model.vision_tower, model.adapter = tower.requires_grad_(False), adapter
         model.language_model, model.tokenizer = llama, tokenizer

@@ -94,19 +94,25 @@ def merge(records):
         if any(first.size) and any(record.size) and first.size != record.size:
             sizes = f"{first.size} and {record.size}; correct the one that its pixels do not have"
             raise ValueError(f"{record.image} has two sizes in these annotations, {sizes}")
-        record, objects = respelled(record, first), []
-        for name in dict.fromkeys(o.name for o in first.objects + record.objects) if record.present else ():
-            same = [{o.name: o for o in r.objects}.get(name) for r in (first, record) if name in r.present]
-            if None not in same and all(abs(a - b) <= 0.02 for a, b in zip(same[0].box_px, same[-1].box_px, strict=True)):
-                objects.append(replace(same[0], description=same[0].description or same[-1].description))
+        record = respelled(record, first)
         present = tuple(dict.fromkeys(first.present + record.present))
         merged[key] = replace(
             first, size=first.size if any(first.size) else record.size, weight=max(first.weight, record.weight),
-            objects=tuple(objects) if record.present else first.objects, present=present,
+            objects=common_objects(first, record) if record.present else first.objects, present=present,
             absent=tuple(name for name in dict.fromkeys(first.absent + record.absent) if name not in present),
             captions=first.captions + record.captions, conversations=first.conversations + record.conversations,
         )  # fmt: skip
     return list(merged.values())
+
+
+def common_objects(first, record):
+    """Join the unique objects of two records about one image; see `merge`."""
+    objects = []
+    for name in dict.fromkeys(o.name for o in first.objects + record.objects):
+        same = [{o.name: o for o in r.objects}.get(name) for r in (first, record) if name in r.present]
+        if None not in same and all(abs(a - b) <= 0.02 for a, b in zip(same[0].box_px, same[-1].box_px, strict=True)):
+            objects.append(replace(same[0], description=same[0].description or same[-1].description))
+    return tuple(objects)
 
 
 def respelled(record, first):

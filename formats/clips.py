@@ -49,19 +49,30 @@ def open_frames(path, decode_all=False):
     """Open a clip of any kind, by its name; it may lie in a zip. A still image is a clip of one frame."""
     path, suffix = Path(path), Path(path).suffix.lower()
     if path.is_dir() or suffix not in (*IMAGES, *CLIP_SUFFIXES) and images.names_in(path):
-        names = [name for name in images.names_in(path) if Path(name).suffix.lower() in IMAGES]
-        names.sort(key=lambda name: (re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name), name))  # 2 before 10
-        if not names:
-            raise ValueError(f"{path} holds no image file; its frames must be {', '.join(IMAGES)}")
-        return "folder", len(names), lambda places: {place: open_image(path / names[place]) for place in places}
+        return open_folder(path)
     if suffix in IMAGES and suffix not in ANIMATIONS:
         return "still image", 1, lambda places: {0: open_image(path)}
-    in_zip = split_zip(path)[0] and images.has_image(path)
-    if not in_zip and not require_file(path, f"a clip, {CLIP_KINDS}").stat().st_size:
+    is_in_zip = split_zip(path)[0] and images.has_image(path)
+    if not is_in_zip and not require_file(path, f"a clip, {CLIP_KINDS}").stat().st_size:
         raise ValueError(f"{path} is an empty file; replace it")
-    if suffix != ".npy":
-        return open_animation(path) if suffix in ANIMATIONS else open_video(path, decode_all)
-    with naming(path, *PIL_ERRORS):  # a file in a zip cannot be mapped; else only the requested frames are read
+    if suffix == ".npy":
+        return open_array(path)
+    return open_animation(path) if suffix in ANIMATIONS else open_video(path, decode_all)
+
+
+def open_folder(folder):
+    """Open a folder of frames: image files in the order of the numbers in their names, 2 before 10."""
+    names = [name for name in images.names_in(folder) if Path(name).suffix.lower() in IMAGES]
+    names.sort(key=lambda name: (re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name), name))
+    if not names:
+        raise ValueError(f"{folder} holds no image file; its frames must be {', '.join(IMAGES)}")
+    return "folder", len(names), lambda places: {place: open_image(folder / names[place]) for place in places}
+
+
+def open_array(path):
+    """Open an .npy of frames, uint8 (T, H, W, 3). Only the requested frames are read."""
+    with naming(path, *PIL_ERRORS):
+        in_zip = split_zip(path)[0]  # which cannot be mapped
         frames = np.load(image_file(path) if in_zip else path, None if in_zip else "r", allow_pickle=False)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"{path} holds {frames.dtype} {frames.shape}, not uint8 (T, H, W, 3); save the frames so")
@@ -91,7 +102,8 @@ class UnseekableError(Exception):
 
 def open_video(path, decode_all=False):
     """Open a video file with PyAV, without decoding it: its packets' timestamps, sorted, are its frames in display order.
-    `read` decodes from the key frame before each. With `decode_all`, or if packets say too little, all is decoded, twice."""
+    `read` decodes from the key frame before each requested frame; it raises UnseekableError if decoded timestamps differ from
+    the packets'. With `decode_all`, or if the packets say too little, everything is decoded, once to count and once to read."""
     av = import_package("av", f"{path} is a video file, which needs PyAV")
     with opened(path) as file:
         streams = [s for s in file.streams.video if s.codec_context and not s.disposition & av.stream.Disposition.attached_pic]

@@ -18,7 +18,7 @@ from clip_vit import CLIPVisionConfig, CLIPVisionTower, mean_colour
 from data import ASSISTANT, SYSTEM, USER
 from formats.files import read_config, read_json, read_processor, read_text, sha256, write_json, write_text, write_whole
 from formats.hub import local
-from formats.weights import SkipInit, build, open_tensors, sort_tensors, write_tensors
+from formats.weights import build, open_tensors, sort_tensors, without_contents, write_tensors
 from llama import Llama, LlamaConfig, read_tokenizer
 
 PARTS = {  # our names -> llava-hf's; the first prefix that fits
@@ -135,7 +135,7 @@ def llava_tensors(model, state_dict, rows):
     """Return the weights under llava-hf's names, with `rows` rows of vocabulary and an adapter of two layers.
     Raise ValueError for layers of a reader's own, which nobody could read back."""
     config, tensors = model.config, {}
-    with torch.device("meta"), SkipInit():
+    with without_contents():
         names = type(model)(config).state_dict().keys()
     if foreign := [name for name in state_dict if name not in names]:
         count = f"{len(foreign)} tensors that are in no LocVLM ({foreign[0]})"

@@ -5,6 +5,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -156,9 +157,14 @@ def sort_tensors(stored, source):
     return parts
 
 
-class SkipInit(TorchFunctionMode):
-    """Draw no first weights for modules filled from a file: on the meta device, drawing imports modules for a second."""
+@contextmanager
+def without_contents():
+    """Make modules on the meta device, for their shapes. Drawing first weights there would import modules for a second."""
+    with torch.device("meta"), SkipInit():
+        yield
 
+
+class SkipInit(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
@@ -168,7 +174,7 @@ class SkipInit(TorchFunctionMode):
 def build(make, stored, source, dtype=torch.float32, device="cpu"):
     """Make a module on the meta device with make(), and fill it from {name: Stored}, strictly: `source` names it in errors.
     Memory: the module and a piece of a tensor. The device "meta" checks names and shapes, and reads no contents."""
-    with torch.device("meta"), SkipInit():
+    with without_contents():
         module = make()
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     problems = {

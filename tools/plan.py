@@ -27,6 +27,7 @@ from data import IGNORE, IMAGE_ID, collate, pack
 from formats.files import run_command
 from formats.meter import PEAK_FLOPS, step_flops
 from formats.processes import Processes, has_bf16, require_even, require_untied
+from formats.weights import without_contents
 from model import ADAPTERS, VARIANTS, LocVLM
 from tools import positive
 from train import PRESETS, TrainConfig, build_examples, build_model, build_records, parse_config, print_parts, unfreeze
@@ -248,7 +249,7 @@ def main(argv=None):
         model = build_model(config, "meta")
     else:  # a variant's shape, without a tokenizer
         adapter = {"adapter": config.adapter} if config.adapter in ADAPTERS else {}
-        with torch.device("meta"):
+        with without_contents():
             model = LocVLM(replace(VARIANTS[args.variant], **config.settings(), **adapter))
     records = build_records(config, Processes.start(config))[0] if config.sources else None
     for stage in config.stage_list:
